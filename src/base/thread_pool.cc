@@ -1,0 +1,110 @@
+#include "base/thread_pool.h"
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "coterie/error.h"
+
+namespace coterie {
+
+// A job is published by raising `generation`; workers spin on it for a short while (a decode step
+// has hundreds of short jobs) and then sleep. `next` hands out task indices; `active` counts the
+// workers that have not yet left the job, so that `task` stays valid until all are out.
+struct NativeThreadPool::State {
+  // About 50 us at 4 GHz: longer than the gap between two jobs of a forward pass, and shorter
+  // than what a sleeping worker would notice between two requests.
+  static constexpr int kSpins = 2000;
+
+  std::vector<std::thread> workers;
+  std::atomic<uint64_t> generation{0};
+  std::atomic<int64_t> next{0};
+  std::atomic<int> active{0};
+  int64_t num_tasks = 0;
+  const std::function<void(int64_t, int)>* task = nullptr;
+  std::atomic<bool> stopping{false};
+  std::mutex mutex;
+  std::condition_variable wake;
+
+  void drain(int thread) {
+    for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) (*task)(i, thread);
+  }
+
+  uint64_t wait_for_job(uint64_t seen) {
+    for (int spin = 0; spin < kSpins; ++spin) {
+      const uint64_t now = generation.load(std::memory_order_acquire);
+      if (now != seen) return now;
+      _mm_pause();
+    }
+    std::unique_lock lock(mutex);
+    wake.wait(lock, [&] { return generation.load(std::memory_order_acquire) != seen; });
+    return generation.load(std::memory_order_acquire);
+  }
+
+  void publish() {
+    {
+      std::lock_guard lock(mutex);
+      generation.fetch_add(1, std::memory_order_release);
+    }
+    wake.notify_all();
+  }
+
+  void work(int thread) {
+    uint64_t seen = 0;
+    while (true) {
+      seen = wait_for_job(seen);
+      if (stopping) return;
+      drain(thread);
+      active.fetch_sub(1, std::memory_order_release);
+    }
+  }
+};
+
+NativeThreadPool::NativeThreadPool(int num_threads) : state_(std::make_unique<State>()) {
+  if (num_threads < 1) throw InvalidArgument("threads: " + std::to_string(num_threads) + " is below 1");
+  for (int thread = 1; thread < num_threads; ++thread) {
+    state_->workers.emplace_back([state = state_.get(), thread] { state->work(thread); });
+  }
+}
+
+NativeThreadPool::~NativeThreadPool() {
+  state_->stopping = true;
+  state_->publish();
+  for (std::thread& worker : state_->workers) worker.join();
+}
+
+int NativeThreadPool::num_threads() const { return static_cast<int>(state_->workers.size()) + 1; }
+
+void NativeThreadPool::run(int64_t num_tasks, const std::function<void(int64_t, int)>& task) {
+  if (num_tasks <= 0) return;
+  if (num_tasks == 1 || state_->workers.empty()) {
+    for (int64_t i = 0; i < num_tasks; ++i) task(i, 0);
+    return;
+  }
+  state_->task = &task;
+  state_->num_tasks = num_tasks;
+  state_->next.store(0, std::memory_order_relaxed);
+  state_->active.store(static_cast<int>(state_->workers.size()), std::memory_order_relaxed);
+  state_->publish();
+  state_->drain(0);
+  int spins = 0;
+  while (state_->active.load(std::memory_order_acquire) != 0) {
+    _mm_pause();
+    if (++spins > State::kSpins) std::this_thread::yield();  // more threads than processors
+  }
+}
+
+int available_cpus() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return CPU_COUNT(&set);
+}
+
+}  // namespace coterie

@@ -1,0 +1,56 @@
+// safetensors files (https://github.com/huggingface/safetensors): 8 bytes header length, a JSON
+// header, tensor bytes. Hostile files end in CorruptFile naming file, field and value: the header is
+// capped at 100 MB, every range must lie in the file and hold shape * dtype bytes, and the ranges
+// must cover the data without holes or overlap.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "io/tensor_source.h"
+
+namespace coterie {
+
+// One file, or all shards that a directory's model.safetensors.index.json lists.
+class SafetensorsSource : public TensorSource {
+ public:
+  // path: a .safetensors file, an index file, or a directory that holds model.safetensors or
+  // model.safetensors.index.json.
+  explicit SafetensorsSource(const std::string& path);
+  ~SafetensorsSource() override;
+
+  const std::string& path() const override;
+  const std::vector<StoredTensor>& tensors() const override;
+  const StoredTensor* find(const std::string& name) const override;
+  void read(const std::string& name, float* out) const override;
+
+  // The bytes as they lie in the mapped file (no alignment promised).
+  std::span<const std::byte> raw(const std::string& name) const;
+  const std::map<std::string, std::string>& metadata() const;  // __metadata__ of the first file
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+struct TensorToWrite {
+  std::string name;
+  std::vector<int64_t> shape;
+  DType dtype = DType::kF32;
+  const void* data = nullptr;  // contiguous
+};
+
+// Written aside (path + ".tmp"), fsynced and renamed, so that a reader sees the old file or the whole
+// new one. The data begins at a multiple of 64 bytes. ResourceExhausted when the disk is full.
+void write_safetensors(const std::string& path, std::span<const TensorToWrite> tensors,
+                       const std::map<std::string, std::string>& metadata = {});
+
+// Writes a text file the same way (config.json, manifests).
+void write_text_file(const std::string& path, const std::string& text);
+std::string read_text_file(const std::string& path);
+
+}  // namespace coterie

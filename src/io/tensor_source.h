@@ -1,0 +1,42 @@
+// Named tensors in files, whatever the format. Implementations map the files; reading is safe from
+// any number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/dtype.h"
+
+namespace coterie {
+
+struct StoredTensor {
+  std::string name;
+  std::vector<int64_t> shape;  // outermost first, as PyTorch has it
+  std::string dtype;           // as the format names it: "F32", "BF16", "Q4_1", ...
+  size_t bytes = 0;            // in the file
+
+  int64_t num_elements() const {
+    int64_t n = 1;
+    for (int64_t d : shape) n *= d;
+    return n;
+  }
+};
+
+class TensorSource {
+ public:
+  virtual ~TensorSource() = default;
+
+  virtual const std::string& path() const = 0;                // for messages
+  virtual const std::vector<StoredTensor>& tensors() const = 0;  // in file order
+  virtual const StoredTensor* find(const std::string& name) const = 0;  // null when absent
+
+  // The whole tensor as fp32 (dequantized where it is quantized) into out, num_elements() long.
+  // InvalidArgument when there is no such tensor, or its dtype is not one that we read.
+  virtual void read(const std::string& name, float* out) const = 0;
+};
+
+}  // namespace coterie

@@ -1,0 +1,89 @@
+// What a model is, read from a config.json: one struct for every architecture, so that the decoder,
+// the trainer, the exporter and the planner never ask for an architecture's name.
+//
+// Our own files say `"architectures": ["CoterieForCausalLM"]`, `"model_type": "coterie"`:
+//   vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+//   max_position_embeddings, norm_type ("rms_norm" | "layer_norm"), norm_eps,
+//   position_embedding_type ("rope" | "learned"), rope_theta, qk_norm ("none" | "head" | "full"),
+//   hidden_act, gated_mlp, attention_bias (q, k, v), attention_output_bias, mlp_bias,
+//   tie_word_embeddings, initializer_range, bos_token_id, eos_token_id (an id or a list),
+//   layers: one object per layer:
+//     {"num_experts": 0, "intermediate_size": F}                              a dense layer
+//     {"num_experts": E, "top_k": K, "expert_intermediate_size": F,           a MoE layer
+//      "residual": "none" | "sum" | "learned" | "shared_gate", "intermediate_size": F of the fixed MLP,
+//      "router": {"score_function", "normalize", "routed_scaling", "capacity_factor", "min_capacity"}}
+// Unknown keys that would change the result are refused; a value that cannot be is refused by name.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/activation.h"
+#include "moe/router.h"
+
+namespace coterie {
+
+enum class NormKind { kRmsNorm, kLayerNorm };
+enum class PositionKind { kRope, kLearned };
+
+// Normalisation of queries and keys before the rotation: over each head (Qwen3) or over the whole
+// projection (OLMoE). Always RMSNorm.
+enum class QkNorm { kNone, kHead, kFull };
+
+// What stands beside the routed experts, with y = experts(x), m = the fixed MLP(x):
+//   kNone       y
+//   kSum        m + y                                        PR-MoE as the paper has it
+//   kLearned    c_0 y + c_1 m, c = softmax(W_mix x + b_mix)  PR-MoE as DeepSpeed's code has it
+//   kSharedGate y + sigmoid(w_mix x) m                       Qwen2-MoE's shared expert
+enum class ResidualKind { kNone, kSum, kLearned, kSharedGate };
+
+struct LayerConfig {
+  int64_t intermediate_size = 0;         // of the dense MLP, or of the fixed MLP beside the experts; 0: none
+  int64_t expert_intermediate_size = 0;  // of each routed expert
+  ResidualKind residual = ResidualKind::kNone;
+  RouterConfig router;                   // num_experts == 0: a dense layer
+
+  bool is_moe() const { return router.num_experts > 0; }
+};
+
+struct ModelConfig {
+  std::string architecture = "CoterieForCausalLM";
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_position_embeddings = 0;
+  NormKind norm = NormKind::kRmsNorm;
+  float norm_eps = 1e-5f;
+  PositionKind positions = PositionKind::kRope;
+  double rope_theta = 10000.0;
+  QkNorm qk_norm = QkNorm::kNone;
+  float clip_qkv = 0.0f;  // clamp q, k, v to [-clip, clip] after the projection (OLMoE); 0: off
+  Activation activation = Activation::kSilu;
+  bool gated_mlp = true;
+  bool attention_bias = false;  // of the q, k and v projections
+  bool attention_output_bias = false;
+  bool mlp_bias = false;        // of dense MLPs and experts
+  bool tie_word_embeddings = true;
+  float initializer_range = 0.02f;
+  std::vector<LayerConfig> layers;
+  int64_t bos_token_id = -1;
+  std::vector<int64_t> eos_token_ids;
+
+  int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
+
+  // `source` (a file's name) begins every message of InvalidArgument.
+  static ModelConfig from_json(const std::string& text, const std::string& source);
+  static ModelConfig from_file(const std::string& path);
+  std::string to_json() const;  // as CoterieForCausalLM, whatever the architecture was
+  void validate(const std::string& source) const;
+
+  // All parameters, and those that one token meets (top_k experts of each MoE layer; the embedding
+  // table counts once when tied).
+  int64_t num_parameters() const;
+  int64_t num_active_parameters() const;
+};
+
+}  // namespace coterie
