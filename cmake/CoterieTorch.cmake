@@ -14,7 +14,10 @@ if(COTERIE_TRAIN)
       ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)
     target_link_libraries(coterie_torch INTERFACE
       ${torch_dir}/lib/libtorch_cpu.so ${torch_dir}/lib/libc10.so)
-    target_link_options(coterie_torch INTERFACE "LINKER:--no-as-needed" "LINKER:-rpath,${torch_dir}/lib")
+    target_link_options(coterie_torch INTERFACE "LINKER:--no-as-needed")
+    # In the build tree CMake finds the libraries by their full path; in a wheel coterie/ and torch/ are
+    # neighbours in site-packages.
+    set(CMAKE_INSTALL_RPATH "$ORIGIN/../torch/lib")
   elseif(NOT COTERIE_TRAIN STREQUAL "AUTO")
     message(FATAL_ERROR "COTERIE_TRAIN=${COTERIE_TRAIN}, but ${Python_EXECUTABLE} has no torch: pip install torch")
   endif()

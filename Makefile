@@ -1,0 +1,33 @@
+PYTHON := .venv/bin/python
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.inc')
+PYTHON_DIRS := python scripts tests
+
+.PHONY: setup demo test lint bench format clean
+
+setup:
+	@scripts/setup
+
+# The main job: real text in; a trained, distilled and served mixture of experts out. runs/demo/
+demo: setup
+	@$(PYTHON) scripts/demo.py
+
+test: setup
+	ctest --test-dir build/dev --output-on-failure
+	$(PYTHON) -m pytest
+
+lint: setup
+	@.venv/bin/clang-format --dry-run -Werror $(CPP_FILES)
+	@.venv/bin/ruff check $(PYTHON_DIRS)
+	@.venv/bin/ruff format --check $(PYTHON_DIRS)
+	@$(PYTHON) scripts/check_layering.py
+
+bench: setup
+	@for bench in build/dev/benches/*_bench; do $$bench || exit 1; done
+
+format: setup
+	@.venv/bin/clang-format -i $(CPP_FILES)
+	@.venv/bin/ruff check --fix $(PYTHON_DIRS)
+	@.venv/bin/ruff format $(PYTHON_DIRS)
+
+clean:
+	rm -rf build runs data python/coterie/*.so
