@@ -1,7 +1,8 @@
 // safetensors files (https://github.com/huggingface/safetensors): 8 bytes header length, a JSON
 // header, tensor bytes. Hostile files end in CorruptFile naming file, field and value: the header is
 // capped at 100 MB, every range must lie in the file and hold shape * dtype bytes, and the ranges
-// must cover the data without holes or overlap.
+// must cover the data without holes or overlap. Names are unique; a dtype that is not the format's own
+// is refused. Reading to fp32 knows F32, F16 and BF16; raw() gives the others.
 #pragma once
 
 #include <map>
@@ -11,11 +12,13 @@
 #include <utility>
 #include <vector>
 
+#include "io/atomic_file.h"
 #include "io/tensor_source.h"
 
 namespace coterie {
 
-// One file, or all shards that a directory's model.safetensors.index.json lists.
+// One file, or all shards that a directory's model.safetensors.index.json lists. The index and the
+// shards must agree on where every tensor lies; a shard's name is a plain file name beside the index.
 class SafetensorsSource : public TensorSource {
  public:
   // path: a .safetensors file, an index file, or a directory that holds model.safetensors or
@@ -44,13 +47,10 @@ struct TensorToWrite {
   const void* data = nullptr;  // contiguous
 };
 
-// Written aside (path + ".tmp"), fsynced and renamed, so that a reader sees the old file or the whole
-// new one. The data begins at a multiple of 64 bytes. ResourceExhausted when the disk is full.
+// Written through AtomicFile. The data begins at a multiple of 64 bytes; tensors lie in the order
+// given, those of wider dtypes first, so that every element is aligned. InvalidArgument for a name
+// that occurs twice or is not UTF-8, ResourceExhausted when the disk is full.
 void write_safetensors(const std::string& path, std::span<const TensorToWrite> tensors,
                        const std::map<std::string, std::string>& metadata = {});
-
-// Writes a text file the same way (config.json, manifests).
-void write_text_file(const std::string& path, const std::string& text);
-std::string read_text_file(const std::string& path);
 
 }  // namespace coterie
