@@ -45,12 +45,9 @@ TEST_F(SafetensorsTest, RoundTripKeepsNamesShapesValuesAndMetadata) {
   const std::vector<int64_t> i64 = {-1, INT64_MAX};
   const std::vector<int8_t> i8 = {-128, 127, 0};
   const std::vector<TensorToWrite> tensors = {
-      {"odd bytes", {3}, DType::kI8, i8.data()},
-      {"layer.0.weight", {2, 3}, DType::kF32, f32.data()},
-      {"b\u00e9", {3, 1}, DType::kBF16, bf16.data()},
-      {"half", {2, 2}, DType::kF16, f16.data()},
-      {"steps", {2}, DType::kI64, i64.data()},
-      {"scalar", {}, DType::kF32, f32.data()},
+      {"odd bytes", {3}, DType::kI8, i8.data()},      {"layer.0.weight", {2, 3}, DType::kF32, f32.data()},
+      {"b\u00e9", {3, 1}, DType::kBF16, bf16.data()}, {"half", {2, 2}, DType::kF16, f16.data()},
+      {"steps", {2}, DType::kI64, i64.data()},        {"scalar", {}, DType::kF32, f32.data()},
       {"empty", {0, 5}, DType::kF32, nullptr},
   };
   const std::string path = (directory() / "a.safetensors").string();
@@ -174,8 +171,8 @@ TEST_F(SafetensorsTest, HostileFilesAreRefusedByFieldAndValue) {
       {file_bytes(R"({"w":1e999})", 0), ": header: a JSON number is too large"},
       {file_bytes(R"({"w":3})", 0), ": tensor 'w' is not an object"},
       {file_bytes(R"({"a\nb":3})", 0), R"(: tensor 'a\x0ab' is not an object)"},
-      {file_bytes("{\"" + std::string(121, 'x') + "\":3}", 0), ": tensor '" + std::string(120, 'x') +
-                                                                   "...' is not an object"},
+      {file_bytes("{\"" + std::string(121, 'x') + "\":3}", 0),
+       ": tensor '" + std::string(120, 'x') + "...' is not an object"},
       {file_bytes(R"({"__metadata__":[]})", 0), ": __metadata__ is not an object"},
       {file_bytes(R"({"__metadata__":{"k":1}})", 0), ": __metadata__: 'k' is not a string"},
       {file_bytes(tensor(R"("shape":[],"data_offsets":[0,4])"), 4), ": tensor 'w': dtype: is missing"},
@@ -185,10 +182,8 @@ TEST_F(SafetensorsTest, HostileFilesAreRefusedByFieldAndValue) {
       {file_bytes(tensor(R"("dtype":"F4","shape":[3],"data_offsets":[0,2])"), 2),
        ": tensor 'w': shape: 12 bits are not whole bytes"},
       {file_bytes(f32("4", "[0,4]"), 4), ": tensor 'w': shape: is not an array"},
-      {file_bytes(f32("[-1]", "[0,4]"), 4),
-       ": tensor 'w': shape: holds '-1', not a whole number of 0 to 2^63 - 1"},
-      {file_bytes(f32("[1.0]", "[0,4]"), 4),
-       ": tensor 'w': shape: holds '1.0', not a whole number of 0 to 2^63 - 1"},
+      {file_bytes(f32("[-1]", "[0,4]"), 4), ": tensor 'w': shape: holds '-1', not a whole number of 0 to 2^63 - 1"},
+      {file_bytes(f32("[1.0]", "[0,4]"), 4), ": tensor 'w': shape: holds '1.0', not a whole number of 0 to 2^63 - 1"},
       {file_bytes(f32("[9223372036854775808]", "[0,4]"), 4),
        ": tensor 'w': shape: holds '9223372036854775808', not a whole number of 0 to 2^63 - 1"},
       {file_bytes(f32("[4294967296,4294967296]", "[0,0]"), 0), ": tensor 'w': shape: product exceeds 2^63 - 1"},
@@ -198,8 +193,10 @@ TEST_F(SafetensorsTest, HostileFilesAreRefusedByFieldAndValue) {
       {file_bytes(f32("[2]", "[0,4]"), 4), ": tensor 'w': data_offsets: span 4 bytes, but shape and dtype need 8"},
       {file_bytes(f32("[1]", "[0,4]"), 3), ": tensors cover 4 bytes, but the file holds 3"},
       {file_bytes(f32("[1]", "[0,4]"), 5), ": tensors cover 4 bytes, but the file holds 5"},
-      {file_bytes(f32("[1]", "[1,5]"), 5), ": tensor 'w': data_offsets: begins at 1, a hole: the bytes before end at 0"},
-      {file_bytes(two + "[3,7]}}", 7), ": tensor 'b': data_offsets: begins at 3, an overlap: the bytes before end at 4"},
+      {file_bytes(f32("[1]", "[1,5]"), 5),
+       ": tensor 'w': data_offsets: begins at 1, a hole: the bytes before end at 0"},
+      {file_bytes(two + "[3,7]}}", 7),
+       ": tensor 'b': data_offsets: begins at 3, an overlap: the bytes before end at 4"},
       {file_bytes(two + "[5,9]}}", 9), ": tensor 'b': data_offsets: begins at 5, a hole: the bytes before end at 4"},
   };
   for (const Case& c : cases) EXPECT_EQ(message_of(c.bytes), c.message);
@@ -230,8 +227,8 @@ class ShardsTest : public SafetensorsTest {
   void SetUp() override {
     SafetensorsTest::SetUp();
     const float a = 1.0f, b = 2.0f;
-    write_safetensors((directory() / "1.safetensors").string(),
-                      std::vector<TensorToWrite>{{"a", {}, DType::kF32, &a}}, {{"format", "pt"}});
+    write_safetensors((directory() / "1.safetensors").string(), std::vector<TensorToWrite>{{"a", {}, DType::kF32, &a}},
+                      {{"format", "pt"}});
     write_safetensors((directory() / "2.safetensors").string(), std::vector<TensorToWrite>{{"b", {}, DType::kF32, &b}});
   }
 
@@ -272,8 +269,7 @@ TEST_F(ShardsTest, AHostileIndexIsRefused) {
       {map(a + "," + a), ": key 'a' occurs twice"},
       {map(a + R"(,"b":"3.safetensors")"), ": weight_map: shard '3.safetensors' is missing"},
       {map(a + R"(,"b":"1.safetensors")"), ": weight_map: 'b' is not in its shard '1.safetensors'"},
-      {map(R"("a":"2.safetensors",)" + b),
-       ": weight_map: 'a' is not in its shard '2.safetensors'"},
+      {map(R"("a":"2.safetensors",)" + b), ": weight_map: 'a' is not in its shard '2.safetensors'"},
       {map(a + "," + R"("c":"2.safetensors")"), ": weight_map: 'b' is in shard '2.safetensors', but listed nowhere"},
       {map(R"("b":"1.safetensors","a":"1.safetensors","c":"2.safetensors")"),
        ": weight_map: 'b' is in shard '2.safetensors', but listed in '1.safetensors'"},

@@ -30,8 +30,8 @@ class TensorSource {
  public:
   virtual ~TensorSource() = default;
 
-  virtual const std::string& path() const = 0;                // for messages
-  virtual const std::vector<StoredTensor>& tensors() const = 0;  // in file order
+  virtual const std::string& path() const = 0;                          // for messages
+  virtual const std::vector<StoredTensor>& tensors() const = 0;         // in file order
   virtual const StoredTensor* find(const std::string& name) const = 0;  // null when absent
 
   // The whole tensor as fp32 (dequantized where it is quantized) into out, num_elements() long.
