@@ -1,0 +1,180 @@
+// CoterieForCausalLM, our own format: says everything that a ModelConfig holds (keys in config.h).
+#include <array>
+#include <utility>
+
+#include "coterie/error.h"
+#include "model/architectures.h"
+
+namespace coterie {
+namespace {
+
+template <typename Enum, size_t N>
+using Names = std::array<std::pair<const char*, Enum>, N>;
+
+constexpr Names<NormKind, 2> kNorms = {{{"rms_norm", NormKind::kRmsNorm}, {"layer_norm", NormKind::kLayerNorm}}};
+constexpr Names<PositionKind, 2> kPositions = {{{"rope", PositionKind::kRope}, {"learned", PositionKind::kLearned}}};
+constexpr Names<QkNorm, 3> kQkNorms = {{{"none", QkNorm::kNone}, {"head", QkNorm::kHead}, {"full", QkNorm::kFull}}};
+constexpr Names<ResidualKind, 4> kResiduals = {{{"none", ResidualKind::kNone},
+                                                {"sum", ResidualKind::kSum},
+                                                {"learned", ResidualKind::kLearned},
+                                                {"shared_gate", ResidualKind::kSharedGate}}};
+constexpr Names<ScoreFunction, 2> kScores = {
+    {{"softmax", ScoreFunction::kSoftmax}, {"sigmoid", ScoreFunction::kSigmoid}}};
+
+template <typename Enum, size_t N>
+Enum read_enum(const ConfigReader& json, const std::string& key, const Names<Enum, N>& names) {
+  const std::string text = json.text(key, names[0].first);
+  std::string known;
+  for (const auto& [name, value] : names) {
+    if (text == name) return value;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  json.fail(key, "'" + text + "' is not one of " + known);
+}
+
+template <typename Enum, size_t N>
+const char* enum_name(Enum value, const Names<Enum, N>& names) {
+  for (const auto& [name, candidate] : names) {
+    if (candidate == value) return name;
+  }
+  return "";
+}
+
+LayerConfig read_layer(const ConfigReader& json) {
+  LayerConfig layer;
+  layer.router.num_experts = json.integer("num_experts", 0);
+  layer.intermediate_size = json.integer("intermediate_size", 0);
+  if (!layer.is_moe()) {
+    json.refuse_unknown("unknown key of a dense layer");
+    return layer;
+  }
+  layer.router.top_k = json.integer("top_k", 1);
+  layer.expert_intermediate_size = json.integer("expert_intermediate_size");
+  layer.residual = read_enum(json, "residual", kResiduals);
+  if (json.has("router")) {
+    const ConfigReader router = json.object("router");
+    layer.router.score_function = read_enum(router, "score_function", kScores);
+    layer.router.normalize = router.boolean("normalize", layer.router.normalize);
+    layer.router.routed_scaling = static_cast<float>(router.number("routed_scaling", layer.router.routed_scaling));
+    layer.router.capacity_factor = static_cast<float>(router.number("capacity_factor", layer.router.capacity_factor));
+    layer.router.min_capacity = router.integer("min_capacity", layer.router.min_capacity);
+    router.refuse_unknown();
+  }
+  json.refuse_unknown();
+  return layer;
+}
+
+// Keys that transformers writes into every config.json and that change no result of a causal model.
+constexpr const char* kBystanders[] = {"architectures",
+                                       "model_type",
+                                       "dtype",
+                                       "torch_dtype",
+                                       "transformers_version",
+                                       "use_cache",
+                                       "pad_token_id",
+                                       "_name_or_path",
+                                       "return_dict",
+                                       "output_hidden_states",
+                                       "output_attentions",
+                                       "is_encoder_decoder",
+                                       "id2label",
+                                       "label2id",
+                                       "problem_type",
+                                       "chunk_size_feed_forward",
+                                       "auto_map",
+                                       "_attn_implementation_autoset"};
+
+ModelConfig read_config(const ConfigReader& json) {
+  ModelConfig c;
+  c.vocab_size = json.integer("vocab_size");
+  c.hidden_size = json.integer("hidden_size");
+  c.num_heads = json.integer("num_attention_heads");
+  if (c.num_heads < 1) json.fail("num_attention_heads", std::to_string(c.num_heads) + " is below 1");
+  c.num_kv_heads = json.integer("num_key_value_heads", c.num_heads);
+  c.head_dim = json.integer("head_dim", c.hidden_size / c.num_heads);
+  if (!json.has("head_dim") && c.hidden_size % c.num_heads != 0) {
+    json.fail("num_attention_heads", std::to_string(c.num_heads) + " does not divide hidden_size (" +
+                                         std::to_string(c.hidden_size) + ") and head_dim is not given");
+  }
+  c.max_position_embeddings = json.integer("max_position_embeddings");
+  c.norm = read_enum(json, "norm_type", kNorms);
+  c.norm_eps = static_cast<float>(json.number("norm_eps", c.norm_eps));
+  c.positions = read_enum(json, "position_embedding_type", kPositions);
+  c.rope_theta = json.number("rope_theta", c.rope_theta);
+  c.qk_norm = read_enum(json, "qk_norm", kQkNorms);
+  c.clip_qkv = static_cast<float>(json.number("clip_qkv", c.clip_qkv));
+  c.activation = read_activation(json, "hidden_act", "silu");
+  c.gated_mlp = json.boolean("gated_mlp", c.gated_mlp);
+  c.attention_bias = json.boolean("attention_bias", c.attention_bias);
+  c.attention_output_bias = json.boolean("attention_output_bias", c.attention_output_bias);
+  c.mlp_bias = json.boolean("mlp_bias", c.mlp_bias);
+  c.tie_word_embeddings = json.boolean("tie_word_embeddings", c.tie_word_embeddings);
+  c.initializer_range = static_cast<float>(json.number("initializer_range", c.initializer_range));
+  c.bos_token_id = json.integer("bos_token_id", -1);
+  c.eos_token_ids = read_token_ids(json, "eos_token_id");
+
+  const nlohmann::json& layers = json.value("layers");
+  if (!layers.is_array()) json.fail("layers", "not a list");
+  const auto num_layers = static_cast<int64_t>(layers.size());
+  if (num_layers > 0 && read_num_layers(json, "num_hidden_layers", num_layers) != num_layers) {
+    json.fail("num_hidden_layers",
+              json.value("num_hidden_layers").dump() + ", but layers lists " + std::to_string(num_layers));
+  }
+  for (int64_t n = 0; n < num_layers; ++n) {
+    c.layers.push_back(read_layer(ConfigReader(layers[n], json.source(), "layers[" + std::to_string(n) + "].")));
+  }
+  for (const char* key : kBystanders) json.ignore(key);
+  json.refuse_unknown();
+  return c;
+}
+
+Json layer_json(const LayerConfig& layer) {
+  if (!layer.is_moe()) return {{"num_experts", 0}, {"intermediate_size", layer.intermediate_size}};
+  Json json = {{"num_experts", layer.router.num_experts},
+               {"top_k", layer.router.top_k},
+               {"expert_intermediate_size", layer.expert_intermediate_size},
+               {"residual", enum_name(layer.residual, kResiduals)}};
+  if (layer.residual != ResidualKind::kNone) json["intermediate_size"] = layer.intermediate_size;
+  json["router"] = {{"score_function", enum_name(layer.router.score_function, kScores)},
+                    {"normalize", layer.router.normalize},
+                    {"routed_scaling", shortest_decimal(layer.router.routed_scaling)},
+                    {"capacity_factor", shortest_decimal(layer.router.capacity_factor)},
+                    {"min_capacity", layer.router.min_capacity}};
+  return json;
+}
+
+Json write_config(const ModelConfig& c) {
+  Json json = {{"architectures", Json::array({"CoterieForCausalLM"})},
+               {"model_type", "coterie"},
+               {"vocab_size", c.vocab_size},
+               {"hidden_size", c.hidden_size},
+               {"num_hidden_layers", c.num_layers()},
+               {"num_attention_heads", c.num_heads},
+               {"num_key_value_heads", c.num_kv_heads},
+               {"head_dim", c.head_dim},
+               {"max_position_embeddings", c.max_position_embeddings},
+               {"norm_type", enum_name(c.norm, kNorms)},
+               {"norm_eps", shortest_decimal(c.norm_eps)},
+               {"position_embedding_type", enum_name(c.positions, kPositions)},
+               {"rope_theta", c.rope_theta},
+               {"qk_norm", enum_name(c.qk_norm, kQkNorms)},
+               {"clip_qkv", shortest_decimal(c.clip_qkv)},
+               {"hidden_act", activation_name(c.activation)},
+               {"gated_mlp", c.gated_mlp},
+               {"attention_bias", c.attention_bias},
+               {"attention_output_bias", c.attention_output_bias},
+               {"mlp_bias", c.mlp_bias},
+               {"tie_word_embeddings", c.tie_word_embeddings},
+               {"initializer_range", shortest_decimal(c.initializer_range)},
+               {"bos_token_id", optional_id_json(c.bos_token_id)},
+               {"eos_token_id", token_ids_json(c.eos_token_ids)},
+               {"layers", Json::array()}};
+  for (const LayerConfig& layer : c.layers) json["layers"].push_back(layer_json(layer));
+  return json;
+}
+
+}  // namespace
+
+const Architecture kCoterieArchitecture = {"CoterieForCausalLM", "coterie", read_config, write_config};
+
+}  // namespace coterie

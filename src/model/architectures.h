@@ -1,0 +1,46 @@
+// The architectures that we read and write, one Architecture each, one file per family
+// (architecture_*.cc). A new architecture is one more file and one more line in architectures.cc;
+// the decoder, which sees only ModelConfig and logical tensors, does not change.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "model/config.h"
+#include "model/config_reader.h"
+
+namespace coterie {
+
+struct Architecture {
+  const char* name;        // as in config.json's "architectures"
+  const char* model_type;  // as in config.json's "model_type"
+
+  // A config.json of this architecture, not yet validated. Whatever it asks for that we lack is refused.
+  ModelConfig (*read_config)(const ConfigReader& json);
+
+  // The best config.json of this architecture for a model. Whether it says everything is found by
+  // reading it back (see export.h).
+  Json (*write_config)(const ModelConfig& config);
+};
+
+std::span<const Architecture* const> architectures();
+
+// By name; InvalidArgument lists the known ones.
+const Architecture& architecture_named(const std::string& name, const std::string& source);
+
+extern const Architecture kCoterieArchitecture;
+extern const Architecture kLlamaArchitecture;
+extern const Architecture kMixtralArchitecture;
+extern const Architecture kOlmoeArchitecture;
+extern const Architecture kQwen2MoeArchitecture;
+extern const Architecture kQwen3MoeArchitecture;
+extern const Architecture kGpt2Architecture;
+
+// Pieces of the parsers that every family shares.
+Activation read_activation(const ConfigReader& json, const std::string& key, const std::string& fallback);
+std::vector<int64_t> read_token_ids(const ConfigReader& json, const std::string& key);
+int64_t read_num_layers(const ConfigReader& json, const std::string& key, int64_t fallback);
+Json token_ids_json(const std::vector<int64_t>& ids);  // null, an id, or a list
+Json optional_id_json(int64_t id);                     // null for -1
+
+}  // namespace coterie

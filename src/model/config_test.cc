@@ -1,0 +1,202 @@
+#include "model/config.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "coterie/error.h"
+#include "model/tensors.h"
+
+namespace coterie {
+namespace {
+
+std::string refusal(const std::string& json) {
+  try {
+    ModelConfig::from_json(json, "config.json");
+  } catch (const InvalidArgument& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+std::string ours(const std::string& layers, const std::string& extra = "") {
+  return R"({"architectures": ["CoterieForCausalLM"], "vocab_size": 50, "hidden_size": 12, "num_attention_heads": 3,
+             "max_position_embeddings": 64, "layers": [)" +
+         layers + "]" + extra + "}";
+}
+
+TEST(ModelConfig, RefusesOneLineNamingFileFieldAndValue) {
+  const std::string dense = R"({"num_experts": 0, "intermediate_size": 20})";
+  EXPECT_EQ(refusal(ours(dense)), "accepted");
+  EXPECT_THROW(ModelConfig::from_json("[1, 2", "config.json"), CorruptFile);
+  EXPECT_EQ(refusal("[1, 2]"), "config.json: [1,2] is not an object");
+  EXPECT_EQ(refusal(R"({"architectures": ["BertModel"]})"),
+            "config.json: architectures: 'BertModel' is not supported (supported: LlamaForCausalLM, GPT2LMHeadModel, "
+            "MixtralForCausalLM, OlmoeForCausalLM, Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, CoterieForCausalLM)");
+  EXPECT_EQ(refusal("{}"), "config.json: model_type: missing");
+  EXPECT_EQ(refusal(ours(dense, R"(, "num_expert": 3)")), "config.json: num_expert: unknown key (3)");
+  EXPECT_EQ(refusal(ours(dense, R"(, "a\nb": 3)")), "config.json: a?b: unknown key (3)");
+  EXPECT_EQ(refusal(ours(dense, R"(, "rope_theta": "x")")), "config.json: rope_theta: \"x\" is not a number");
+  EXPECT_EQ(refusal(ours(dense, R"(, "norm_type": "batch")")),
+            "config.json: norm_type: 'batch' is not one of rms_norm, layer_norm");
+  EXPECT_EQ(refusal(ours(dense, R"(, "head_dim": 5)")), "config.json: head_dim: 5 is odd, rotary positions need pairs");
+  EXPECT_EQ(refusal(ours(dense, R"(, "num_key_value_heads": 2)")),
+            "config.json: num_key_value_heads: 2 does not divide num_attention_heads (3)");
+  EXPECT_EQ(refusal(ours(dense, R"(, "num_hidden_layers": 2)")),
+            "config.json: num_hidden_layers: 2, but layers lists 1");
+  EXPECT_EQ(refusal(ours(dense, R"(, "hidden_act": "mish")")),
+            "config.json: hidden_act: 'mish' is not supported (supported: silu, gelu, gelu_new, gelu_pytorch_tanh, "
+            "relu)");
+  EXPECT_EQ(refusal(ours("")), "config.json: layers: empty");
+  EXPECT_EQ(refusal(ours("{}")), "config.json: layers[0].intermediate_size: 0 is not in [1, 16777216]");
+  EXPECT_EQ(refusal(ours(R"({"intermediate_size": 8, "top_k": 2})")),
+            "config.json: layers[0].top_k: unknown key of a dense layer (2)");
+  EXPECT_EQ(refusal(ours(R"({"num_experts": 8, "top_k": 9, "expert_intermediate_size": 4})")),
+            "config.json: layers[0].top_k: 9 is not in [1, 8], the number of experts");
+  EXPECT_EQ(refusal(ours(R"({"num_experts": 8, "expert_intermediate_size": 4, "intermediate_size": 4})")),
+            "config.json: layers[0].intermediate_size: 4 given, but residual is \"none\"");
+  EXPECT_EQ(refusal(ours(R"({"num_experts": 8, "expert_intermediate_size": 4, "router": {"jitter": 0.1}})")),
+            "config.json: layers[0].router.jitter: unknown key (0.1)");
+}
+
+TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
+  const auto llama = [](const std::string& extra) {
+    return R"({"architectures": ["LlamaForCausalLM"], )" + extra + "}";
+  };
+  EXPECT_EQ(refusal(llama(R"("rope_scaling": {"rope_type": "llama3", "factor": 8.0})")),
+            "config.json: rope_scaling.rope_type: 'llama3' is not supported (only 'default')");
+  EXPECT_EQ(refusal(llama(R"("rope_parameters": {"rope_type": "yarn"})")),
+            "config.json: rope_parameters.rope_type: 'yarn' is not supported (only 'default')");
+  EXPECT_EQ(refusal(llama(R"("partial_rotary_factor": 0.5)")),
+            "config.json: partial_rotary_factor: 0.5 is not supported (only 1.0)");
+  EXPECT_EQ(refusal(llama(R"("layer_types": ["full_attention", "sliding_attention"])")),
+            "config.json: layer_types: \"sliding_attention\" is not supported (only \"full_attention\")");
+  EXPECT_EQ(refusal(llama(R"("quantization_config": {"bits": 4})")),
+            "config.json: quantization_config: quantized weights of this kind are not supported");
+  EXPECT_EQ(refusal(R"({"model_type": "mixtral", "sliding_window": 4096})"),
+            "config.json: sliding_window: 4096 is not supported");
+  EXPECT_EQ(refusal(R"({"model_type": "mixtral", "sliding_window": 131072})"), "accepted");
+  EXPECT_EQ(refusal(R"({"model_type": "qwen3_moe", "use_sliding_window": true})"),
+            "config.json: use_sliding_window: true is not supported");
+  EXPECT_EQ(refusal(R"({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": true})"),
+            "config.json: scale_attn_by_inverse_layer_idx: true is not supported");
+  EXPECT_EQ(refusal(R"({"model_type": "gpt2", "n_head": 7})"), "config.json: n_head: 7 does not divide n_embd (768)");
+  EXPECT_EQ(refusal(R"({"model_type": "llama", "num_hidden_layers": 1000000000})"),
+            "config.json: num_hidden_layers: 1000000000 is not in [1, 10000]");
+}
+
+TEST(ModelConfig, ReadsOldAndNewRotaryKeys) {
+  const auto theta = [](const std::string& keys) {
+    return ModelConfig::from_json(R"({"model_type": "llama")" + keys + "}", "").rope_theta;
+  };
+  EXPECT_EQ(theta(""), 1e4);
+  EXPECT_EQ(theta(R"(, "rope_theta": 5e5, "rope_scaling": null)"), 5e5);
+  EXPECT_EQ(theta(R"(, "rope_parameters": {"rope_type": "default", "rope_theta": 3e5})"), 3e5);
+  EXPECT_EQ(theta(R"(, "rope_theta": 5e5, "rope_scaling": {"type": "default"})"), 5e5);
+  EXPECT_EQ(ModelConfig::from_json(R"({"model_type": "mixtral"})", "").rope_theta, 1e6);
+}
+
+TEST(ModelConfig, QwenLayersFollowSparseStepAndDenseList) {
+  const ModelConfig c = ModelConfig::from_json(
+      R"({"model_type": "qwen2_moe", "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]})", "");
+  std::string kinds;
+  for (const LayerConfig& layer : c.layers) kinds += layer.is_moe() ? 'M' : 'd';
+  EXPECT_EQ(kinds, "dMdddM");
+  EXPECT_EQ(c.layers[1].residual, ResidualKind::kSharedGate);
+  EXPECT_TRUE(c.attention_bias);
+  EXPECT_FALSE(c.attention_output_bias);
+}
+
+TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
+  ModelConfig c;
+  c.vocab_size = 97, c.hidden_size = 24, c.num_heads = 6, c.num_kv_heads = 3, c.head_dim = 10;
+  c.max_position_embeddings = 77, c.norm = NormKind::kLayerNorm, c.norm_eps = 1e-6f;
+  c.positions = PositionKind::kLearned, c.rope_theta = 12345.5, c.qk_norm = QkNorm::kHead, c.clip_qkv = 7.5f;
+  c.activation = Activation::kGeluTanh, c.gated_mlp = false, c.attention_bias = true, c.attention_output_bias = true;
+  c.mlp_bias = true, c.tie_word_embeddings = false, c.initializer_range = 0.014f, c.bos_token_id = 3;
+  c.eos_token_ids = {4, 5};
+  LayerConfig moe;
+  moe.intermediate_size = 30, moe.expert_intermediate_size = 18, moe.residual = ResidualKind::kLearned;
+  moe.router = {.num_experts = 7,
+                .top_k = 3,
+                .score_function = ScoreFunction::kSigmoid,
+                .normalize = true,
+                .routed_scaling = 2.5f,
+                .capacity_factor = 1.25f,
+                .min_capacity = 2};
+  c.layers = {LayerConfig{.intermediate_size = 40}, moe};
+  const std::string json = c.to_json();
+  const ModelConfig read = ModelConfig::from_json(json, "config.json");
+  EXPECT_EQ(read.to_json(), json);
+  EXPECT_NE(json.find("\"norm_eps\": 1e-06"), std::string::npos) << json;
+  EXPECT_NE(json.find("\"capacity_factor\": 1.25"), std::string::npos) << json;
+  EXPECT_NE(json.find("\"eos_token_id\": [\n    4,\n    5\n  ]"), std::string::npos) << json;
+}
+
+// The models of the DeepSpeed-MoE paper (arXiv 2201.05596, tables 1 to 3 and 6): GPT-style decoders
+// with tied output, sequence 2048, every second layer a MoE layer, and the sizes it prints.
+struct Published {
+  const char* name;
+  int64_t num_layers;
+  int64_t hidden_size;
+  std::vector<int64_t> experts;  // of the MoE layers, in order
+  bool residual;
+  double parameters;
+};
+
+std::vector<int64_t> pyramid(int small_layers, int64_t small, int large_layers, int64_t large) {
+  std::vector<int64_t> experts(small_layers, small);
+  experts.insert(experts.end(), large_layers, large);
+  return experts;
+}
+
+ModelConfig gpt_moe(const Published& model) {
+  ModelConfig c;
+  c.vocab_size = 50257, c.hidden_size = model.hidden_size, c.max_position_embeddings = 2048;
+  c.num_heads = c.num_kv_heads = model.hidden_size / 64, c.head_dim = 64;
+  c.norm = NormKind::kLayerNorm, c.positions = PositionKind::kLearned, c.activation = Activation::kGelu;
+  c.gated_mlp = false, c.attention_bias = c.attention_output_bias = c.mlp_bias = true;
+  c.layers.assign(model.num_layers, LayerConfig{.intermediate_size = 4 * model.hidden_size});
+  for (size_t i = 0; i < model.experts.size(); ++i) {
+    LayerConfig& layer = c.layers.at(2 * i + 1);
+    layer.router.num_experts = model.experts[i];
+    layer.expert_intermediate_size = 4 * model.hidden_size;
+    layer.residual = model.residual ? ResidualKind::kSum : ResidualKind::kNone;
+    if (!model.residual) layer.intermediate_size = 0;
+  }
+  return c;
+}
+
+TEST(ModelConfig, ParameterCountsOfTheDeepSpeedMoePaper) {
+  const Published models[] = {
+      {"350M+MoE-128", 24, 1024, pyramid(12, 128, 0, 0), false, 13e9},
+      {"1.3B+MoE-128", 24, 2048, pyramid(12, 128, 0, 0), false, 52e9},
+      // Printed as 4B, a single digit; the paper's formula gives 4.11B.
+      {"350M+PR-MoE-32/64", 24, 1024, pyramid(10, 32, 2, 64), true, 4.11e9},
+      {"1.3B+PR-MoE-64/128", 24, 2048, pyramid(10, 64, 2, 128), true, 31e9},
+      {"350M PR-MoE, 21 layers", 21, 1024, pyramid(8, 32, 2, 64), true, 3.5e9},
+      {"1.3B PR-MoE, 21 layers", 21, 2048, pyramid(8, 64, 2, 128), true, 27e9},
+      {"2.4B+MoE-128", 16, 3584, pyramid(8, 128, 0, 0), false, 107.7e9},
+      {"8B+MoE-128", 40, 4096, pyramid(20, 128, 0, 0), false, 349.0e9},
+      {"24B+MoE-128", 30, 8192, pyramid(15, 128, 0, 0), false, 1046.9e9},
+      {"47B+MoE-128", 58, 8192, pyramid(29, 128, 0, 0), false, 2024.0e9},
+  };
+  for (const Published& model : models) {
+    const ModelConfig c = gpt_moe(model);
+    c.validate(model.name);
+    EXPECT_NEAR(static_cast<double>(c.num_parameters()), model.parameters, 0.015 * model.parameters) << model.name;
+    // One expert of four h^2 times two per MoE layer stays active.
+    int64_t idle = 0;
+    for (const int64_t experts : model.experts) {
+      idle += (experts - 1) * (8 * c.hidden_size * c.hidden_size + 5 * c.hidden_size);
+    }
+    EXPECT_EQ(c.num_active_parameters(), c.num_parameters() - idle) << model.name;
+  }
+}
+
+TEST(ModelConfig, ParameterCountOfGpt2IsExact) {
+  EXPECT_EQ(ModelConfig::from_json(R"({"model_type": "gpt2"})", "").num_parameters(), 124439808);
+}
+
+}  // namespace
+}  // namespace coterie
