@@ -1,6 +1,6 @@
 // GGUF files (version 2 and 3, little endian): typed metadata and tensors, dequantized to fp32 on
 // reading: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K. Hostile files end in CorruptFile naming
-// file, field and value.
+// file, field and value; a tensor of another type than these can be listed, not read.
 #pragma once
 
 #include <cstdint>

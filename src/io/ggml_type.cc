@@ -1,0 +1,154 @@
+#include "io/ggml_type.h"
+
+#include <cstring>
+
+#include "base/dtype.h"
+
+namespace coterie {
+namespace {
+
+float load_half(const std::byte* source) {
+  uint16_t bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return half_to_float(bits);
+}
+
+int low_nibble(std::byte b) { return std::to_integer<int>(b & std::byte{15}); }
+int high_nibble(std::byte b) { return std::to_integer<int>(b >> 4); }
+float signed_byte(std::byte b) { return static_cast<float>(static_cast<int8_t>(b)); }
+
+template <DType kDType>
+void convert(const std::byte* blocks, int64_t num_blocks, float* out) {
+  convert_to_float(blocks, kDType, out, static_cast<size_t>(num_blocks));
+}
+
+// Each function below turns one block into its floats. d and m are half precision; q are the stored
+// integers. Products are rounded in the order of ggml's own dequantization, so results are equal bit
+// by bit.
+
+// 32 elements: d, q[32] int8.  x = d q
+void q8_0(const std::byte* block, float* out) {
+  const float d = load_half(block);
+  for (int i = 0; i < 32; ++i) out[i] = d * signed_byte(block[2 + i]);
+}
+
+// 32 elements: d, 16 bytes; byte i holds q of elements i (low nibble) and i + 16.  x = d (q - 8)
+void q4_0(const std::byte* block, float* out) {
+  const float d = load_half(block);
+  for (int i = 0; i < 16; ++i) {
+    out[i] = d * static_cast<float>(low_nibble(block[2 + i]) - 8);
+    out[i + 16] = d * static_cast<float>(high_nibble(block[2 + i]) - 8);
+  }
+}
+
+// As Q4_0 with a minimum: d, m, 16 bytes.  x = d q + m
+void q4_1(const std::byte* block, float* out) {
+  const float d = load_half(block);
+  const float m = load_half(block + 2);
+  for (int i = 0; i < 16; ++i) {
+    out[i] = d * static_cast<float>(low_nibble(block[4 + i])) + m;
+    out[i + 16] = d * static_cast<float>(high_nibble(block[4 + i])) + m;
+  }
+}
+
+// 256 elements in 8 groups of 32, each with a 6-bit scale s and minimum n: d, m, 12 bytes of s and n,
+// 128 bytes of nibbles.  x = (d s) q - (m n)
+// Bytes 0-3 hold s of groups 0-3 in their lower 6 bits, bytes 4-7 n of the same groups; bytes 8-11
+// hold the lower 4 bits of s (low nibble) and n (high nibble) of groups 4-7, whose upper 2 bits are
+// the upper 2 bits of bytes 0-3 and 4-7. Of each 32 bytes of nibbles, the low ones are an even
+// group, the high ones the odd group after it.
+void q4_k(const std::byte* block, float* out) {
+  const float d = load_half(block);
+  const float m = load_half(block + 2);
+  const std::byte* packed = block + 4;
+  const std::byte* nibbles = block + 16;
+  const auto six_bits = [&](int group, int first) {
+    if (group < 4) return std::to_integer<int>(packed[first + group] & std::byte{63});
+    const std::byte low = packed[4 + group];
+    return (first == 0 ? low_nibble(low) : high_nibble(low)) | std::to_integer<int>(packed[first + group - 4] >> 6)
+                                                                   << 4;
+  };
+  for (int group = 0; group < 8; ++group) {
+    const float scale = d * static_cast<float>(six_bits(group, 0));
+    const float minimum = m * static_cast<float>(six_bits(group, 4));
+    for (int i = 0; i < 32; ++i) {
+      const std::byte b = nibbles[group / 2 * 32 + i];
+      *out++ = scale * static_cast<float>(group % 2 == 0 ? low_nibble(b) : high_nibble(b)) - minimum;
+    }
+  }
+}
+
+// 256 elements in 16 groups of 16, each with an int8 scale s: 128 bytes of the lower 4 bits of q, 64
+// of the upper 2, 16 scales, d.  x = (d s) (q - 32)
+// Each half of 128 elements is 4 runs of 32. Its 64 lower bytes hold runs 0 and 1 in the low nibbles,
+// 2 and 3 in the high ones; its 32 upper bytes hold 2 bits of every run, run 0 in the lowest.
+void q6_k(const std::byte* block, float* out) {
+  const float d = load_half(block + 208);
+  const std::byte* scales = block + 192;
+  for (int half = 0; half < 2; ++half) {
+    const std::byte* lower = block + half * 64;
+    const std::byte* upper = block + 128 + half * 32;
+    for (int run = 0; run < 4; ++run) {
+      for (int i = 0; i < 32; ++i) {
+        const std::byte b = lower[run % 2 * 32 + i];
+        const int low = run < 2 ? low_nibble(b) : high_nibble(b);
+        const int high = std::to_integer<int>((upper[i] >> (2 * run)) & std::byte{3});
+        const float scale = d * signed_byte(scales[half * 8 + run * 2 + i / 16]);
+        *out++ = scale * static_cast<float>((low | high << 4) - 32);
+      }
+    }
+  }
+}
+
+template <void (*kBlock)(const std::byte*, float*), int kElements, int kBytes>
+void each(const std::byte* blocks, int64_t num_blocks, float* out) {
+  for (int64_t i = 0; i < num_blocks; ++i) kBlock(blocks + i * kBytes, out + i * kElements);
+}
+
+// Ids that are missing were given up by ggml, or are never stored (Q8_1, Q8_K). The types without a
+// function can be listed, not read.
+constexpr GgmlType kTypes[] = {
+    {0, "F32", 1, 4, convert<DType::kF32>},
+    {1, "F16", 1, 2, convert<DType::kF16>},
+    {2, "Q4_0", 32, 18, each<q4_0, 32, 18>},
+    {3, "Q4_1", 32, 20, each<q4_1, 32, 20>},
+    {6, "Q5_0", 32, 22},
+    {7, "Q5_1", 32, 24},
+    {8, "Q8_0", 32, 34, each<q8_0, 32, 34>},
+    {10, "Q2_K", 256, 84},
+    {11, "Q3_K", 256, 110},
+    {12, "Q4_K", 256, 144, each<q4_k, 256, 144>},
+    {13, "Q5_K", 256, 176},
+    {14, "Q6_K", 256, 210, each<q6_k, 256, 210>},
+    {16, "IQ2_XXS", 256, 66},
+    {17, "IQ2_XS", 256, 74},
+    {18, "IQ3_XXS", 256, 98},
+    {19, "IQ1_S", 256, 50},
+    {20, "IQ4_NL", 32, 18},
+    {21, "IQ3_S", 256, 110},
+    {22, "IQ2_S", 256, 82},
+    {23, "IQ4_XS", 256, 136},
+    {24, "I8", 1, 1},
+    {25, "I16", 1, 2},
+    {26, "I32", 1, 4},
+    {27, "I64", 1, 8},
+    {28, "F64", 1, 8},
+    {29, "IQ1_M", 256, 56},
+    {30, "BF16", 1, 2, convert<DType::kBF16>},
+    {34, "TQ1_0", 256, 54},
+    {35, "TQ2_0", 256, 66},
+    {39, "MXFP4", 32, 17},
+    {40, "NVFP4", 64, 36},
+    {41, "Q1_0", 128, 18},
+};
+
+}  // namespace
+
+const GgmlType* find_ggml_type(uint32_t id) {
+  for (const GgmlType& type : kTypes) {
+    if (type.id == id) return &type;
+  }
+  return nullptr;
+}
+
+}  // namespace coterie
