@@ -1,0 +1,166 @@
+// coterie._train: the trainer for Python, with plain types only. Import torch first, so that its
+// libraries are loaded. Computation runs with the GIL released.
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/errors.h"
+#include "io/safetensors.h"
+#include "model/config.h"
+#include "train/trainer.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace coterie {
+namespace {
+
+using Tokens = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A numpy array that keeps the tensor's memory alive.
+template <typename T>
+nb::ndarray<nb::numpy, T> to_numpy(const at::Tensor& tensor) {
+  auto* owner = new at::Tensor(tensor.contiguous());
+  nb::capsule capsule(owner, [](void* p) noexcept { delete static_cast<at::Tensor*>(p); });
+  const std::vector<size_t> shape(owner->sizes().begin(), owner->sizes().end());
+  return nb::ndarray<nb::numpy, T>(owner->mutable_data_ptr(), shape.size(), shape.data(), capsule);
+}
+
+at::Tensor from_numpy(const Tokens& tokens) {
+  const auto rows = static_cast<int64_t>(tokens.shape(0)), cols = static_cast<int64_t>(tokens.shape(1));
+  return at::from_blob(const_cast<int32_t*>(tokens.data()), {rows, cols}, at::kInt).to(at::kLong);
+}
+
+nb::dict to_dict(const StepMetrics& m) {
+  nb::dict d;
+  d["step"] = m.step;
+  d["tokens"] = m.tokens;
+  d["loss"] = m.loss;
+  d["balance_loss"] = m.balance_loss;
+  d["kl_loss"] = m.kl_loss;
+  d["grad_norm"] = m.grad_norm;
+  d["learning_rate"] = m.learning_rate;
+  d["seconds"] = m.seconds;
+  d["dropped"] = m.dropped;
+  d["expert_balance"] = m.expert_balance;
+  return d;
+}
+
+// The LanguageModel alone, for tests and for looking inside.
+class Model {
+ public:
+  Model(const std::string& config_json, const std::string& dtype, uint64_t seed)
+      : model_(ModelConfig::from_json(config_json, "model"), dtype == "bf16" ? at::kBFloat16 : at::kFloat, seed) {}
+
+  void load(const std::string& path) { model_.load(SafetensorsSource(path)); }
+
+  nb::dict parameters() const {
+    nb::dict d;
+    for (const Parameter& p : model_.parameters()) d[p.name.c_str()] = to_numpy<float>(p.tensor.detach().to(at::kFloat, false, true));
+    return d;
+  }
+
+  // Losses of a training forward pass, and the gradient of ce + balance_loss * balance + z_loss * z.
+  nb::tuple loss_and_gradients(const Tokens& tokens, double balance_loss, double z_loss, uint64_t seed, uint64_t step) {
+    const at::Tensor windows = from_numpy(tokens);
+    nb::dict losses, gradients;
+    const at::Tensor inputs = windows.narrow(1, 0, windows.size(1) - 1).contiguous();
+    const at::Tensor targets = windows.narrow(1, 1, windows.size(1) - 1).reshape({-1});
+    const ForwardResult result = model_.forward(inputs, {.training = true, .seed = seed, .step = step});
+    const HeadLoss head = head_loss(result.hidden_TD, model_.head(), targets, nullptr);
+    at::Tensor loss = head.loss;
+    if (result.balance_loss.defined()) {
+      loss = loss + balance_loss * result.balance_loss + z_loss * result.z_loss;
+      losses["balance_loss"] = result.balance_loss.item<double>();
+      losses["z_loss"] = result.z_loss.item<double>();
+    }
+    losses["loss"] = head.cross_entropy;
+    loss.backward();
+    for (const Parameter& p : model_.parameters()) {
+      at::Tensor& grad = p.tensor.mutable_grad();
+      if (grad.defined()) gradients[p.name.c_str()] = to_numpy<float>(grad.to(at::kFloat));
+      grad.reset();
+    }
+    return nb::make_tuple(losses, gradients);
+  }
+
+  nb::ndarray<nb::numpy, float> logits(const Tokens& tokens) const {
+    c10::NoGradGuard no_grad;
+    const at::Tensor inputs = from_numpy(tokens);
+    const at::Tensor hidden = model_.forward(inputs, {.training = false}).hidden_TD;
+    const at::Tensor logits = linear(hidden, model_.head(), at::Tensor());
+    return to_numpy<float>(logits.view({inputs.size(0), inputs.size(1), -1}));
+  }
+
+  std::vector<nb::ndarray<nb::numpy, int32_t>> expert_ids(const Tokens& tokens) const {
+    c10::NoGradGuard no_grad;
+    std::vector<nb::ndarray<nb::numpy, int32_t>> out;
+    for (const auto& routing : model_.forward(from_numpy(tokens), {.training = false}).routings) {
+      const at::Tensor ids = at::empty({routing->num_tokens, routing->top_k}, at::kInt);
+      std::copy(routing->expert_ids_TK.begin(), routing->expert_ids_TK.end(), ids.mutable_data_ptr<int32_t>());
+      out.push_back(to_numpy<int32_t>(ids));
+    }
+    return out;
+  }
+
+ private:
+  LanguageModel model_;
+};
+
+nb::dict step(Trainer& trainer) {
+  StepMetrics metrics;
+  {
+    nb::gil_scoped_release release;
+    metrics = trainer.step();
+  }
+  return to_dict(metrics);
+}
+
+nb::dict evaluate(const Trainer& trainer) {
+  EvalMetrics metrics;
+  {
+    nb::gil_scoped_release release;
+    metrics = trainer.evaluate();
+  }
+  nb::dict d;
+  d["step"] = trainer.state().step;
+  d["eval_tokens"] = metrics.tokens;
+  d["loss"] = metrics.loss;
+  d["loss_per_byte"] = metrics.loss_per_byte;
+  return d;
+}
+
+}  // namespace
+}  // namespace coterie
+
+NB_MODULE(_train, m) {
+  using namespace coterie;
+  register_exceptions(m);
+  nb::class_<Trainer>(m, "Trainer")
+      .def(
+          "__init__",
+          [](Trainer* self, const std::string& model_config_json, const std::string& settings_json) {
+            new (self) Trainer(ModelConfig::from_json(model_config_json, "model"), RunSettings::from_json(settings_json));
+          },
+          "model_config_json"_a, "settings_json"_a)
+      .def("resume", &Trainer::resume)
+      .def("step", &step)
+      .def("evaluate", &evaluate)
+      .def("save_checkpoint", &Trainer::save, nb::call_guard<nb::gil_scoped_release>())
+      .def("export", &Trainer::export_model, "directory"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("finished", &Trainer::finished)
+      .def_prop_ro("step_index", [](const Trainer& t) { return t.state().step; })
+      .def_prop_ro("total_steps", &Trainer::total_steps)
+      .def_prop_ro("train_seconds", [](const Trainer& t) { return t.state().train_seconds; });
+  nb::class_<Model>(m, "Model")
+      .def(nb::init<const std::string&, const std::string&, uint64_t>(), "model_config_json"_a, "dtype"_a = "fp32", "seed"_a = 0)
+      .def("load", &Model::load, "path"_a)
+      .def("parameters", &Model::parameters)
+      .def("loss_and_gradients", &Model::loss_and_gradients, "tokens"_a, "balance_loss"_a = 0.01, "z_loss"_a = 0.0,
+           "seed"_a = 0, "step"_a = 0)
+      .def("logits", &Model::logits, "tokens"_a)
+      .def("expert_ids", &Model::expert_ids, "tokens"_a);
+}

@@ -1,0 +1,53 @@
+// AdamW (Loshchilov and Hutter 2019) over the parameters of a LanguageModel: fp32 master weights and
+// moments; bf16 parameters are rounded from their masters after every step, and their gradients are
+// summed in fp32 over the micro-batches of a step.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "train/language_model.h"
+#include "train/settings.h"
+
+namespace coterie {
+
+class AdamW {
+ public:
+  AdamW(const std::vector<Parameter>& parameters, const TrainSettings& settings);
+
+  // Moves the gradients of one micro-batch from the parameters into the step's sum.
+  void accumulate_gradients();
+
+  // Clips by the global norm, updates, clears the sum. Returns the norm before clipping.
+  double step(double learning_rate);
+
+  // Calls visit(name, fp32 tensor) for masters ("<name>"), "<name>.exp_avg" and "<name>.exp_avg_sq",
+  // in a fixed order. Whoever writes to the tensors calls publish_masters() afterwards.
+  void visit_masters(const std::function<void(const std::string&, const at::Tensor&)>& visit) const;
+  void visit_moments(const std::function<void(const std::string&, const at::Tensor&)>& visit) const;
+  void publish_masters();
+
+  int64_t num_steps() const { return num_steps_; }
+  void set_num_steps(int64_t steps) { num_steps_ = steps; }
+
+ private:
+  // Indices of parameters that share a weight decay.
+  struct Group {
+    double weight_decay;
+    std::vector<size_t> members;
+  };
+
+  const std::vector<Parameter>& parameters_;
+  const TrainSettings& settings_;
+  std::vector<at::Tensor> masters_;    // the parameter itself when it is fp32
+  std::vector<at::Tensor> gradients_;  // fp32 sums
+  std::vector<at::Tensor> exp_avg_;
+  std::vector<at::Tensor> exp_avg_sq_;
+  std::vector<Group> groups_;
+  int64_t num_steps_ = 0;
+};
+
+}  // namespace coterie

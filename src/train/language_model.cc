@@ -1,0 +1,234 @@
+#include "train/language_model.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "base/philox.h"
+#include "coterie/error.h"
+#include "io/tensor_source.h"
+#include "model/tensors.h"
+
+namespace coterie {
+namespace {
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+bool is_norm(const std::string& name) { return name.find("norm.weight") != std::string::npos; }
+
+// Vectors, routers and mixes stay fp32 in a bf16 model, as in the engine: they are small, and what
+// they decide is discrete.
+bool keeps_fp32(const std::string& name) {
+  return is_norm(name) || ends_with(name, ".bias") || ends_with(name, "router.weight") || ends_with(name, "mix.weight");
+}
+
+double initial_std(const std::string& name, const ModelConfig& config) {
+  const bool writes_residual = ends_with(name, "o_proj.weight") || ends_with(name, "down.weight");
+  const double scale = writes_residual ? 1.0 / std::sqrt(2.0 * static_cast<double>(config.num_layers())) : 1.0;
+  return config.initializer_range * scale;
+}
+
+at::Tensor initial_values(const TensorSpec& spec, const ModelConfig& config, uint64_t seed, size_t index) {
+  if (ends_with(spec.name, ".bias")) return at::zeros(spec.shape, at::kFloat);
+  if (is_norm(spec.name)) return at::ones(spec.shape, at::kFloat);
+  const auto bits = philox(seed, /*counter_high=*/0, index);
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{bits[0]} << 32 | bits[1]);
+  return at::empty(spec.shape, at::kFloat).normal_(0.0, initial_std(spec.name, config), generator);
+}
+
+// The order in which tokens claim places where capacity is limited: a random permutation of the T
+// tokens, a pure function of (seed, step, token, layer). DeepSpeed-MoE calls it random token selection.
+std::vector<int32_t> random_priority(int64_t num_tokens, int64_t layer, const ForwardOptions& options) {
+  std::vector<int32_t> order(static_cast<size_t>(num_tokens));
+  std::iota(order.begin(), order.end(), 0);
+  std::vector<uint32_t> keys(order.size());
+  for (size_t t = 0; t < keys.size(); ++t) {
+    keys[t] = philox(options.seed, options.step << 16 | static_cast<uint64_t>(layer), t)[0];
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });
+  return order;
+}
+
+// Switch Transformer eq. 4, for any top-k: E * sum_e f_e p_e, f_e the share of all choices that went
+// to expert e (before dropping; not differentiated), p_e the mean softmax probability of e.
+at::Tensor balance_loss(const at::Tensor& logits_TE, const Routing& routing) {
+  std::vector<float> share_E(static_cast<size_t>(routing.num_experts), 0.0f);
+  for (int32_t e : routing.expert_ids_TK) share_E[e] += 1.0f;
+  const at::Tensor f = at::from_blob(share_E.data(), {routing.num_experts}, at::kFloat).clone();
+  const double choices = static_cast<double>(routing.expert_ids_TK.size());
+  return (at::softmax(logits_TE, 1).mean(0) * f).sum() * (static_cast<double>(routing.num_experts) / choices);
+}
+
+void add_to(at::Tensor& total, const at::Tensor& term) { total = total.defined() ? total + term : term; }
+
+}  // namespace
+
+LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed) : config_(config) {
+  config_.validate("model");
+  for (const TensorSpec& spec : logical_tensors(config_)) {
+    at::Tensor tensor = initial_values(spec, config_, seed, parameters_.size());
+    if (!keeps_fp32(spec.name)) tensor = tensor.to(dtype);
+    index_[spec.name] = parameters_.size();
+    parameters_.push_back({spec.name, tensor.set_requires_grad(true)});
+  }
+  for (int64_t i = 0; i < config_.num_layers(); ++i) layers_.push_back(layer_named(i));
+}
+
+void LanguageModel::load(const TensorSource& source) {
+  c10::NoGradGuard no_grad;
+  for (const StoredTensor& stored : source.tensors()) {
+    if (!index_.count(stored.name)) throw InvalidArgument(source.path() + ": " + stored.name + ": not a tensor of this model");
+  }
+  for (const Parameter& parameter : parameters_) {
+    const StoredTensor* stored = source.find(parameter.name);
+    if (!stored) throw InvalidArgument(source.path() + ": " + parameter.name + ": missing");
+    if (parameter.tensor.sizes() != at::IntArrayRef(stored->shape)) {
+      throw InvalidArgument(source.path() + ": " + parameter.name + ": its shape is not the configuration's");
+    }
+    at::Tensor values = at::empty(parameter.tensor.sizes(), at::kFloat);
+    source.read(parameter.name, values.mutable_data_ptr<float>());
+    at::Tensor(parameter.tensor).copy_(values);
+  }
+}
+
+at::Tensor LanguageModel::get(const std::string& name) const {
+  const auto found = index_.find(name);
+  return found == index_.end() ? at::Tensor() : parameters_[found->second].tensor;
+}
+
+LanguageModel::Norm LanguageModel::norm_named(const std::string& prefix) const {
+  return {get(prefix + ".weight"), get(prefix + ".bias")};
+}
+
+LanguageModel::Projection LanguageModel::projection_named(const std::string& prefix) const {
+  return {get(prefix + ".weight"), get(prefix + ".bias")};
+}
+
+ExpertTensors LanguageModel::experts_named(const std::string& prefix) const {
+  return {get(prefix + ".up.weight"), get(prefix + ".up.bias"), get(prefix + ".down.weight"), get(prefix + ".down.bias")};
+}
+
+LanguageModel::Layer LanguageModel::layer_named(int64_t index) const {
+  const std::string prefix = "model.layers." + std::to_string(index) + ".";
+  const std::string attention = prefix + "attention.";
+  return {.input_norm = norm_named(prefix + "input_norm"),
+          .post_attention_norm = norm_named(prefix + "post_attention_norm"),
+          .q = projection_named(attention + "q_proj"),
+          .k = projection_named(attention + "k_proj"),
+          .v = projection_named(attention + "v_proj"),
+          .o = projection_named(attention + "o_proj"),
+          .q_norm = get(attention + "q_norm.weight"),
+          .k_norm = get(attention + "k_norm.weight"),
+          .mlp = experts_named(prefix + "mlp"),
+          .experts = experts_named(prefix + "experts"),
+          .router = get(prefix + "router.weight"),
+          .mix = projection_named(prefix + "mix")};
+}
+
+at::Tensor LanguageModel::head() const {
+  return get(config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
+}
+
+ForwardResult LanguageModel::forward(const at::Tensor& tokens_BS, const ForwardOptions& options) const {
+  ForwardResult result;
+  at::Tensor x = embed(tokens_BS);
+  for (int64_t i = 0; i < config_.num_layers(); ++i) {
+    const Layer& layer = layers_[static_cast<size_t>(i)];
+    x = x + attention(layer, normalize(x, layer.input_norm), tokens_BS.size(1));
+    x = x + feed_forward(config_.layers[static_cast<size_t>(i)], layer, normalize(x, layer.post_attention_norm), i,
+                         options, result);
+  }
+  result.hidden_TD = normalize(x, norm_named("model.norm"));
+  return result;
+}
+
+at::Tensor LanguageModel::embed(const at::Tensor& tokens_BS) const {
+  at::Tensor x = at::embedding(get("model.embed_tokens.weight"), tokens_BS.reshape({-1})).to(at::kFloat);
+  if (config_.positions == PositionKind::kRope) return x;
+  const at::Tensor positions = get("model.embed_positions.weight").narrow(0, 0, tokens_BS.size(1)).to(at::kFloat);
+  return (x.view({tokens_BS.size(0), tokens_BS.size(1), -1}) + positions).view({-1, config_.hidden_size});
+}
+
+at::Tensor LanguageModel::normalize(const at::Tensor& x, const Norm& norm) const {
+  if (config_.norm == NormKind::kRmsNorm) return rms_norm(x, norm.weight, config_.norm_eps);
+  return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, config_.norm_eps);
+}
+
+at::Tensor LanguageModel::attention(const Layer& layer, const at::Tensor& x, int64_t sequence_length) const {
+  at::Tensor q = linear(x, layer.q.weight, layer.q.bias);
+  at::Tensor k = linear(x, layer.k.weight, layer.k.bias);
+  at::Tensor v = linear(x, layer.v.weight, layer.v.bias);
+  if (config_.clip_qkv > 0) {
+    for (at::Tensor* y : {&q, &k, &v}) *y = y->clamp(-config_.clip_qkv, config_.clip_qkv);
+  }
+  if (config_.qk_norm != QkNorm::kNone) {
+    const auto norm = [&](const at::Tensor& y, const at::Tensor& weight) {
+      return rms_norm(y.view({-1, weight.size(0)}), weight, config_.norm_eps).view(y.sizes());
+    };
+    q = norm(q, layer.q_norm);
+    k = norm(k, layer.k_norm);
+  }
+  if (config_.positions == PositionKind::kRope) {
+    q = rotate(q, sequence_length, config_.head_dim, config_.rope_theta);
+    k = rotate(k, sequence_length, config_.head_dim, config_.rope_theta);
+  }
+  return linear(causal_attention(q, k, v, sequence_length, config_.head_dim), layer.o.weight, layer.o.bias);
+}
+
+ExpertShape LanguageModel::shape_of(int64_t num_experts, int64_t intermediate_size) const {
+  return {.num_experts = num_experts,
+          .hidden_size = config_.hidden_size,
+          .intermediate_size = intermediate_size,
+          .activation = config_.activation,
+          .gated = config_.gated_mlp};
+}
+
+at::Tensor LanguageModel::feed_forward(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x,
+                                       int64_t index, const ForwardOptions& options, ForwardResult& result) const {
+  at::Tensor fixed;
+  if (layer_config.intermediate_size > 0) {
+    fixed = apply_experts(shape_of(1, layer_config.intermediate_size),
+                          std::make_shared<const Dispatch>(dense_dispatch(x.size(0))), x, {}, layer.mlp);
+  }
+  if (!layer_config.is_moe()) return fixed;
+  const at::Tensor y = routed(layer_config, layer, x, index, options, result);
+  switch (layer_config.residual) {
+    case ResidualKind::kNone:
+      return y;
+    case ResidualKind::kSum:
+      return fixed + y;
+    case ResidualKind::kLearned: {
+      const at::Tensor mix = at::softmax(at::linear(x, layer.mix.weight, layer.mix.bias), 1);
+      return y * mix.narrow(1, 0, 1) + fixed * mix.narrow(1, 1, 1);
+    }
+    case ResidualKind::kSharedGate:
+      return y + fixed * at::sigmoid(at::linear(x, layer.mix.weight));
+  }
+  return y;
+}
+
+at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x,
+                                 int64_t index, const ForwardOptions& options, ForwardResult& result) const {
+  RouterConfig router = layer_config.router;
+  std::vector<int32_t> priority_T;
+  if (!options.training) router.capacity_factor = 0.0f;
+  if (router.capacity_factor > 0) priority_T = random_priority(x.size(0), index, options);
+  const at::Tensor logits = linear(x, layer.router, at::Tensor());
+  const Routed chosen = route_tokens(router, logits, priority_T.empty() ? nullptr : priority_T.data());
+  result.routings.push_back(chosen.routing);
+  if (options.training) {
+    add_to(result.balance_loss, balance_loss(logits, *chosen.routing));
+    add_to(result.z_loss, at::logsumexp(logits, {1}).square().mean());
+  }
+  return apply_experts(shape_of(router.num_experts, layer_config.expert_intermediate_size),
+                       std::make_shared<const Dispatch>(make_dispatch(*chosen.routing)), x, chosen.weights_TK,
+                       layer.experts);
+}
+
+}  // namespace coterie

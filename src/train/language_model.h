@@ -1,0 +1,96 @@
+// The trained model: parameters by their logical names (model/tensors.h) and the forward pass over
+// our kernels, for every ModelConfig. Legend: B sequences, S their length, T = B * S tokens, D hidden.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "model/config.h"
+#include "moe/router.h"
+#include "train/ops.h"
+
+namespace coterie {
+
+class TensorSource;
+
+struct Parameter {
+  std::string name;
+  at::Tensor tensor;  // a leaf; matrices in the model's dtype, everything else fp32
+};
+
+// What a forward pass needs to know beside the tokens. Random choices are a pure function of
+// (seed, step, token, layer).
+struct ForwardOptions {
+  bool training = false;  // capacity and dropping apply in training only
+  uint64_t seed = 0;
+  uint64_t step = 0;
+};
+
+struct ForwardResult {
+  at::Tensor hidden_TD;     // after the final norm
+  at::Tensor balance_loss;  // sum over MoE layers; undefined without any
+  at::Tensor z_loss;
+  std::vector<std::shared_ptr<Routing>> routings;  // one per MoE layer
+};
+
+class LanguageModel {
+ public:
+  // Initialised as GPT-2 and Megatron do: normal(0, initializer_range), matrices that write to the
+  // residual stream scaled by 1/sqrt(2 * layers), biases 0, norms 1. A tensor's values are a pure
+  // function of (seed, its place in the list).
+  LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed);
+
+  const ModelConfig& config() const { return config_; }
+  const std::vector<Parameter>& parameters() const { return parameters_; }
+
+  // Reads every parameter from a file in logical names. InvalidArgument names what is missing,
+  // surplus or of another shape.
+  void load(const TensorSource& source);
+
+  ForwardResult forward(const at::Tensor& tokens_BS, const ForwardOptions& options) const;
+  at::Tensor head() const;  // the output matrix [V, D]
+
+ private:
+  // One layer's tensors; undefined where the configuration has none.
+  struct Norm {
+    at::Tensor weight, bias;
+  };
+  struct Projection {
+    at::Tensor weight, bias;
+  };
+  struct Layer {
+    Norm input_norm, post_attention_norm;
+    Projection q, k, v, o;
+    at::Tensor q_norm, k_norm;
+    ExpertTensors mlp, experts;
+    at::Tensor router;
+    Projection mix;
+  };
+
+  at::Tensor get(const std::string& name) const;  // undefined when absent
+  Norm norm_named(const std::string& prefix) const;
+  Projection projection_named(const std::string& prefix) const;
+  ExpertTensors experts_named(const std::string& prefix) const;
+  Layer layer_named(int64_t index) const;
+
+  at::Tensor embed(const at::Tensor& tokens_BS) const;
+  at::Tensor normalize(const at::Tensor& x, const Norm& norm) const;
+  at::Tensor attention(const Layer& layer, const at::Tensor& x, int64_t sequence_length) const;
+  at::Tensor feed_forward(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x, int64_t index,
+                          const ForwardOptions& options, ForwardResult& result) const;
+  at::Tensor routed(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x, int64_t index,
+                    const ForwardOptions& options, ForwardResult& result) const;
+  ExpertShape shape_of(int64_t num_experts, int64_t intermediate_size) const;
+
+  ModelConfig config_;
+  std::vector<Parameter> parameters_;
+  std::map<std::string, size_t> index_;
+  std::vector<Layer> layers_;
+};
+
+}  // namespace coterie

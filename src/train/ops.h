@@ -1,0 +1,65 @@
+// Differentiable operations over our kernels: what LanguageModel is made of, beside ATen's own.
+// Activations are fp32 in every mode; weights are fp32 or bf16 (then the products take bf16 operands
+// and accumulate in fp32, as the engine does). Biases, norms and routers are fp32.
+// Legend: T tokens, D hidden, N outputs, E experts, K top-k, U rows of an expert's up matrix, F inner
+// size, V vocabulary.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "moe/dispatcher.h"
+#include "moe/experts.h"
+#include "moe/router.h"
+
+namespace coterie {
+
+// x_TD W_ND^T + b_N. `bias` may be undefined.
+at::Tensor linear(const at::Tensor& x_TD, const at::Tensor& weight_ND, const at::Tensor& bias_N);
+
+// Rotates q or k [T, heads * head_dim] in place (rope.h); token t of the batch has position t % sequence_length.
+at::Tensor rotate(const at::Tensor& x, int64_t sequence_length, int64_t head_dim, double theta);
+
+// Causal self-attention of whole sequences: q [T, H * d], k and v [T, G * d] -> [T, H * d].
+at::Tensor causal_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t sequence_length,
+                            int64_t head_dim);
+
+at::Tensor rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps);
+
+struct Routed {
+  at::Tensor weights_TK;             // differentiable
+  std::shared_ptr<Routing> routing;  // the choices, and the same weights
+};
+Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const int32_t* priority_T = nullptr);
+
+// sum over a token's choices of weight * expert(x). `weights_TK` undefined: weights of 1 without
+// gradient (a dense MLP is one expert that every token visits).
+struct ExpertTensors {
+  at::Tensor up_EUD;
+  at::Tensor up_bias_EU;    // undefined without biases
+  at::Tensor down_EDF;
+  at::Tensor down_bias_ED;  // undefined without biases
+};
+at::Tensor apply_experts(const ExpertShape& shape, std::shared_ptr<const Dispatch> dispatch, const at::Tensor& x_TD,
+                         const at::Tensor& weights_TK, const ExpertTensors& tensors);
+
+// The output head with its loss, without ever holding all logits: chunks of tokens run forward and,
+// when a gradient is wanted, backward at once.
+//   loss = CE(student, targets) + alpha * tau^2 * KL(teacher || student) at temperature tau, means over T
+// (Hinton et al. 2015; DeepSpeed-MoE section 4). Without a teacher, loss is CE alone.
+struct TeacherSignal {
+  at::Tensor hidden_TD;  // the teacher's last hidden states of the same tokens, after its final norm
+  at::Tensor head_VD;    // its output matrix
+  double alpha = 1.0;
+  double temperature = 1.0;
+};
+struct HeadLoss {
+  at::Tensor loss;  // differentiable scalar
+  double cross_entropy = 0;
+  double kl = 0;    // of temperature tau, not scaled
+};
+HeadLoss head_loss(const at::Tensor& hidden_TD, const at::Tensor& head_VD, const at::Tensor& targets_T,
+                   const TeacherSignal* teacher);
+
+}  // namespace coterie

@@ -1,0 +1,175 @@
+#include "train/trainer.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/GradMode.h>
+#include <malloc.h>
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+
+#include "base/thread_pool.h"
+#include "coterie/error.h"
+#include "io/safetensors.h"
+
+namespace coterie {
+namespace {
+
+at::ScalarType scalar_type(const std::string& dtype) { return dtype == "bf16" ? at::kBFloat16 : at::kFloat; }
+
+// A step allocates and frees the same large tensors again and again. glibc would hand each back to the
+// kernel and fault it in anew, page by page, which costs more than many of our kernels; keep them.
+void keep_freed_memory() {
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 2000 << 20);
+}
+
+RunSettings prepared(const RunSettings& settings) {
+  keep_freed_memory();
+  at::set_num_threads(settings.train.threads > 0 ? static_cast<int>(settings.train.threads) : available_cpus());
+  return settings;
+}
+
+std::optional<Distiller> make_distiller(const RunSettings& settings, const LanguageModel& student, int64_t total_steps) {
+  if (!settings.distill) return std::nullopt;
+  Distiller distiller(*settings.distill, student.config(), scalar_type(settings.train.dtype), total_steps);
+  distiller.initialize(student);
+  return distiller;
+}
+
+at::Tensor inputs_of(const at::Tensor& windows) { return windows.narrow(1, 0, windows.size(1) - 1).contiguous(); }
+at::Tensor targets_of(const at::Tensor& windows) { return windows.narrow(1, 1, windows.size(1) - 1).reshape({-1}); }
+
+}  // namespace
+
+struct Trainer::Tally {
+  StepMetrics metrics;
+  std::vector<std::vector<int64_t>> load_LE;  // kept choices per MoE layer and expert
+  int64_t choices = 0;
+  int64_t kept = 0;
+
+  void add(const std::vector<std::shared_ptr<Routing>>& routings) {
+    load_LE.resize(routings.size());
+    for (size_t layer = 0; layer < routings.size(); ++layer) {
+      load_LE[layer].resize(static_cast<size_t>(routings[layer]->num_experts));
+      choices += static_cast<int64_t>(routings[layer]->expert_ids_TK.size());
+      for (size_t e = 0; e < load_LE[layer].size(); ++e) {
+        load_LE[layer][e] += routings[layer]->tokens_per_expert_E[e];
+        kept += routings[layer]->tokens_per_expert_E[e];
+      }
+    }
+  }
+
+  void finish() {
+    if (choices > 0) metrics.dropped = 1.0 - static_cast<double>(kept) / static_cast<double>(choices);
+    for (const std::vector<int64_t>& load_E : load_LE) {
+      int64_t sum = 0;
+      for (int64_t load : load_E) sum += load;
+      const double mean = static_cast<double>(sum) / static_cast<double>(load_E.size());
+      const double fullest = static_cast<double>(*std::max_element(load_E.begin(), load_E.end()));
+      metrics.expert_balance.push_back(sum > 0 ? fullest / mean : 0.0);
+    }
+  }
+};
+
+Trainer::Trainer(const ModelConfig& config, const RunSettings& settings)
+    : settings_(prepared(settings)),
+      total_steps_(settings.train.total_steps(settings.data.sequence_length)),
+      model_(config, scalar_type(settings.train.dtype), settings.train.seed),
+      train_data_(settings.data.path, "train", settings.data.sequence_length, settings.train.seed),
+      valid_data_(settings.data.path, "valid", settings.data.sequence_length, settings.train.seed),
+      distiller_(make_distiller(settings_, model_, total_steps_)),
+      optimizer_(model_.parameters(), settings_.train) {
+  if (config.vocab_size < train_data_.tokens().vocab_size()) {
+    throw InvalidArgument("model.vocab_size: " + std::to_string(config.vocab_size) + " is below the data's " +
+                          std::to_string(train_data_.tokens().vocab_size()) + " (" + settings.data.path + ")");
+  }
+  if (settings.data.sequence_length > config.max_position_embeddings) {
+    throw InvalidArgument("data.sequence_length: " + std::to_string(settings.data.sequence_length) +
+                          " exceeds model.max_position_embeddings (" + std::to_string(config.max_position_embeddings) + ")");
+  }
+}
+
+bool Trainer::resume() {
+  const auto state = load_latest_checkpoint(settings_.train.output_dir, model_.config(), optimizer_);
+  if (state) state_ = *state;
+  return state.has_value();
+}
+
+StepMetrics Trainer::step() {
+  const auto start = std::chrono::steady_clock::now();
+  const int64_t tokens_per_step = settings_.train.batch_size * settings_.data.sequence_length;
+  Tally tally;
+  for (int64_t i = 0; i < settings_.train.gradient_accumulation_steps; ++i) micro_batch(i, tally);
+  StepMetrics& metrics = tally.metrics;
+  tally.finish();
+  metrics.tokens = (state_.step + 1) * tokens_per_step;
+  metrics.learning_rate = learning_rate_at(settings_.train, metrics.tokens);
+  metrics.grad_norm = optimizer_.step(metrics.learning_rate);
+  metrics.step = ++state_.step;
+  metrics.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  state_.train_seconds += metrics.seconds;
+  return metrics;
+}
+
+void Trainer::micro_batch(int64_t index, Tally& tally) {
+  const TrainSettings& train = settings_.train;
+  const int64_t count = train.batch_size / train.gradient_accumulation_steps;
+  const at::Tensor windows = train_data_.training_batch(state_.step * train.batch_size + index * count, count);
+  const at::Tensor inputs = inputs_of(windows);
+  const uint64_t forward_index = static_cast<uint64_t>(state_.step * train.gradient_accumulation_steps + index);
+  const ForwardResult result =
+      model_.forward(inputs, {.training = true, .seed = train.seed, .step = forward_index});
+  const auto teacher = distiller_ ? distiller_->signal(inputs, state_.step) : std::nullopt;
+  const HeadLoss head = head_loss(result.hidden_TD, model_.head(), targets_of(windows), teacher ? &*teacher : nullptr);
+  at::Tensor loss = head.loss;
+  if (result.balance_loss.defined()) loss = loss + train.balance_loss * result.balance_loss + train.z_loss * result.z_loss;
+  const double share = 1.0 / static_cast<double>(train.gradient_accumulation_steps);
+  (loss * share).backward();
+  optimizer_.accumulate_gradients();
+  tally.metrics.loss += share * head.cross_entropy;
+  tally.metrics.kl_loss += share * head.kl;
+  if (result.balance_loss.defined()) tally.metrics.balance_loss += share * result.balance_loss.item<double>();
+  tally.add(result.routings);
+}
+
+EvalMetrics Trainer::evaluate() const {
+  c10::NoGradGuard no_grad;
+  const int64_t length = settings_.data.sequence_length;
+  int64_t num_windows = valid_data_.num_windows();
+  if (settings_.train.eval_tokens > 0) {
+    num_windows = std::clamp<int64_t>(settings_.train.eval_tokens / length, 1, num_windows);
+  }
+  const int64_t batch = settings_.train.batch_size / settings_.train.gradient_accumulation_steps;
+  double sum = 0;
+  for (int64_t first = 0; first < num_windows; first += batch) {
+    const at::Tensor windows = valid_data_.windows(first, std::min(batch, num_windows - first));
+    const ForwardResult result = model_.forward(inputs_of(windows), {.training = false});
+    const at::Tensor targets = targets_of(windows);
+    sum += head_loss(result.hidden_TD, model_.head(), targets, nullptr).cross_entropy * static_cast<double>(targets.size(0));
+  }
+  EvalMetrics metrics{.tokens = num_windows * length, .loss = sum / static_cast<double>(num_windows * length)};
+  const PackedTokens& tokens = valid_data_.tokens();
+  metrics.loss_per_byte = metrics.loss * static_cast<double>(tokens.num_tokens()) / static_cast<double>(tokens.num_bytes());
+  return metrics;
+}
+
+std::string Trainer::save() const {
+  return save_checkpoint(settings_.train.output_dir, model_.config(), optimizer_, state_, settings_.train.keep_checkpoints);
+}
+
+void Trainer::export_model(const std::string& directory) const { export_language_model(model_, directory); }
+
+void export_language_model(const LanguageModel& model, const std::string& directory) {
+  std::filesystem::create_directories(directory);
+  std::vector<TensorToWrite> tensors;
+  for (const Parameter& parameter : model.parameters()) {
+    const DType dtype = parameter.tensor.scalar_type() == at::kBFloat16 ? DType::kBF16 : DType::kF32;
+    tensors.push_back({parameter.name, parameter.tensor.sizes().vec(), dtype, parameter.tensor.const_data_ptr()});
+  }
+  write_safetensors(directory + "/model.safetensors", tensors, {{"format", "pt"}});
+  write_text_file(directory + "/config.json", model.config().to_json());
+}
+
+}  // namespace coterie

@@ -1,0 +1,32 @@
+// Kernel views of torch tensors. The tensors must be on the CPU, fp32 or bf16.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "base/check.h"
+#include "kernels/matrix.h"
+
+namespace coterie {
+
+inline DType dtype_of(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kFloat) return DType::kF32;
+  COTERIE_CHECK(tensor.scalar_type() == at::kBFloat16, "weights and activations are fp32 or bf16");
+  return DType::kBF16;
+}
+
+inline ConstMatrix const_matrix(const at::Tensor& tensor) {
+  COTERIE_CHECK(tensor.dim() == 2, "a matrix has two axes");
+  return {tensor.const_data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+}
+
+inline Matrix matrix(const at::Tensor& tensor) {
+  COTERIE_CHECK(tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), "rows are contiguous");
+  return {tensor.mutable_data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+// Null for an undefined tensor (a bias that the model does not have).
+inline const float* float_data(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+}
+
+}  // namespace coterie
