@@ -1,0 +1,78 @@
+"""The command `coterie`: one file per subcommand, and here the one place where errors become exit codes.
+
+0: done. 2: the input is at fault, one line on stderr says where. 130: stopped by Ctrl-C. Anything else is
+a bug of ours, and shows its trace.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from coterie.cli.data import data
+from coterie.cli.distill import distill
+from coterie.cli.eval import evaluate
+from coterie.cli.export import export
+from coterie.cli.generate import generate
+from coterie.cli.inspect import inspect
+from coterie.cli.train import train
+from coterie.config import ConfigError
+from coterie.corpus import DataError
+from coterie.training import Interrupted, MissingPackageError
+
+app = typer.Typer(
+    name="coterie",
+    help="Trains, compresses and serves Mixture-of-Experts language models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, command in (
+    ("data", data),
+    ("train", train),
+    ("distill", distill),
+    ("export", export),
+    ("eval", evaluate),
+    ("inspect", inspect),
+    ("generate", generate),
+):
+    app.command(name)(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    try:
+        arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        return int(app(arguments, prog_name="coterie", standalone_mode=False) or 0)
+    except Interrupted as interruption:
+        resume = "continue with --resume"
+        print(
+            f"coterie: stopped after step {interruption.step}, saved in {interruption.checkpoint}: {resume}",
+            file=sys.stderr,
+        )
+        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough of it; Python must not try to flush it again on exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 141
+    except typer.TyperException as error:
+        return _refuse(error.format_message())
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except _errors_of_input() as error:
+        return _refuse(str(error))
+
+
+def _errors_of_input() -> tuple[type[Exception], ...]:
+    """The exceptions that say what is wrong with the input. The engine's are known once it is loaded."""
+    engine = sys.modules.get("coterie._engine")
+    names = ("InvalidArgument", "CorruptFile", "ResourceExhausted")
+    return (ConfigError, DataError, MissingPackageError, *(getattr(engine, name) for name in names if engine))
+
+
+def _refuse(message: str) -> int:
+    print("coterie: " + " ".join(message.split()), file=sys.stderr)
+    return 2

@@ -1,0 +1,40 @@
+"""`coterie eval`: the validation loss of a model, computed by the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from coterie import evaluation
+from coterie.cli.console import JsonOption, notes, print_json, results
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or a .gguf file.")],
+    data: Annotated[Path, typer.Option("--data", help="A directory made by `coterie data`.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window; 0: all positions of the model.")] = 0,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens to predict; 0: the whole validation split.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int, typer.Option(help="0: as many as the process may use.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Compute the loss on the validation split, over the same windows as the trainer's evaluation."""
+    loss = evaluation.evaluate(
+        str(model),
+        data,
+        sequence_length=sequence_length,
+        eval_tokens=eval_tokens,
+        dtype=dtype,
+        threads=threads,
+        progress=lambda windows: track(windows, "evaluating", console=notes),
+    )
+    if json:
+        print_json(loss)
+        return
+    results.print(
+        f"validation loss {loss['loss']:.4f} nats/token, {loss['loss_per_byte']:.4f} nats/byte, perplexity"
+        f" {loss['perplexity']:.2f} over {loss['eval_tokens']:,} tokens, {loss['tokens_per_s']:,.0f} tokens/s"
+    )

@@ -1,0 +1,241 @@
+"""The loop around `coterie._train.Trainer`: when to evaluate, save and stop, and what is written down.
+
+A run's directory holds
+
+- `run.json`: the resolved model and settings;
+- `metrics.jsonl`: one JSON object per step (`"kind": "step"`) and per evaluation (`"kind": "eval"`),
+  each with `train_seconds`, the time spent in steps so far;
+- `checkpoints/`: what `--resume` continues from, bit for bit;
+- `model/`: the finished model, exported with its tokenizer;
+- `events.out.tfevents.*`: for TensorBoard, when asked for.
+
+This module draws nothing: a `Display` is told what happens.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from coterie.config import ConfigError, ResolvedConfig
+from coterie.data import copy_tokenizer
+
+
+class MissingPackageError(RuntimeError):
+    """Training needs packages that serving does not."""
+
+
+class Display(Protocol):
+    """Is told of a run's progress."""
+
+    def started(self, first_step: int, total_steps: int) -> None: ...
+
+    def stepped(self, metrics: dict[str, Any]) -> None: ...
+
+    def evaluated(self, metrics: dict[str, Any]) -> None: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the run was saved after the step it came in, and can be resumed."""
+
+    def __init__(self, step: int, checkpoint: str) -> None:
+        super().__init__()
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[str, Any]:
+    """Trains to the end, or until Ctrl-C.
+
+    Parameters
+    ----------
+    config : ResolvedConfig
+        From `coterie.config.load(...).resolve()`.
+    display : Display
+        Told of every step and evaluation.
+    resume : bool
+        Continue from the newest checkpoint in the output directory; without one, start anew.
+
+    Returns
+    -------
+    dict
+        step, tokens, train_seconds, tokens_per_s, loss (of the last step), valid_loss,
+        valid_loss_per_byte, model (the exported directory).
+
+    Raises
+    ------
+    Interrupted
+        After Ctrl-C, when the checkpoint is written.
+    ConfigError
+        When the output directory holds a run already and `resume` is not asked for.
+    """
+    train = config.settings["train"]
+    output_dir = config.output_dir
+    if not resume and (output_dir / "checkpoints").exists():
+        message = "holds a run already: pass --resume, or choose another directory"
+        raise ConfigError(f'{config.source}: train.output_dir: {message} ("{output_dir}")')
+    trainer = make_trainer(config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if resume:
+        trainer.resume()
+    _write_json(output_dir / "run.json", {"model": config.model, **config.settings})
+    display.started(trainer.step_index, trainer.total_steps)
+    with _Log(output_dir, trainer, train["tensorboard"]) as log:
+        last = _train_to_end(trainer, train, display, log)
+    model_dir = output_dir / "model"
+    trainer.export(str(model_dir))
+    copy_tokenizer(Path(config.settings["data"]["path"]), model_dir)
+    tokens = trainer.step_index * train["batch_size"] * config.settings["data"]["sequence_length"]
+    return {
+        "step": trainer.step_index,
+        "tokens": tokens,
+        "train_seconds": trainer.train_seconds,
+        "tokens_per_s": tokens / trainer.train_seconds if trainer.train_seconds else 0.0,
+        **last,
+        "model": str(model_dir),
+    }
+
+
+def make_trainer(config: ResolvedConfig) -> Any:
+    """A `coterie._train.Trainer`; torch is loaded first, since the extension uses its libraries."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise MissingPackageError("training needs PyTorch: pip install 'coterie[train]'") from None
+    from coterie import _train
+
+    return _train.Trainer(json.dumps(config.model), json.dumps(config.settings))
+
+
+def export_run(run_dir: Path) -> Path:
+    """The model of a run, exported from its newest checkpoint when the run has not ended yet."""
+    model_dir = run_dir / "model"
+    if not (model_dir / "config.json").is_file():
+        settings = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        trainer = make_trainer(ResolvedConfig(str(run_dir), settings.pop("model"), settings))
+        if not trainer.resume():
+            raise ConfigError(f"{run_dir}: has neither a model nor a checkpoint yet")
+        trainer.export(str(model_dir))
+        copy_tokenizer(Path(settings["data"]["path"]), model_dir)
+    return model_dir
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last one that a crash tore is left out."""
+    with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def _train_to_end(trainer: Any, train: dict[str, Any], display: Display, log: _Log) -> dict[str, Any]:
+    step_metrics: dict[str, Any] = {}
+    eval_metrics: dict[str, Any] = {}
+    with _ctrl_c_after_the_step() as stop:
+        while not trainer.finished:
+            step_metrics = trainer.step()
+            step_metrics["train_seconds"] = trainer.train_seconds
+            log.write("step", step_metrics)
+            display.stepped(step_metrics)
+            step = trainer.step_index
+            if stop.wanted:
+                raise Interrupted(step, trainer.save_checkpoint())
+            if not trainer.finished and _due(step, train["eval_every"]):
+                eval_metrics = _evaluate(trainer, display, log)
+            if _due(step, train["save_every"]) or trainer.finished:
+                trainer.save_checkpoint()
+        eval_metrics = _evaluate(trainer, display, log)
+    return {
+        "loss": step_metrics.get("loss"),
+        "valid_loss": eval_metrics["loss"],
+        "valid_loss_per_byte": eval_metrics["loss_per_byte"],
+    }
+
+
+def _evaluate(trainer: Any, display: Display, log: _Log) -> dict[str, Any]:
+    metrics = trainer.evaluate()
+    metrics["train_seconds"] = trainer.train_seconds
+    log.write("eval", metrics)
+    display.evaluated(metrics)
+    return metrics
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Stop:
+    wanted = False
+
+
+@contextmanager
+def _ctrl_c_after_the_step() -> Iterator[_Stop]:
+    """The first Ctrl-C is kept until the step is done; a second one interrupts at once."""
+    stop = _Stop()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.wanted:
+            raise KeyboardInterrupt
+        stop.wanted = True
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: nobody sends us signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Log:
+    """metrics.jsonl and, when asked for, TensorBoard events. What was logged after the step that the run
+    resumes from is dropped, so that its files read like those of a run that was never interrupted."""
+
+    def __init__(self, output_dir: Path, trainer: Any, tensorboard: bool) -> None:
+        first = trainer.step_index
+        path = output_dir / "metrics.jsonl"
+        rows = read_metrics(output_dir) if path.is_file() else []
+        self._file = open(path, "w", encoding="utf-8")
+        for row in rows:
+            # The last evaluation comes after the last checkpoint, and is done again.
+            if row["step"] < first or (row["step"] == first and (row["kind"] == "step" or not trainer.finished)):
+                self._write_row(row)
+        self._writer = _summary_writer(output_dir, first) if tensorboard else None
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+    def write(self, kind: str, metrics: dict[str, Any]) -> None:
+        self._write_row({"kind": kind, **metrics})
+        if self._writer:
+            prefix = "train" if kind == "step" else "valid"
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and name not in ("step", "tokens"):
+                    self._writer.add_scalar(f"{prefix}/{name}", value, metrics["step"])
+            for layer, value in enumerate(metrics.get("expert_balance", ())):
+                self._writer.add_scalar(f"expert_balance/{layer}", value, metrics["step"])
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def _summary_writer(output_dir: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingPackageError("train.tensorboard needs TensorBoard: pip install 'coterie[train]'") from None
+    return SummaryWriter(str(output_dir), purge_step=first_step + 1)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
