@@ -27,9 +27,7 @@ class CoterieConfig(PreTrainedConfig):
     attention_bias, attention_output_bias, mlp_bias
         Biases of the q, k and v projections, of the output projection, of MLPs and experts.
     clip_qkv
-        Clamp queries, keys and values to this magnitude; 0 is off.
-    balance_loss_coef, z_loss_coef
-        Factors of the router's two losses in the training loss.
+        Clamp queries, keys (after their norm) and values to this magnitude; 0 is off.
     """
 
     model_type = "coterie"
@@ -56,8 +54,6 @@ class CoterieConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     layers: list[dict[str, Any]] | None = None
-    balance_loss_coef: float = 0.0
-    z_loss_coef: float = 0.0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

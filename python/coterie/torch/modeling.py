@@ -73,11 +73,11 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        if config.clip_qkv:
-            q, k, v = (z.clamp(-config.clip_qkv, config.clip_qkv) for z in (q, k, v))
         q, k, v = (z.unflatten(-1, (-1, config.head_dim)) for z in (q, k, v))
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        if config.clip_qkv:
+            q, k, v = (z.clamp(-config.clip_qkv, config.clip_qkv) for z in (q, k, v))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         if config.position_embedding_type == "rope":
             q, k = rotate(q, positions_BS, config.rope_theta), rotate(k, positions_BS, config.rope_theta)
@@ -233,7 +233,14 @@ class CoterieOutput(ModelOutput):
 
 
 class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):
-    """The decoder with its output layer, whose weight may be the embedding's."""
+    """The decoder with its output layer, whose weight may be the embedding's.
+
+    Attributes
+    ----------
+    balance_loss_coef, z_loss_coef
+        Factors of the router's two losses in the training loss. They belong to a run and not to the
+        model, so they are not in its configuration.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -241,6 +248,8 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = CoterieModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.balance_loss_coef = 0.0
+        self.z_loss_coef = 0.0
         self.post_init()
 
     def forward(
@@ -291,8 +300,6 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):
             )
             if routings:
                 output.loss = (
-                    output.ce_loss
-                    + self.config.balance_loss_coef * output.balance_loss
-                    + self.config.z_loss_coef * output.z_loss
+                    output.ce_loss + self.balance_loss_coef * output.balance_loss + self.z_loss_coef * output.z_loss
                 )
         return output if return_dict is not False else output.to_tuple()
