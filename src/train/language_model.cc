@@ -164,15 +164,15 @@ at::Tensor LanguageModel::attention(const Layer& layer, const at::Tensor& x, int
   at::Tensor q = linear(x, layer.q.weight, layer.q.bias);
   at::Tensor k = linear(x, layer.k.weight, layer.k.bias);
   at::Tensor v = linear(x, layer.v.weight, layer.v.bias);
-  if (config_.clip_qkv > 0) {
-    for (at::Tensor* y : {&q, &k, &v}) *y = y->clamp(-config_.clip_qkv, config_.clip_qkv);
-  }
   if (config_.qk_norm != QkNorm::kNone) {
     const auto norm = [&](const at::Tensor& y, const at::Tensor& weight) {
       return rms_norm(y.view({-1, weight.size(0)}), weight, config_.norm_eps).view(y.sizes());
     };
     q = norm(q, layer.q_norm);
     k = norm(k, layer.k_norm);
+  }
+  if (config_.clip_qkv > 0) {
+    for (at::Tensor* y : {&q, &k, &v}) *y = y->clamp(-config_.clip_qkv, config_.clip_qkv);
   }
   if (config_.positions == PositionKind::kRope) {
     q = rotate(q, sequence_length, config_.head_dim, config_.rope_theta);
