@@ -1,5 +1,5 @@
 PYTHON := .venv/bin/python
-CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.inc')
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.inl')
 PYTHON_DIRS := python scripts tests
 
 .PHONY: setup demo test lint bench format clean

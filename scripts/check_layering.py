@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"base", "kernels", "comm", "io", "moe", "model"},
     "bindings": {"base", "kernels", "comm", "io", "moe", "model", "planner", "engine", "train"},
 }
-SUFFIXES = {".h", ".cc", ".inc"}
+SUFFIXES = {".h", ".cc", ".inl"}
 TORCH_FILE = "src/bindings/train_module.cc"
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 TORCH_INCLUDE = re.compile(r"^(torch|ATen|c10|caffe2)/")
