@@ -81,6 +81,8 @@ constexpr const char* kBystanders[] = {"architectures",
                                        "label2id",
                                        "problem_type",
                                        "chunk_size_feed_forward",
+                                       "balance_loss_coef",
+                                       "z_loss_coef",
                                        "auto_map",
                                        "_attn_implementation_autoset"};
 
@@ -173,8 +175,15 @@ Json write_config(const ModelConfig& c) {
   return json;
 }
 
+// Our files store the logical tensors as they are.
+CheckpointMap checkpoint_map(const ModelConfig& config) {
+  return map_tensors(config, [](const LogicalName&, const TensorSpec& spec) {
+    return std::vector<std::vector<Piece>>{{whole_piece(spec, spec.name)}};
+  });
+}
+
 }  // namespace
 
-const Architecture kCoterieArchitecture = {"CoterieForCausalLM", "coterie", read_config, write_config};
+const Architecture kCoterieArchitecture = {"CoterieForCausalLM", "coterie", read_config, write_config, checkpoint_map};
 
 }  // namespace coterie

@@ -1,4 +1,7 @@
 // GPT2LMHeadModel of Hugging Face transformers: LayerNorm, learned positions, biases everywhere.
+#include <map>
+
+#include "base/check.h"
 #include "model/architectures.h"
 
 namespace coterie {
@@ -61,8 +64,49 @@ Json write_config(const ModelConfig& c) {
           {"eos_token_id", token_ids_json(c.eos_token_ids)}};
 }
 
+// q, k and v lie side by side in c_attn.
+std::vector<std::vector<Piece>> fused_attention(const TensorSpec& spec, const std::string& stored, int64_t part) {
+  const bool is_weight = spec.shape.size() > 1;
+  Piece piece = whole_piece(spec, stored, /*transposed=*/true);
+  piece.stored_row = part * spec.shape[0];
+  piece.stored_shape[is_weight ? 1 : 0] = 3 * spec.shape[0];
+  return {{piece}};
+}
+
+CheckpointMap checkpoint_map(const ModelConfig& config) {
+  static const std::map<std::string, std::string> kNames = {
+      {"model.embed_tokens", "transformer.wte"},
+      {"model.embed_positions", "transformer.wpe"},
+      {"model.norm", "transformer.ln_f"},
+      {"lm_head", "lm_head"},
+      {"input_norm", "ln_1"},
+      {"post_attention_norm", "ln_2"},
+      {"attention.o_proj", "attn.c_proj"},
+      {"mlp.up", "mlp.c_fc"},
+      {"mlp.down", "mlp.c_proj"},
+  };
+  static const std::map<std::string, int64_t> kFused = {
+      {"attention.q_proj", 0}, {"attention.k_proj", 1}, {"attention.v_proj", 2}};
+  CheckpointMap map = map_tensors(config, [](const LogicalName& name, const TensorSpec& spec) {
+    const bool in_layer = name.layer >= 0;
+    const std::string prefix = in_layer ? "transformer.h." + std::to_string(name.layer) + "." : "";
+    if (const auto part = kFused.find(name.module); part != kFused.end()) {
+      return fused_attention(spec, prefix + "attn.c_attn." + name.kind, part->second);
+    }
+    const auto stored = kNames.find(name.module);
+    COTERIE_CHECK(stored != kNames.end(), spec.name + " has no place in GPT-2");
+    // Conv1D keeps its weights [in, out]; embeddings and the head are as ours.
+    return std::vector<std::vector<Piece>>{
+        {whole_piece(spec, prefix + stored->second + "." + name.kind, /*transposed=*/in_layer)}};
+  });
+  map.base_prefix = "transformer.";
+  map.ignored_suffixes = {".attn.bias", ".attn.masked_bias"};
+  if (config.tie_word_embeddings) map.ignored_suffixes.push_back("lm_head.weight");
+  return map;
+}
+
 }  // namespace
 
-const Architecture kGpt2Architecture = {"GPT2LMHeadModel", "gpt2", read_config, write_config};
+const Architecture kGpt2Architecture = {"GPT2LMHeadModel", "gpt2", read_config, write_config, checkpoint_map};
 
 }  // namespace coterie

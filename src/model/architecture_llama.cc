@@ -2,7 +2,9 @@
 // OlmoeForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM. Keys and defaults as in the
 // configuration_*.py files of transformers 5.
 #include <algorithm>
+#include <map>
 
+#include "base/check.h"
 #include "model/architectures.h"
 
 namespace coterie {
@@ -258,12 +260,94 @@ Json write_qwen3_moe(const ModelConfig& c) {
   return json;
 }
 
+// How the files of one architecture call the parts of a feed-forward block.
+struct BlockNames {
+  std::string block = "mlp";
+  std::string gate = "gate_proj", up = "up_proj", down = "down_proj";  // of the experts
+};
+
+// gate and up are two stored matrices, one logical tensor: gate rows first.
+std::vector<Piece> gate_up_pieces(const TensorSpec& spec, int64_t offset, const std::string& gate,
+                                  const std::string& up) {
+  const bool is_weight = spec.shape.size() > 1;
+  const int64_t cols = is_weight ? spec.shape.back() : 1;
+  const int64_t inner = spec.shape[is_weight ? spec.shape.size() - 2 : 0] / 2;
+  const std::vector<int64_t> shape = is_weight ? std::vector<int64_t>{inner, cols} : std::vector<int64_t>{inner};
+  return {{.stored = gate, .stored_shape = shape, .offset = offset, .rows = inner, .cols = cols},
+          {.stored = up, .stored_shape = shape, .offset = offset + inner * cols, .rows = inner, .cols = cols}};
+}
+
+// One by one under the experts' numbers as transformers saves them, or stacked as it holds them.
+std::vector<std::vector<Piece>> expert_forms(const TensorSpec& spec, bool is_up, const std::string& layer,
+                                             const BlockNames& names) {
+  const int64_t rows = spec.shape[1], cols = spec.shape[2];
+  std::vector<Piece> separate;
+  for (int64_t e = 0; e < spec.shape[0]; ++e) {
+    const std::string expert = layer + names.block + ".experts." + std::to_string(e) + ".";
+    const int64_t offset = e * rows * cols;
+    if (is_up) {
+      const auto pieces = gate_up_pieces(spec, offset, expert + names.gate + ".weight", expert + names.up + ".weight");
+      separate.insert(separate.end(), pieces.begin(), pieces.end());
+    } else {
+      separate.push_back({.stored = expert + names.down + ".weight",
+                          .stored_shape = {rows, cols},
+                          .offset = offset,
+                          .rows = rows,
+                          .cols = cols});
+    }
+  }
+  const std::string stacked = layer + "mlp.experts." + (is_up ? "gate_up_proj" : "down_proj");
+  return {separate, {whole_piece(spec, stacked)}};
+}
+
+std::vector<std::vector<Piece>> layer_forms(const LogicalName& name, const TensorSpec& spec, bool is_moe,
+                                            const BlockNames& names) {
+  static const std::map<std::string, std::string> kNames = {{"input_norm", "input_layernorm"},
+                                                            {"post_attention_norm", "post_attention_layernorm"},
+                                                            {"mix", "mlp.shared_expert_gate"}};
+  const std::string layer = "model.layers." + std::to_string(name.layer) + ".";
+  const std::string mlp = layer + (is_moe ? "mlp.shared_expert." : "mlp.");
+  const std::string& module = name.module;
+  if (module == "experts.up" || module == "experts.down")
+    return expert_forms(spec, module == "experts.up", layer, names);
+  if (module == "mlp.up") {
+    return {gate_up_pieces(spec, 0, mlp + "gate_proj." + name.kind, mlp + "up_proj." + name.kind)};
+  }
+  if (module == "mlp.down") return {{whole_piece(spec, mlp + "down_proj." + name.kind)}};
+  if (module == "router") {
+    return {{whole_piece(spec, layer + names.block + ".gate.weight")}, {whole_piece(spec, layer + "mlp.gate.weight")}};
+  }
+  if (module.starts_with("attention."))
+    return {{whole_piece(spec, layer + "self_attn." + module.substr(10) + "." + name.kind)}};
+  const auto stored = kNames.find(module);
+  COTERIE_CHECK(stored != kNames.end(), spec.name + " has no place in this architecture");
+  return {{whole_piece(spec, layer + stored->second + "." + name.kind)}};
+}
+
+CheckpointMap map_with(const ModelConfig& config, const BlockNames& names) {
+  CheckpointMap map = map_tensors(config, [&](const LogicalName& name, const TensorSpec& spec) {
+    if (name.layer < 0) return std::vector<std::vector<Piece>>{{whole_piece(spec, spec.name)}};
+    return layer_forms(name, spec, config.layers[name.layer].is_moe(), names);
+  });
+  map.base_prefix = "model.";
+  map.ignored_suffixes = {"rotary_emb.inv_freq"};
+  if (config.tie_word_embeddings) map.ignored_suffixes.push_back("lm_head.weight");
+  return map;
+}
+
+CheckpointMap llama_map(const ModelConfig& config) { return map_with(config, {}); }
+CheckpointMap mixtral_map(const ModelConfig& config) {
+  return map_with(config, {"block_sparse_moe", "w1", "w3", "w2"});
+}
+
 }  // namespace
 
-const Architecture kLlamaArchitecture = {"LlamaForCausalLM", "llama", read_llama, write_llama};
-const Architecture kMixtralArchitecture = {"MixtralForCausalLM", "mixtral", read_mixtral, write_mixtral};
-const Architecture kOlmoeArchitecture = {"OlmoeForCausalLM", "olmoe", read_olmoe, write_olmoe};
-const Architecture kQwen2MoeArchitecture = {"Qwen2MoeForCausalLM", "qwen2_moe", read_qwen2_moe, write_qwen2_moe};
-const Architecture kQwen3MoeArchitecture = {"Qwen3MoeForCausalLM", "qwen3_moe", read_qwen3_moe, write_qwen3_moe};
+const Architecture kLlamaArchitecture = {"LlamaForCausalLM", "llama", read_llama, write_llama, llama_map};
+const Architecture kMixtralArchitecture = {"MixtralForCausalLM", "mixtral", read_mixtral, write_mixtral, mixtral_map};
+const Architecture kOlmoeArchitecture = {"OlmoeForCausalLM", "olmoe", read_olmoe, write_olmoe, llama_map};
+const Architecture kQwen2MoeArchitecture = {"Qwen2MoeForCausalLM", "qwen2_moe", read_qwen2_moe, write_qwen2_moe,
+                                            llama_map};
+const Architecture kQwen3MoeArchitecture = {"Qwen3MoeForCausalLM", "qwen3_moe", read_qwen3_moe, write_qwen3_moe,
+                                            llama_map};
 
 }  // namespace coterie

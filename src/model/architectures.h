@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 
+#include "model/checkpoint_map.h"
 #include "model/config.h"
 #include "model/config_reader.h"
 
@@ -21,6 +22,9 @@ struct Architecture {
   // The best config.json of this architecture for a model. Whether it says everything is found by
   // reading it back (see export.h).
   Json (*write_config)(const ModelConfig& config);
+
+  // Where a checkpoint of this architecture keeps the tensors of a model that it can express.
+  CheckpointMap (*checkpoint_map)(const ModelConfig& config);
 };
 
 std::span<const Architecture* const> architectures();

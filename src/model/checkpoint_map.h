@@ -1,0 +1,89 @@
+// Which pieces of a checkpoint's tensors make up each logical tensor (tensors.h). One table per
+// architecture serves reading and writing: reading copies pieces into logical tensors, writing copies
+// them back into stored ones.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "io/tensor_source.h"
+#include "model/config.h"
+#include "model/tensors.h"
+
+namespace coterie {
+
+// A block that a stored and a logical tensor have in common. In the logical tensor it is [rows, cols],
+// contiguous from element `offset` on. In the stored one, seen as a matrix with `cols` columns, it is
+// the rows from stored_row on; when transposed, the stored matrix is [cols, all rows] (GPT-2's
+// Conv1D) and they are columns.
+struct Piece {
+  std::string stored;
+  std::vector<int64_t> stored_shape;
+  int64_t offset = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stored_row = 0;
+  bool transposed = false;
+};
+
+struct MappedTensor {
+  TensorSpec spec;
+  // Alternatives: a MoE layer's experts lie in files one by one or stacked. The first is the one that
+  // we write; a file is read in whichever form it has.
+  std::vector<std::vector<Piece>> forms;
+};
+
+struct CheckpointMap {
+  std::vector<MappedTensor> tensors;          // in the order of logical_tensors()
+  std::string base_prefix;                    // "transformer.": files of the model without its head leave it out
+  std::vector<std::string> ignored_suffixes;  // stored buffers that are no weights
+};
+
+// A logical name taken apart: "model.layers.3.mlp.up.weight" is layer 3, "mlp.up", "weight".
+struct LogicalName {
+  int64_t layer = -1;  // -1: not in a layer; then `module` is the whole name but ".weight"
+  std::string module;
+  std::string kind;  // "weight" or "bias"
+
+  explicit LogicalName(const std::string& name);
+};
+
+// The whole logical tensor under one stored name.
+Piece whole_piece(const TensorSpec& spec, std::string stored, bool transposed = false);
+
+// Asks `forms` for every logical tensor of the model.
+CheckpointMap map_tensors(
+    const ModelConfig& config,
+    const std::function<std::vector<std::vector<Piece>>(const LogicalName&, const TensorSpec&)>& forms);
+
+// Reads logical tensors from a file. The constructor compares names and shapes of everything, so that
+// a wrong file fails before any work is done: CorruptFile "FILE: TENSOR: missing", "... shape [2, 3] is
+// not [2, 4]", "... not a tensor of this model".
+class LogicalReader {
+ public:
+  LogicalReader(const TensorSource& source, CheckpointMap map);  // source must outlive the reader
+
+  const std::vector<MappedTensor>& tensors() const { return map_.tensors; }
+  bool has(const std::string& name) const;
+
+  // The tensor as fp32, row-major in its logical shape. Safe from any number of threads.
+  std::vector<float> read(const std::string& name) const;
+
+ private:
+  const MappedTensor* find(const std::string& name) const;
+  std::string stored_name(const std::string& name) const;
+  void check_piece(const Piece& piece) const;
+  void check_surplus() const;
+
+  const TensorSource& source_;
+  CheckpointMap map_;
+  std::vector<size_t> form_;  // chosen alternative of each tensor
+};
+
+// Copies a block between a logical tensor and a whole stored one.
+void copy_to_logical(const Piece& piece, const float* stored, float* logical);
+void copy_to_stored(const Piece& piece, const float* logical, float* stored);
+
+}  // namespace coterie

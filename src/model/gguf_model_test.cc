@@ -1,0 +1,226 @@
+#include "model/gguf_model.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "io/test_files.h"
+#include "io/test_gguf.h"
+#include "model/architectures.h"
+
+namespace coterie {
+namespace {
+
+using namespace gguf_file;
+
+// A Llama file: 2 layers, hidden 8, 2 heads of 4 and one KV head, MLP 6, vocabulary 5; every number of
+// a tensor says where it lies in the file: row + column / 64.
+class GgufModelTest : public TemporaryDirectoryTest {
+ protected:
+  using Values = std::vector<std::pair<std::string, std::string>>;  // key, whole entry
+
+  static Values good_values() {
+    const auto integer = [](const std::string& key, uint32_t v) { return std::pair(key, value(key, kUint32, v)); };
+    const auto real = [](const std::string& key, float v) { return std::pair(key, value(key, kFloat32, v)); };
+    return {{"general.architecture", text_value("general.architecture", "llama")},
+            integer("llama.block_count", 2),
+            integer("llama.context_length", 128),
+            integer("llama.embedding_length", 8),
+            integer("llama.feed_forward_length", 6),
+            integer("llama.attention.head_count", 2),
+            integer("llama.attention.head_count_kv", 1),
+            real("llama.attention.layer_norm_rms_epsilon", 1e-6f),
+            real("llama.rope.freq_base", 50000.0f),
+            integer("tokenizer.ggml.bos_token_id", 1),
+            integer("tokenizer.ggml.eos_token_id", 2)};
+  }
+
+  // Adds an entry, or puts it in the place of the one with that key.
+  static Values with(const std::string& key, const std::string& entry) {
+    Values values = good_values();
+    const auto found = std::ranges::find_if(values, [&](const auto& v) { return v.first == key; });
+    if (found == values.end()) {
+      values.emplace_back(key, entry);
+    } else {
+      found->second = entry;
+    }
+    return values;
+  }
+  static Values with(const std::string& key, uint32_t v) { return with(key, value(key, kUint32, v)); }
+
+  static Values without(const std::string& key) {
+    Values values = good_values();
+    std::erase_if(values, [&](const auto& v) { return v.first == key; });
+    return values;
+  }
+
+  struct Tensor {
+    std::string name;
+    uint64_t rows, cols;  // cols 0: a vector
+  };
+
+  static std::vector<Tensor> good_tensors() {
+    std::vector<Tensor> tensors = {{"token_embd.weight", 5, 8}, {"output_norm.weight", 8, 0}};
+    for (const std::string layer : {"blk.0.", "blk.1."}) {
+      const std::vector<Tensor> of_layer = {
+          {layer + "attn_norm.weight", 8, 0}, {layer + "attn_q.weight", 8, 8},      {layer + "attn_k.weight", 4, 8},
+          {layer + "attn_v.weight", 4, 8},    {layer + "attn_output.weight", 8, 8}, {layer + "ffn_norm.weight", 8, 0},
+          {layer + "ffn_gate.weight", 6, 8},  {layer + "ffn_up.weight", 6, 8},      {layer + "ffn_down.weight", 8, 6}};
+      tensors.insert(tensors.end(), of_layer.begin(), of_layer.end());
+    }
+    return tensors;
+  }
+
+  std::string write_file(const Values& values, const std::vector<Tensor>& tensors) {
+    Parts parts;
+    for (const auto& [key, entry] : values) parts.values.push_back(entry);
+    for (const auto& [name, rows, cols] : tensors) {
+      const std::vector<uint64_t> shape = cols ? std::vector<uint64_t>{cols, rows} : std::vector<uint64_t>{rows};
+      parts.tensors.push_back(tensor(name, shape, kF32, parts.data.size()));
+      for (uint64_t i = 0; i < rows * std::max<uint64_t>(cols, 1); ++i) {
+        const uint64_t width = std::max<uint64_t>(cols, 1);
+        parts.data += le(static_cast<float>(i / width) + static_cast<float>(i % width) / 64);
+      }
+      parts.data.resize((parts.data.size() + 31) / 32 * 32);
+    }
+    return write("a.gguf", parts.bytes());
+  }
+
+  std::string refusal(const Values& values, const std::vector<Tensor>& tensors = good_tensors()) {
+    const std::string path = write_file(values, tensors);
+    const GgufSource file(path);
+    return invalid_message([&] { config_from_gguf(file); }, path);
+  }
+
+  // The rows of a tensor of 8 columns, by the row of the file that each came from.
+  static std::vector<int> file_rows(const LogicalReader& reader, const std::string& name) {
+    const std::vector<float> values = reader.read(name);
+    std::vector<int> rows;
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (i % 8 == 0) rows.push_back(static_cast<int>(values[i]));
+      EXPECT_EQ(values[i], static_cast<float>(rows.back()) + static_cast<float>(i % 8) / 64) << name;
+    }
+    return rows;
+  }
+};
+
+TEST_F(GgufModelTest, MetadataBecomesAConfig) {
+  const GgufSource file(write_file(good_values(), good_tensors()));
+  const ModelConfig config = config_from_gguf(file);
+  EXPECT_EQ(config.architecture, "LlamaForCausalLM");
+  EXPECT_EQ(config.vocab_size, 5);
+  EXPECT_EQ(config.hidden_size, 8);
+  EXPECT_EQ(config.num_heads, 2);
+  EXPECT_EQ(config.num_kv_heads, 1);
+  EXPECT_EQ(config.head_dim, 4);
+  EXPECT_EQ(config.max_position_embeddings, 128);
+  EXPECT_EQ(config.norm, NormKind::kRmsNorm);
+  EXPECT_EQ(config.norm_eps, 1e-6f);
+  EXPECT_EQ(config.rope_theta, 50000.0);
+  EXPECT_EQ(config.num_layers(), 2);
+  EXPECT_EQ(config.layers[1].intermediate_size, 6);
+  EXPECT_FALSE(config.layers[1].is_moe());
+  EXPECT_TRUE(config.tie_word_embeddings);
+  EXPECT_FALSE(config.attention_bias || config.attention_output_bias || config.mlp_bias);
+  EXPECT_EQ(config.bos_token_id, 1);
+  EXPECT_EQ(config.eos_token_ids, std::vector<int64_t>{2});
+}
+
+TEST_F(GgufModelTest, WhatTheTensorsSayIsRead) {
+  std::vector<Tensor> tensors = good_tensors();
+  tensors.insert(tensors.end(), {{"output.weight", 5, 8}, {"blk.0.attn_q.bias", 8, 0}, {"blk.0.ffn_down.bias", 8, 0}});
+  const GgufSource file(write_file(with("tokenizer.ggml.eot_token_id", 4), tensors));
+  const ModelConfig config = config_from_gguf(file);
+  EXPECT_FALSE(config.tie_word_embeddings);
+  EXPECT_TRUE(config.attention_bias);
+  EXPECT_TRUE(config.mlp_bias);
+  EXPECT_FALSE(config.attention_output_bias);
+  EXPECT_EQ(config.eos_token_ids, (std::vector<int64_t>{2, 4}));
+  // A bias's rows are turned like its matrix's: within heads of 4, from 0 2 1 3.
+  std::vector<float> bias(8);
+  GgufLlamaSource(file, config).read("model.layers.0.self_attn.q_proj.bias", bias.data());
+  EXPECT_EQ(bias, (std::vector<float>{0, 2, 1, 3, 4, 6, 5, 7}));
+}
+
+TEST_F(GgufModelTest, TensorsLieUnderTheirLogicalNamesWithQueryAndKeyRowsTurnedBack) {
+  const GgufSource file(write_file(good_values(), good_tensors()));
+  const ModelConfig config = config_from_gguf(file);
+  const GgufLlamaSource source(file, config);
+  const LogicalReader reader(source, kLlamaArchitecture.checkpoint_map(config));
+  const std::vector<int> in_order = {0, 1, 2, 3, 4, 5, 6, 7};
+  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.q_proj.weight"), (std::vector<int>{0, 2, 1, 3, 4, 6, 5, 7}));
+  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.k_proj.weight"), (std::vector<int>{0, 2, 1, 3}));
+  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.v_proj.weight"), (std::vector<int>{0, 1, 2, 3}));
+  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.o_proj.weight"), in_order);
+  EXPECT_EQ(file_rows(reader, "model.layers.0.mlp.up.weight"), (std::vector<int>{0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(file_rows(reader, "model.embed_tokens.weight"), (std::vector<int>{0, 1, 2, 3, 4}));
+  EXPECT_EQ(reader.read("model.norm.weight"), (std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7}));
+}
+
+TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
+  const auto text = [](const std::string& key, const std::string& v) { return with(key, text_value(key, v)); };
+  const auto real = [](const std::string& key, float v) { return with(key, value(key, kFloat32, v)); };
+  std::vector<Tensor> llama3 = good_tensors();
+  llama3.push_back({"rope_freqs.weight", 2, 0});
+  struct Case {
+    Values values;
+    std::string message;
+    std::vector<Tensor> tensors = good_tensors();
+  };
+  const Case cases[] = {
+      {text("general.architecture", "gemma\n"), R"(: general.architecture: 'gemma\x0a' is not supported ('llama' is))"},
+      {without("general.architecture"), ": general.architecture: '' is not supported ('llama' is)"},
+      {with("general.architecture", 3), ": general.architecture: is not a string"},
+      {without("llama.embedding_length"), ": llama.embedding_length: is missing"},
+      {real("llama.embedding_length", 8.0f), ": llama.embedding_length: is not a whole number"},
+      {without("llama.attention.layer_norm_rms_epsilon"), ": llama.attention.layer_norm_rms_epsilon: is missing"},
+      {with("llama.attention.head_count", 3),
+       ": llama.attention.head_count: 3 does not divide llama.embedding_length (8)"},
+      {with("llama.attention.head_count", uint32_t{0}),
+       ": llama.attention.head_count: 0 does not divide llama.embedding_length (8)"},
+      {with("llama.attention.value_length", 8), ": llama.attention.value_length: 8 is not supported (4 is)"},
+      {with("llama.rope.dimension_count", 2), ": llama.rope.dimension_count: 2 is not supported (4 is)"},
+      {with("llama.vocab_size", 6), ": llama.vocab_size: 6 is not supported (5 is)"},
+      {text("llama.rope.scaling.type", "linear"), ": llama.rope.scaling.type: 'linear' is not supported ('none' is)"},
+      {real("llama.rope.scaling.factor", 2.0f),
+       ": llama.rope.scaling.factor: scaled rotary positions are not supported"},
+      {good_values(), ": rope_freqs.weight: scaled rotary positions are not supported", llama3},
+      {with("llama.expert_count", 8), ": llama.expert_count: 8 is not supported (0 is)"},
+      {with("llama.logit_scale", 8), ": 'llama.logit_scale': is not supported"},
+      {with("llama.block_count", 1u << 31), ": llama.block_count: 2147483648 layers do not fit the file's 20 tensors"},
+      {with("llama.feed_forward_length", uint32_t{0}), ": layers[0].intermediate_size: 0 is not in [1, 16777216]"},
+      {good_values(), ": token_embd.weight: is missing or not a matrix", {}},
+  };
+  for (const Case& c : cases) EXPECT_EQ(refusal(c.values, c.tensors), c.message);
+  EXPECT_EQ(refusal(text("llama.rope.scaling.type", "none")), "");
+  EXPECT_EQ(refusal(with("llama.attention.key_length", 4)), "");
+}
+
+TEST_F(GgufModelTest, TensorsThatContradictTheConfigAreRefused) {
+  const auto message_of = [&](const std::vector<Tensor>& tensors) {
+    const std::string path = write_file(good_values(), tensors);
+    const GgufSource file(path);
+    const ModelConfig config = config_from_gguf(file);
+    return corrupt_message(
+        [&] {
+          const GgufLlamaSource source(file, config);
+          LogicalReader(source, kLlamaArchitecture.checkpoint_map(config));
+        },
+        path);
+  };
+  std::vector<Tensor> tensors = good_tensors();
+  tensors[3] = {"blk.0.attn_q.weight", 6, 8};
+  EXPECT_EQ(message_of(tensors), ": tensor 'blk.0.attn_q.weight': its rows are not 2 heads of 4");
+  tensors[3] = {"blk.0.attn_q.weight", 8, 6};
+  EXPECT_NE(message_of(tensors), "");
+  tensors = good_tensors();
+  tensors.push_back({"model.layers.0.self_attn.q_proj.weight", 8, 8});
+  EXPECT_EQ(message_of(tensors),
+            ": tensor 'model.layers.0.self_attn.q_proj.weight': occurs twice, as "
+            "'model.layers.0.self_attn.q_proj.weight'");
+  tensors.back() = {"blk.0.ffn_norm_2.weight", 8, 0};
+  EXPECT_EQ(message_of(tensors), ": blk.0.ffn_norm_2.weight: not a tensor of this model");
+}
+
+}  // namespace
+}  // namespace coterie

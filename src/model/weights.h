@@ -1,0 +1,55 @@
+// A model's weights in memory, packed once for the kernels. Matrices have the dtype that was asked
+// for; norms, biases, the router and the residual mix stay fp32, since they are small and decide much.
+// Legend: V vocabulary, P positions, D hidden, H query heads, G KV heads, d head_dim, E experts.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/dtype.h"
+#include "base/memory.h"
+#include "base/thread_pool.h"
+#include "kernels/gemm.h"
+#include "model/checkpoint_map.h"
+#include "model/config.h"
+#include "moe/experts.h"
+
+namespace coterie {
+
+struct NormWeights {
+  std::vector<float> weight;
+  std::vector<float> bias;  // empty: none
+};
+
+struct LinearWeights {
+  PackedMatrix weight_NK;
+  std::vector<float> bias_N;  // empty: none
+
+  const float* bias() const { return bias_N.empty() ? nullptr : bias_N.data(); }
+};
+
+struct LayerWeights {
+  NormWeights input_norm;
+  LinearWeights q, k, v;              // [H d, D], [G d, D], [G d, D]
+  std::vector<float> q_norm, k_norm;  // [d], [heads * d], or empty
+  LinearWeights attention_output;     // [D, H d]
+  NormWeights post_attention_norm;
+  PackedExperts mlp;  // the dense MLP, or the fixed one beside the experts
+  PackedMatrix router_ED;
+  PackedExperts experts;
+  LinearWeights mix;  // [2, D] or [1, D], see ResidualKind
+};
+
+struct ModelWeights {
+  DType dtype = DType::kF32;
+  AlignedBuffer embedding_VD;       // of dtype
+  std::vector<float> positions_PD;  // learned ones, or empty
+  std::vector<LayerWeights> layers;
+  NormWeights norm;
+  PackedMatrix head_VD;
+};
+
+// dtype: kF32 or kBF16.
+ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, DType dtype, ThreadPool& pool);
+
+}  // namespace coterie
