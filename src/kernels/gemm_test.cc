@@ -1,0 +1,289 @@
+// Every ISA that this CPU runs against the obvious loops, on odd shapes, layouts and types.
+//
+// Tolerance: c = sum of K products, rounded once per step in fp32 (u = 2^-24). The classical bound of any
+// summation order is |error| <= (K + 1) u S with S = sum |a b|; operands are compared after rounding to
+// the panel's type, so their own rounding is no error. bf16 dot products (vdpbf16ps) treat denormals as
+// zero, below any S of these tests. An activation has slope at most 1.13 and adds a few ulp of its value;
+// for a gated product f(g) u the errors of g and u are multiplied by |u| 1.13 and |f(g)|, each at most
+// 1.13 S. Rounding to bf16 adds half an ulp, 2^-9 relative.
+#include "kernels/gemm.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/kernel_table.h"
+#include "kernels/reference.h"
+
+namespace coterie {
+namespace {
+
+// A matrix of random numbers with its own memory, in any layout.
+struct Storage {
+  std::vector<float> floats;
+  std::vector<BFloat16> halves;
+  ConstMatrix view;
+
+  // transposed: the element (r, c) lies at c * rows + r; padding adds a gap to the outer stride.
+  Storage(int64_t rows, int64_t cols, DType dtype, bool transposed, int64_t padding, std::mt19937& random) {
+    const int64_t inner = transposed ? rows : cols, outer = transposed ? cols : rows;
+    std::normal_distribution<float> normal;
+    floats.resize(static_cast<size_t>((inner + padding) * outer + 1));
+    for (float& value : floats) value = normal(random);
+    for (float value : floats) halves.push_back(to_bfloat16(value));
+    const void* data = dtype == DType::kBF16 ? static_cast<const void*>(halves.data()) : floats.data();
+    view = {data, dtype, outer, inner, inner + padding, 1};
+    if (transposed) view = view.transposed();
+  }
+};
+
+struct Case {
+  int64_t M, N, K;
+  DType a = DType::kF32, b = DType::kF32, c = DType::kF32;
+  bool a_transposed = false, b_transposed = false;
+  bool gather = false, gather_K = false, bias = false, gated = false, accumulate = false, packed = false, pre = false;
+  Activation activation = Activation::kNone;
+  int64_t padding = 0;
+};
+
+std::string describe(const Case& c, const KernelTable& kernels) {
+  return std::string(kernels.name) + " M" + std::to_string(c.M) + " N" + std::to_string(c.N) + " K" +
+         std::to_string(c.K) + " a " + std::string(dtype_name(c.a)) + " b " + std::string(dtype_name(c.b)) + " c " +
+         std::string(dtype_name(c.c)) + (c.a_transposed ? " aT" : "") + (c.b_transposed ? " bT" : "") +
+         (c.gather ? " gather" : "") + (c.gather_K ? " gatherK" : "") + (c.bias ? " bias" : "") +
+         (c.gated ? " gated" : "") + (c.accumulate ? " accumulate" : "") + (c.packed ? " packed " : " ") +
+         std::string(activation_name(c.activation));
+}
+
+double tolerance(const Case& c, double value, double sum_of_abs) {
+  const double u = std::ldexp(1.0, -24);
+  double error = static_cast<double>(c.K + 2) * u * sum_of_abs;  // one more step for the bias
+  if (c.activation != Activation::kNone) error = 1.13 * error + 16 * u * std::abs(value);
+  if (c.gated) error = 2 * 1.13 * error * sum_of_abs + 2 * u * std::abs(value);
+  if (c.accumulate) error += 2 * u * (std::abs(value) + sum_of_abs);
+  return error + std::abs(value) * (c.c == DType::kBF16 ? std::ldexp(1.0, -8) : u);
+}
+
+// A problem of the case with all the memory that it points to.
+struct Fixture {
+  std::mt19937 random{42};
+  Storage a, b;
+  std::vector<int32_t> rows, columns;
+  std::vector<float> bias, c_floats, pre;
+  std::vector<BFloat16> c_halves;
+  GemmProblem problem;
+  PackedMatrix packed;
+
+  explicit Fixture(const Case& c)
+      : a(c.gather ? 2 * c.M + 1 : c.M, c.K, c.a, c.a_transposed, c.padding, random),
+        b(c.gated ? 2 * c.N : c.N, c.gather_K ? c.K + 3 : c.K, c.b, c.b_transposed, c.padding, random) {
+    std::normal_distribution<float> normal;
+    const int64_t b_rows = b.view.rows;
+    problem.a = a.view;
+    problem.b = b.view;
+    for (int64_t m = 0; m < c.M; ++m) rows.push_back(static_cast<int32_t>(random() % (2 * c.M + 1)));
+    for (int64_t k = 0; k < c.K; ++k) columns.push_back(static_cast<int32_t>(random() % (c.K + 3)));
+    if (c.gather) problem.gather_M = rows.data();
+    if (c.gather) problem.num_gathered = c.M;
+    if (c.gather_K) problem.b_gather_K = columns.data();
+    for (int64_t n = 0; n < b_rows; ++n) bias.push_back(normal(random));
+    if (c.bias) problem.bias_N = bias.data();
+    c_floats.resize(static_cast<size_t>(c.M * (c.N + c.padding) + 1));
+    for (float& value : c_floats) value = normal(random);
+    for (float value : c_floats) c_halves.push_back(to_bfloat16(value));
+    void* out = c.c == DType::kBF16 ? static_cast<void*>(c_halves.data()) : c_floats.data();
+    problem.c = {out, c.c, c.M, c.N, c.N + c.padding};
+    pre.resize(static_cast<size_t>(c.M * b_rows + 1));
+    if (c.pre) problem.pre = row_major(pre.data(), c.M, b_rows);
+    problem.gated = c.gated;
+    problem.activation = c.activation;
+    problem.accumulate = c.accumulate;
+  }
+
+  void pack(ThreadPool& pool) {
+    packed = PackedMatrix(b.view, pool, problem.gated);
+    problem.packed_b = &packed;
+    problem.b = {};
+  }
+};
+
+void check(const Case& c, ThreadPool& pool) {
+  SCOPED_TRACE(describe(c, active_kernels()));
+  Fixture fixture(c);
+  std::vector<double> expected(static_cast<size_t>(c.M * c.N)), absolute(expected.size());
+  reference::gemm(fixture.problem, expected.data(), absolute.data());
+  const std::vector<float> untouched = fixture.c_floats;
+  if (c.packed) fixture.pack(pool);
+  gemm(fixture.problem, pool);
+  for (int64_t m = 0; m < c.M; ++m) {
+    for (int64_t n = 0; n < c.N; ++n) {
+      const int64_t i = m * c.N + n;
+      ASSERT_NEAR(reference::load(fixture.problem.c, m, n), expected[i], tolerance(c, expected[i], absolute[i]))
+          << "at " << m << ", " << n;
+    }
+    for (int64_t n = c.N; n < c.N + c.padding; ++n) {  // the gap between rows belongs to somebody else
+      const int64_t i = m * (c.N + c.padding) + n;
+      if (c.c == DType::kF32) {
+        ASSERT_EQ(fixture.c_floats[i], untouched[i]);
+      }
+    }
+  }
+}
+
+// Runs the body once for every ISA.
+template <typename Body>
+void for_each_isa(const Body& body) {
+  for (const KernelTable* table : supported_kernels()) {
+    const ScopedKernels scope(*table);
+    body();
+  }
+}
+
+constexpr int64_t kSizes[] = {0, 1, 2, 3, 7, 12, 13, 17, 31, 33, 65};
+
+TEST(Gemm, ShapesOfAllTypes) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (DType type : {DType::kF32, DType::kBF16}) {
+      for (int64_t M : kSizes) {
+        for (int64_t N : {0, 1, 5, 16, 33, 70}) {
+          for (int64_t K : kSizes) check({.M = M, .N = N, .K = K, .a = type, .b = type}, pool);
+        }
+      }
+    }
+  });
+}
+
+TEST(Gemm, LayoutsAndConversions) {
+  NativeThreadPool pool(2);
+  const DType types[] = {DType::kF32, DType::kBF16};
+  for_each_isa([&] {
+    for (int bits = 0; bits < 256; ++bits) {
+      Case c = {.M = 19, .N = 37, .K = 43};
+      c.a = types[bits & 1];
+      c.b = types[bits >> 1 & 1];
+      c.c = types[bits >> 2 & 1];
+      c.a_transposed = bits >> 3 & 1;
+      c.b_transposed = bits >> 4 & 1;
+      c.gather = bits >> 5 & 1;
+      c.gather_K = bits >> 6 & 1;
+      c.padding = bits >> 7 & 1 ? 3 : 0;
+      check(c, pool);
+      c.M = 150;  // beyond kOwnPackPanels on every ISA: B is packed once for all
+      check(c, pool);
+    }
+  });
+}
+
+TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (Activation activation :
+         {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kGeluTanh, Activation::kSilu}) {
+      for (int bits = 0; bits < 16; ++bits) {
+        Case c = {.M = 9, .N = 41, .K = 21, .activation = activation};
+        c.bias = bits & 1;
+        c.gated = bits >> 1 & 1;
+        c.packed = bits >> 2 & 1;
+        c.b = bits >> 3 & 1 ? DType::kBF16 : DType::kF32;
+        check(c, pool);
+        c.accumulate = !c.gated && activation == Activation::kNone;
+        c.c = DType::kBF16;
+        check(c, pool);
+      }
+    }
+  });
+}
+
+TEST(Gemm, KeepsTheSumsBeforeTheActivation) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (bool gated : {false, true}) {
+      const Case c = {.M = 21, .N = 45, .K = 17, .bias = true, .gated = gated, .pre = true, .activation = Activation::kSilu};
+      Fixture fixture(c);
+      gemm(fixture.problem, pool);
+      GemmProblem plain = fixture.problem;  // the same product with nothing after it
+      plain.gated = false;
+      plain.activation = Activation::kNone;
+      plain.pre = {};
+      std::vector<float> sums(static_cast<size_t>(c.M * plain.b.rows));
+      plain.c = row_major(sums.data(), c.M, plain.b.rows);
+      gemm(plain, pool);
+      for (size_t i = 0; i < sums.size(); ++i) ASSERT_EQ(fixture.pre[i], sums[i]) << i;
+    }
+  });
+}
+
+// A row's bits depend on nothing but its own values: not on M, the number of threads, or packing.
+TEST(Gemm, RowsHaveTheSameBitsAloneAndInABatch) {
+  NativeThreadPool one(1), two(2), three(3);
+  for_each_isa([&] {
+    for (DType type : {DType::kF32, DType::kBF16}) {
+      const Case c = {.M = 200, .N = 100, .K = 301, .a = type, .b = type};
+      Fixture batch(c);
+      gemm(batch.problem, one);
+      const std::vector<float> expected = batch.c_floats;
+      gemm(batch.problem, two);
+      ASSERT_EQ(batch.c_floats, expected);
+      batch.pack(three);
+      gemm(batch.problem, three);
+      ASSERT_EQ(batch.c_floats, expected);
+      for (int64_t m = 0; m < c.M; m += 23) {
+        GemmProblem row = batch.problem;
+        row.a = row.a.row_range(m, 1);
+        row.c = row.c.row_range(m, 1);
+        std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
+        gemm(row, two);
+        for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
+      }
+    }
+  });
+}
+
+TEST(Gemm, GroupsOfUnequalProblems) {
+  NativeThreadPool pool(3);
+  for_each_isa([&] {
+    std::vector<Case> cases = {{.M = 0, .N = 40, .K = 8},   {.M = 300, .N = 70, .K = 90}, {.M = 1, .N = 33, .K = 5},
+                               {.M = 5, .N = 0, .K = 9},    {.M = 7, .N = 19, .K = 0},    {.M = 80, .N = 64, .K = 64},
+                               {.M = 2, .N = 200, .K = 300}};
+    std::vector<std::unique_ptr<Fixture>> fixtures;
+    std::vector<GemmProblem> problems;
+    std::vector<std::vector<double>> expected, absolute;
+    for (const Case& c : cases) {
+      fixtures.push_back(std::make_unique<Fixture>(c));
+      problems.push_back(fixtures.back()->problem);
+      expected.emplace_back(static_cast<size_t>(c.M * c.N));
+      absolute.emplace_back(static_cast<size_t>(c.M * c.N));
+      reference::gemm(problems.back(), expected.back().data(), absolute.back().data());
+    }
+    grouped_gemm(problems, pool);
+    for (size_t i = 0; i < cases.size(); ++i) {
+      for (size_t j = 0; j < expected[i].size(); ++j) {
+        ASSERT_NEAR(fixtures[i]->c_floats[j], expected[i][j], tolerance(cases[i], expected[i][j], absolute[i][j]));
+      }
+    }
+    grouped_gemm({}, pool);
+  });
+}
+
+TEST(Gemm, RejectsOurOwnMistakes) {
+  NativeThreadPool pool(1);
+  Fixture fixture({.M = 2, .N = 3, .K = 4});
+  GemmProblem wrong = fixture.problem;
+  wrong.c.cols = 2;
+  EXPECT_THROW(gemm(wrong, pool), std::logic_error);
+  wrong = fixture.problem;
+  wrong.a.cols = 3;
+  EXPECT_THROW(gemm(wrong, pool), std::logic_error);
+  fixture.pack(pool);
+  wrong = fixture.problem;
+  wrong.gated = true;
+  EXPECT_THROW(gemm(wrong, pool), std::logic_error);
+}
+
+}  // namespace
+}  // namespace coterie

@@ -1,0 +1,75 @@
+#include "kernels/kernel_table.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "base/log.h"
+#include "coterie/error.h"
+
+namespace coterie {
+namespace {
+
+// Best first. The first letters of a row are all that is needed to add an ISA.
+struct Implementation {
+  const KernelTable* table;
+  bool (*runs_here)();
+};
+
+bool has_avx512() {
+  // AVX-512 without bf16 gains little over AVX2 and would need a fourth twin of the bf16 product.
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool always() { return true; }
+
+const Implementation kImplementations[] = {
+    {&kAvx512Kernels, has_avx512},
+    {&kAvx2Kernels, has_avx2},
+    {&kGenericKernels, always},
+};
+
+const KernelTable* forced_kernels(std::string_view name) {
+  for (const Implementation& implementation : kImplementations) {
+    if (implementation.table->name != name) continue;
+    if (implementation.runs_here()) return implementation.table;
+    throw InvalidArgument("COTERIE_ISA: this CPU does not run '" + std::string(name) + "'");
+  }
+  throw InvalidArgument("COTERIE_ISA: '" + std::string(name) + "' is not one of generic, avx2, avx512");
+}
+
+const KernelTable* choose_kernels() {
+  const char* forced = std::getenv("COTERIE_ISA");
+  const KernelTable* table = forced && *forced ? forced_kernels(forced) : supported_kernels().front();
+  log_info("kernels: " + std::string(table->name));
+  return table;
+}
+
+std::atomic<const KernelTable*> overridden{nullptr};
+
+}  // namespace
+
+std::span<const KernelTable* const> supported_kernels() {
+  static const std::vector<const KernelTable*> tables = [] {
+    std::vector<const KernelTable*> found;
+    for (const Implementation& implementation : kImplementations) {
+      if (implementation.runs_here()) found.push_back(implementation.table);
+    }
+    return found;
+  }();
+  return tables;
+}
+
+const KernelTable& active_kernels() {
+  if (const KernelTable* table = overridden.load(std::memory_order_acquire)) return *table;
+  static const KernelTable* const chosen = choose_kernels();
+  return *chosen;
+}
+
+ScopedKernels::ScopedKernels(const KernelTable& table) : previous_(overridden.exchange(&table)) {}
+ScopedKernels::~ScopedKernels() { overridden.store(previous_); }
+
+}  // namespace coterie

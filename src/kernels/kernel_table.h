@@ -1,0 +1,141 @@
+// The functions that are compiled once per instruction set (ISA), and the one place where an ISA is
+// chosen. Every function runs on one thread, on raw pointers, allocates nothing and cannot fail; the
+// files beside this one check arguments, cut the work into tasks and call through the table.
+//
+// The best table that the CPU runs is chosen at first use. COTERIE_ISA=generic|avx2|avx512 forces one.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "base/dtype.h"
+#include "kernels/activation.h"
+
+namespace coterie {
+
+// GEMM operands are packed as 32-bit units along K: one float, or two bf16 (k even in the low half).
+// A chunk is 16 units (one cache line) of a row of A; a panel of A with m rows is [chunks][m][16].
+// A panel of B is [units][2 * width]: 2 vectors of columns side by side.
+inline constexpr int64_t kChunkUnits = 16;
+inline constexpr int kMaxPanelRows = 12;
+inline constexpr int64_t kMaxPanelColumns = 32;
+
+inline int64_t units_of(DType dtype, int64_t K) { return dtype == DType::kBF16 ? (K + 1) / 2 : K; }
+
+// A matrix to pack: element (r, k) is data[row(r) * row_stride + column(k) * col_stride], where
+// row(r) = gather_rows ? gather_rows[r] : r, and column(k) likewise.
+struct PackSource {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t rows = 0;  // rows that may be read, counted after gathering
+  int64_t cols = 0;  // K
+  int64_t row_stride = 0;
+  int64_t col_stride = 1;
+  const int32_t* gather_rows = nullptr;
+  const int32_t* gather_cols = nullptr;
+};
+
+// What happens to a finished tile of products on its way to C. Columns are those of the tile; when
+// gated, the first vector of the tile is the gate and the second is up, for the same columns of C.
+struct TileStore {
+  const float* tile = nullptr;  // [rows][2 * width]
+  int64_t rows = 0;
+  int64_t cols = 0;  // columns of C, at most 2 * width (width when gated)
+  void* c = nullptr;
+  DType c_dtype = DType::kF32;
+  int64_t c_stride = 0;
+  void* pre = nullptr;  // also receives the sums before the activation; null: not wanted
+  DType pre_dtype = DType::kF32;
+  int64_t pre_stride = 0;
+  int64_t pre_up_offset = 0;       // from a gate element to its up element
+  const float* bias = nullptr;     // of the tile's first column, or null
+  const float* bias_up = nullptr;  // when gated
+  Activation activation = Activation::kNone;
+  bool gated = false;
+  bool accumulate = false;
+};
+
+// One query against n consecutive keys. d is padded to a multiple of 16 with zeros everywhere.
+struct AttendStep {
+  const float* q = nullptr;     // [d]
+  const float* keys = nullptr;  // [n rounded up to 16][d]
+  const float* values = nullptr;
+  int64_t n = 0;
+  int64_t d = 0;
+  float scale = 1.0f;
+  float* scores = nullptr;   // scratch [n rounded up to 16]
+  float* maximum = nullptr;  // running maximum, starts at -infinity
+  float* sum = nullptr;      // running sum of exponentials
+  float* out = nullptr;      // [d] running weighted sum of values
+};
+
+struct ActivationBackwardRow {
+  const void* grad_inner_F = nullptr;  // unweighted
+  const void* pre_U = nullptr;         // [gate; up] when gated
+  const void* inner_F = nullptr;
+  void* grad_pre_U = nullptr;
+  DType dtype = DType::kF32;  // of all four
+  int64_t F = 0;
+  float weight = 1.0f;  // grad_pre is of weight * inner
+  Activation activation = Activation::kNone;
+  bool gated = false;
+};
+
+struct KernelTable {
+  std::string_view name;
+  int width;          // floats in a vector
+  int panel_rows[2];  // most rows of a panel of A: fp32, bf16
+  int panel_columns() const { return 2 * width; }
+
+  // Rows [first, first + count) of A as one panel of `type`.
+  void (*pack_a)(const PackSource& source, DType type, int64_t first, int count, uint32_t* panel);
+  // Rows [first, first + count), count <= width, of B as one vector of columns; the rest is zero.
+  // Unit u is written at half + u * 2 * width.
+  void (*pack_b)(const PackSource& source, DType type, int64_t first, int64_t count, uint32_t* half);
+  // tile[rows][2 * width] = A panel * B panel; [type][rows - 1].
+  void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile);
+  void (*store_tile)(const TileStore& store);
+
+  void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t D, float* out);
+  void (*layer_norm_row)(const float* x, const float* weight, const float* bias, float eps, int64_t D, float* out);
+  void (*softmax_row)(const float* x, int64_t n, float* out);
+  void (*rope_head)(float* x, const float* cosine, const float* sine, int64_t half);
+  void (*attend)(const AttendStep& step);
+
+  // Rows of kF32 or kBF16.
+  void (*convert_row)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n);
+  void (*scale_row)(const void* in, DType in_dtype, float scale, void* out, DType out_dtype, int64_t n);
+  void (*add_row)(const void* in, DType dtype, float* sum, int64_t n);  // sum += in
+  float (*dot_row)(const void* a, DType a_dtype, const float* b, int64_t n);
+  // out = sum over i of weights[i] * rows[i], in the order of i, rounded once.
+  void (*combine_rows)(const float* const* rows, const float* weights, int64_t count, void* out, DType dtype,
+                       int64_t n);
+  // out = activation(pre), or activation(gate) * up of pre [gate; up].
+  void (*activate_row)(const void* pre, DType dtype, int64_t F, Activation activation, bool gated, void* out);
+  // Returns the dot product of grad_inner and inner.
+  float (*activate_backward_row)(const ActivationBackwardRow& row);
+};
+
+// The table in use; any thread. InvalidArgument when COTERIE_ISA names an ISA that does not exist or
+// that this CPU does not run.
+const KernelTable& active_kernels();
+
+// The tables that this CPU runs, best first.
+std::span<const KernelTable* const> supported_kernels();
+
+// Makes another table the active one while it lives. For tests and benches; nothing else may run.
+class ScopedKernels {
+ public:
+  explicit ScopedKernels(const KernelTable& table);
+  ~ScopedKernels();
+  ScopedKernels(const ScopedKernels&) = delete;
+  ScopedKernels& operator=(const ScopedKernels&) = delete;
+
+ private:
+  const KernelTable* previous_;
+};
+
+extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels;
+
+}  // namespace coterie

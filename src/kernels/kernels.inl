@@ -1,0 +1,36 @@
+// The kernels, one concept a file, and the table of them. See kernel_table.h for what each one does.
+// Included once per ISA, inside its target region and anonymous namespace.
+
+#include "kernels/math.inl"
+#include "kernels/rows.inl"
+#include "kernels/pack.inl"
+#include "kernels/multiply.inl"
+#include "kernels/store_tile.inl"
+#include "kernels/activation_rows.inl"
+#include "kernels/attend.inl"
+
+constexpr KernelTable make_kernel_table(std::string_view name) {
+  KernelTable table = {};
+  table.name = name;
+  table.width = kWidth;
+  table.panel_rows[0] = kPanelRowsF32;
+  table.panel_rows[1] = kPanelRowsBf16;
+  table.pack_a = pack_a;
+  table.pack_b = pack_b;
+  fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
+  fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
+  table.store_tile = store_tile;
+  table.rms_norm_row = rms_norm_row;
+  table.layer_norm_row = layer_norm_row;
+  table.softmax_row = softmax_row;
+  table.rope_head = rope_head;
+  table.attend = attend;
+  table.convert_row = convert_row;
+  table.scale_row = scale_row;
+  table.add_row = add_row;
+  table.dot_row = dot_row;
+  table.combine_rows = combine_rows;
+  table.activate_row = activate_row;
+  table.activate_backward_row = activate_backward_row;
+  return table;
+}

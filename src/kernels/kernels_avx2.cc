@@ -1,0 +1,35 @@
+// The table for CPUs with AVX2 and FMA (Haswell, Zen and later).
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "kernels/kernel_table.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace coterie {
+namespace {
+
+constexpr int kVectorBytes = 32;
+// 16 registers: 6 x 2 sums, a row of B and a broadcast (bf16: 4 x 2 sums and 4 halves of B).
+constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
+
+#include "kernels/simd.inl"
+
+COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+
+#include "kernels/partial_memory.inl"
+
+#include "kernels/kernels.inl"
+
+}  // namespace
+
+constexpr KernelTable kAvx2Kernels = make_kernel_table("avx2");
+
+}  // namespace coterie
+
+#pragma GCC pop_options

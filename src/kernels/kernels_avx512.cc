@@ -1,0 +1,57 @@
+// The table for CPUs with AVX-512 and its bf16 dot product (Zen 4, Cooper Lake, Sapphire Rapids and later).
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "kernels/kernel_table.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c,bmi2")
+
+namespace coterie {
+namespace {
+
+constexpr int kVectorBytes = 64;
+// 32 registers: 12 x 2 sums, a row of B, a broadcast, and some to spare. 24 independent sums hide the
+// latency of two FMA units (2 x 4 cycles) three times over.
+constexpr int kPanelRowsF32 = 12, kPanelRowsBf16 = 12;
+
+#include "kernels/simd.inl"
+
+COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+
+COTERIE_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+COTERIE_INLINE VF load_part(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+COTERIE_INLINE void store_part(float* p, VF v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+COTERIE_INLINE VU load_units_part(const void* p, int64_t n) {
+  return reinterpret_cast<VU>(_mm512_maskz_loadu_epi32(first_lanes(n), p));
+}
+COTERIE_INLINE VU load_halves_part(const uint16_t* p, int64_t n) {
+  return __builtin_convertvector(reinterpret_cast<VH>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), VU);
+}
+// Stores the upper halves.
+COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
+  *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);
+}
+COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
+  const VH halves = __builtin_convertvector(v >> 16, VH);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), reinterpret_cast<__m256i>(halves));
+}
+
+// acc + a.low * b.low + a.high * b.high of bf16 pairs; denormals count as zero.
+COTERIE_INLINE VF multiply_add_bf16(VU a, VU b, VF acc) {
+  return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+#include "kernels/kernels.inl"
+
+}  // namespace
+
+constexpr KernelTable kAvx512Kernels = make_kernel_table("avx512");
+
+}  // namespace coterie
+
+#pragma GCC pop_options

@@ -1,0 +1,28 @@
+// The table for any x86-64 CPU: SSE2, which the baseline ABI promises. Also the model of a new port.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "kernels/kernel_table.h"
+
+namespace coterie {
+namespace {
+
+constexpr int kVectorBytes = 16;
+// 16 registers: 6 x 2 sums, a row of B, a broadcast and a product (bf16: 4 x 2 sums and 4 halves of B).
+constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
+
+#include "kernels/simd.inl"
+
+COTERIE_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
+
+#include "kernels/partial_memory.inl"
+
+#include "kernels/kernels.inl"
+
+}  // namespace
+
+constexpr KernelTable kGenericKernels = make_kernel_table("generic");
+
+}  // namespace coterie

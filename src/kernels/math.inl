@@ -1,0 +1,102 @@
+// exp, the logistic function and the normal distribution, to a few units in the last place of fp32
+// (polynomials fitted by iteratively reweighted least squares to the least maximal relative error).
+
+// Truncates: 0 below -87.3 (where the result would be denormal), infinity above 88.7; NaN stays NaN.
+COTERIE_INLINE VF exp(VF x) {
+  constexpr float kLowest = -87.3365f, kHighest = 88.7228f;
+  const VF clamped = x < kLowest ? broadcast(kLowest) : (x > kHighest ? broadcast(kHighest) : x);
+  // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to an integer. ln2 is split so that
+  // n * 0.693359375 is exact.
+  constexpr float kRounder = 12582912.0f;
+  const VF shifted = fma(clamped, broadcast(1.44269504f), broadcast(kRounder));
+  const VF n = shifted - kRounder;
+  VF r = fma(n, broadcast(-0.693359375f), clamped);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  // Error of the polynomial below 4e-9.
+  VF p = broadcast(0.00138146128f);
+  p = fma(p, r, broadcast(0.00836871006f));
+  p = fma(p, r, broadcast(0.041668389f));
+  p = fma(p, r, broadcast(0.166665211f));
+  p = fma(p, r, broadcast(0.49999994f));
+  p = fma(p, r * r, r) + 1.0f;
+  // 2^n by its exponent bits, in two halves since n reaches 128.
+  const VI exponent = reinterpret_cast<VI>(shifted) - 0x4b400000;
+  const VI half = exponent >> 1;
+  const VF scale_low = reinterpret_cast<VF>((half + 127) << 23);
+  const VF scale_high = reinterpret_cast<VF>((exponent - half + 127) << 23);
+  const VF result = p * scale_low * scale_high;
+  const VF high = x > kHighest ? broadcast(std::numeric_limits<float>::infinity()) : result;
+  return x < kLowest ? VF{} : high;
+}
+
+COTERIE_INLINE VF logistic(VF x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Phi(x), the standard normal distribution, and its density. Phi(-|x|) = exp(-x^2/2) * erfcx(z) / 2 with
+// z = |x|/sqrt(2), and erfcx(z) * (1 + 2z) is a polynomial in (z - 3) / (z + 3) to 7e-8 for z up to
+// 10.2, beyond which exp(-z^2) is 0.
+struct Normal {
+  VF distribution, density;
+};
+COTERIE_INLINE Normal normal(VF x) {
+  const VF magnitude = x < 0.0f ? -x : x;
+  const VF scaled = magnitude * 0.707106781f;
+  const VF z = scaled > 12.0f ? broadcast(12.0f) : scaled;
+  const VF bell = exp(x * x * -0.5f);
+  const VF z3 = z + 3.0f, z21 = fma(z, broadcast(2.0f), broadcast(1.0f));
+  const VF inverse = 1.0f / (z3 * z21);  // one division serves both quotients
+  const VF t = (z - 3.0f) * z21 * inverse;
+  VF p = broadcast(0.00253931736f);
+  p = fma(p, t, broadcast(0.00225483882f));
+  p = fma(p, t, broadcast(-0.0242116731f));
+  p = fma(p, t, broadcast(0.0682996735f));
+  p = fma(p, t, broadcast(-0.11918015f));
+  p = fma(p, t, broadcast(0.129653692f));
+  p = fma(p, t, broadcast(-0.0475689992f));
+  p = fma(p, t, broadcast(-0.135621518f));
+  p = fma(p, t, broadcast(1.25300813f));
+  const VF tail = bell * 0.5f * p * z3 * inverse;
+  return {x < 0.0f ? tail : 1.0f - tail, bell * 0.398942280f};
+}
+
+// Value and derivative of an activation function.
+constexpr float kTanhGeluScale = 1.59576912f;  // 2 sqrt(2/pi)
+constexpr float kTanhGeluCubic = 0.044715f;
+
+COTERIE_INLINE VF activation_value(Activation activation, VF x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x < 0.0f ? VF{} : x;
+    case Activation::kGelu:
+      return x * normal(x).distribution;
+    case Activation::kGeluTanh:  // (1 + tanh(u)) / 2 = logistic(2u): no cancellation for negative x
+      return x * logistic(x * kTanhGeluScale * fma(x * x, broadcast(kTanhGeluCubic), broadcast(1.0f)));
+    case Activation::kSilu:
+      return x * logistic(x);
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+COTERIE_INLINE VF activation_derivative(Activation activation, VF x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x > 0.0f ? broadcast(1.0f) : VF{};
+    case Activation::kGelu: {
+      const Normal n = normal(x);
+      return fma(x, n.density, n.distribution);
+    }
+    case Activation::kGeluTanh: {
+      const VF s = logistic(x * kTanhGeluScale * fma(x * x, broadcast(kTanhGeluCubic), broadcast(1.0f)));
+      const VF slope = kTanhGeluScale * fma(x * x, broadcast(3.0f * kTanhGeluCubic), broadcast(1.0f));
+      return s + x * s * (1.0f - s) * slope;
+    }
+    case Activation::kSilu: {
+      const VF s = logistic(x);
+      return s + x * s * (1.0f - s);
+    }
+    case Activation::kNone:
+      break;
+  }
+  return broadcast(1.0f);
+}

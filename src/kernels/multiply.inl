@@ -1,0 +1,36 @@
+// The micro-kernel: a panel of A (kRows rows) times a panel of B (two vectors of columns), all of K in
+// registers. Every sum is one chain over K in order, so a row's bits don't depend on its neighbours.
+
+template <bool kBf16>
+COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
+  if constexpr (kBf16) return multiply_add_bf16(broadcast_unit(a), b, acc);
+  return fma(broadcast(__builtin_bit_cast(float, a)), reinterpret_cast<VF>(b), acc);
+}
+
+template <bool kBf16, int kRows>
+void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) {
+  VF sums[kRows][2] = {};
+  for (; units > 0; units -= kChunkUnits, a += kRows * kChunkUnits) {
+    const int64_t n = units < kChunkUnits ? units : kChunkUnits;
+    for (int64_t u = 0; u < n; ++u, b += 2 * kWidth) {
+      const VU b0 = load_units(b), b1 = load_units(b + kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const uint32_t ai = a[i * kChunkUnits + u];
+        sums[i][0] = multiply_add<kBf16>(ai, b0, sums[i][0]);
+        sums[i][1] = multiply_add<kBf16>(ai, b1, sums[i][1]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    store(tile + i * 2 * kWidth, sums[i][0]);
+    store(tile + i * 2 * kWidth + kWidth, sums[i][1]);
+  }
+}
+
+template <bool kBf16, int... kIndex>
+constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, float*),
+                             std::integer_sequence<int, kIndex...>) {
+  ((functions[kIndex] = multiply<kBf16, kIndex + 1>), ...);
+}

@@ -1,0 +1,32 @@
+// The first n (below kWidth) lanes of a vector in memory, for ISAs without masks. Other lanes load as 0.
+
+COTERIE_INLINE VF load_part(const float* p, int64_t n) {
+  VF v = {};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * 4);
+  return v;
+}
+COTERIE_INLINE void store_part(float* p, VF v, int64_t n) { __builtin_memcpy(p, &v, static_cast<size_t>(n) * 4); }
+COTERIE_INLINE VU load_units_part(const void* p, int64_t n) {
+  VU v = {};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * 4);
+  return v;
+}
+COTERIE_INLINE VU load_halves_part(const uint16_t* p, int64_t n) {
+  VH v = {};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * 2);
+  return __builtin_convertvector(v, VU);
+}
+// Stores the upper halves.
+COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
+  *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);
+}
+COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
+  const VH halves = __builtin_convertvector(v >> 16, VH);
+  __builtin_memcpy(p, &halves, static_cast<size_t>(n) * 2);
+}
+
+// acc + a.low * b.low + a.high * b.high of bf16 pairs. Each product is exact in fp32.
+COTERIE_INLINE VF multiply_add_bf16(VU a, VU b, VF acc) {
+  acc = fma(reinterpret_cast<VF>(a << 16), reinterpret_cast<VF>(b << 16), acc);
+  return fma(reinterpret_cast<VF>(a & 0xffff0000u), reinterpret_cast<VF>(b & 0xffff0000u), acc);
+}

@@ -1,0 +1,160 @@
+#include "kernels/reference.h"
+
+#include <cmath>
+#include <vector>
+
+namespace coterie::reference {
+namespace {
+
+double as_type(double value, DType dtype) {
+  return dtype == DType::kBF16 ? to_float(to_bfloat16(static_cast<float>(value))) : value;
+}
+
+double load_kv(void* const* blocks, const PagedKv& kv, int64_t position, int64_t g, int64_t d, int64_t i) {
+  const ConstMatrix block = row_major(blocks[position / kv.block_size], kv.dtype, (g + 1) * kv.block_size, d);
+  return load(block, g * kv.block_size + position % kv.block_size, i);
+}
+
+struct Sum {
+  double value = 0, absolute = 0;
+};
+
+Sum product(const GemmProblem& p, int64_t m, int64_t n) {
+  const int64_t row = p.gather_M ? p.gather_M[m] : m;
+  Sum sum;
+  for (int64_t k = 0; k < p.a.cols; ++k) {
+    const double a = as_type(load(p.a, row, k), p.b.dtype);
+    const double term = a * load(p.b, n, p.b_gather_K ? p.b_gather_K[k] : k);
+    sum.value += term;
+    sum.absolute += std::abs(term);
+  }
+  if (p.bias_N) sum.value += p.bias_N[n];
+  if (p.bias_N) sum.absolute += std::abs(p.bias_N[n]);
+  return sum;
+}
+
+}  // namespace
+
+double load(const ConstMatrix& m, int64_t row, int64_t col) {
+  const int64_t at = row * m.row_stride + col * m.col_stride;
+  if (m.dtype == DType::kBF16) return to_float(static_cast<const BFloat16*>(m.data)[at]);
+  return static_cast<const float*>(m.data)[at];
+}
+
+double activation_value(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x > 0 ? x : 0;
+    case Activation::kGelu:
+      return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+    case Activation::kGeluTanh: {
+      const double u = std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x);
+      return x / (1 + std::exp(-2 * u));
+    }
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+double activation_derivative(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x > 0 ? 1 : 0;
+    case Activation::kGelu:
+      return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-x * x / 2) / std::sqrt(2 * M_PI);
+    case Activation::kGeluTanh: {
+      const double u = std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x);
+      const double slope = std::sqrt(2.0 / M_PI) * (1 + 3 * 0.044715 * x * x);
+      const double s = 1 / (1 + std::exp(-2 * u));
+      return s + x * 2 * s * (1 - s) * slope;
+    }
+    case Activation::kSilu: {
+      const double s = 1 / (1 + std::exp(-x));
+      return s + x * s * (1 - s);
+    }
+    case Activation::kNone:
+      break;
+  }
+  return 1;
+}
+
+void gemm(const GemmProblem& p, double* c_MN, double* sum_of_abs_MN) {
+  const int64_t M = p.c.rows, N = p.c.cols;
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < N; ++n) {
+      const Sum sum = product(p, m, n), up = p.gated ? product(p, m, N + n) : Sum{};
+      double value = activation_value(p.activation, sum.value);
+      if (p.gated) value *= up.value;
+      if (p.accumulate) value += load(p.c, m, n);
+      c_MN[m * N + n] = value;
+      if (sum_of_abs_MN) sum_of_abs_MN[m * N + n] = sum.absolute + up.absolute;
+    }
+  }
+}
+
+void rms_norm(const float* x_TD, const float* weight_D, float eps, int64_t T, int64_t D, double* out_TD) {
+  for (int64_t t = 0; t < T; ++t) {
+    double squares = 0;
+    for (int64_t i = 0; i < D; ++i) squares += double{x_TD[t * D + i]} * x_TD[t * D + i];
+    for (int64_t i = 0; i < D; ++i) {
+      out_TD[t * D + i] = x_TD[t * D + i] / std::sqrt(squares / static_cast<double>(D) + eps) * weight_D[i];
+    }
+  }
+}
+
+void layer_norm(const float* x_TD, const float* weight_D, const float* bias_D, float eps, int64_t T, int64_t D,
+                double* out_TD) {
+  for (int64_t t = 0; t < T; ++t) {
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < D; ++i) sum += x_TD[t * D + i];
+    const double mean = sum / static_cast<double>(D);
+    for (int64_t i = 0; i < D; ++i) squares += (x_TD[t * D + i] - mean) * (x_TD[t * D + i] - mean);
+    for (int64_t i = 0; i < D; ++i) {
+      const double scaled = (x_TD[t * D + i] - mean) / std::sqrt(squares / static_cast<double>(D) + eps) * weight_D[i];
+      out_TD[t * D + i] = scaled + (bias_D ? bias_D[i] : 0);
+    }
+  }
+}
+
+void rope(float* x, int64_t token_stride, const int32_t* positions_T, const float* inverse_frequency, int64_t T,
+          int64_t num_heads, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t h = 0; h < num_heads; ++h) {
+      float* head = x + t * token_stride + h * head_dim;
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = static_cast<float>(positions_T[t]) * inverse_frequency[i];  // fp32, see rope.cc
+        const double a = head[i], b = head[i + half];
+        head[i] = static_cast<float>(a * std::cos(angle) - b * std::sin(angle));
+        head[i + half] = static_cast<float>(b * std::cos(angle) + a * std::sin(angle));
+      }
+    }
+  }
+}
+
+void attention(const float* q, int64_t token_stride, const PagedKv& kv, int64_t T, int64_t S, int64_t H, int64_t G,
+               int64_t d, float scale, double* out_THd) {
+  std::vector<double> p(static_cast<size_t>(S));
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t g = h / (H / G), visible = S - T + t + 1;
+      const float* query = q + t * token_stride + h * d;
+      double maximum = -INFINITY, sum = 0;
+      for (int64_t j = 0; j < visible; ++j) {
+        p[j] = 0;
+        for (int64_t i = 0; i < d; ++i) p[j] += scale * query[i] * load_kv(kv.k_blocks, kv, j, g, d, i);
+        maximum = std::max(maximum, p[j]);
+      }
+      for (int64_t j = 0; j < visible; ++j) sum += p[j] = std::exp(p[j] - maximum);
+      for (int64_t i = 0; i < d; ++i) {
+        double& out = out_THd[(t * H + h) * d + i] = 0;
+        for (int64_t j = 0; j < visible; ++j) out += p[j] / sum * load_kv(kv.v_blocks, kv, j, g, d, i);
+      }
+    }
+  }
+}
+
+}  // namespace coterie::reference

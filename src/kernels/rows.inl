@@ -1,0 +1,120 @@
+// Rows of fp32 or bf16: loading, storing, converting, norms, softmax, rotation.
+
+// Vectors of n <= kWidth elements from element i on, in either type.
+COTERIE_INLINE VF load_any(const void* p, DType dtype, int64_t i, int64_t n) {
+  if (dtype == DType::kBF16) {
+    const uint16_t* halves = static_cast<const uint16_t*>(p) + i;
+    return reinterpret_cast<VF>((n == kWidth ? load_halves(halves) : load_halves_part(halves, n)) << 16);
+  }
+  const float* floats = static_cast<const float*>(p) + i;
+  return n == kWidth ? load(floats) : load_part(floats, n);
+}
+COTERIE_INLINE void store_any(void* p, DType dtype, int64_t i, int64_t n, VF v) {
+  if (dtype == DType::kBF16) {
+    uint16_t* halves = static_cast<uint16_t*>(p) + i;
+    const VU rounded = round_to_bf16(v);
+    if (n == kWidth) return store_halves(halves, rounded);
+    return store_halves_part(halves, rounded, n);
+  }
+  float* floats = static_cast<float*>(p) + i;
+  if (n == kWidth) return store(floats, v);
+  store_part(floats, v, n);
+}
+COTERIE_INLINE int64_t lanes_left(int64_t i, int64_t n) { return n - i < kWidth ? n - i : kWidth; }
+COTERIE_INLINE VF load_floats(const float* p, int64_t i, int64_t n) { return load_any(p, DType::kF32, i, n); }
+COTERIE_INLINE void store_floats(float* p, int64_t i, int64_t n, VF v) { store_any(p, DType::kF32, i, n, v); }
+
+void convert_row(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    store_any(out, out_dtype, i, m, load_any(in, in_dtype, i, m));
+  }
+}
+
+void scale_row(const void* in, DType in_dtype, float scale, void* out, DType out_dtype, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    store_any(out, out_dtype, i, m, load_any(in, in_dtype, i, m) * scale);
+  }
+}
+
+void add_row(const void* in, DType dtype, float* sum, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    store_floats(sum, i, m, load_floats(sum, i, m) + load_any(in, dtype, i, m));
+  }
+}
+
+float dot_row(const void* a, DType a_dtype, const float* b, int64_t n) {
+  VF sum = {};
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    sum = fma(load_any(a, a_dtype, i, m), load_floats(b, i, m), sum);
+  }
+  return sum_lanes(sum);
+}
+
+void combine_rows(const float* const* rows, const float* weights, int64_t count, void* out, DType dtype, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    VF sum = {};
+    for (int64_t r = 0; r < count; ++r) sum = fma(broadcast(weights[r]), load_floats(rows[r], i, m), sum);
+    store_any(out, dtype, i, m, sum);
+  }
+}
+
+void rms_norm_row(const float* x, const float* weight, float eps, int64_t D, float* out) {
+  VF squares = {};
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const VF v = load_floats(x, i, lanes_left(i, D));
+    squares = fma(v, v, squares);
+  }
+  const float scale = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(D) + eps);
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int64_t m = lanes_left(i, D);
+    store_floats(out, i, m, load_floats(x, i, m) * scale * load_floats(weight, i, m));
+  }
+}
+
+void layer_norm_row(const float* x, const float* weight, const float* bias, float eps, int64_t D, float* out) {
+  VF sum = {};
+  for (int64_t i = 0; i < D; i += kWidth) sum += load_floats(x, i, lanes_left(i, D));
+  const float mean = sum_lanes(sum) / static_cast<float>(D);
+  VF squares = {};  // of the centred values: no cancellation, unlike mean(x^2) - mean(x)^2
+  int64_t i = 0;
+  for (; i + kWidth <= D; i += kWidth) {
+    const VF v = load(x + i) - mean;
+    squares = fma(v, v, squares);
+  }
+  float variance = sum_lanes(squares);
+  for (; i < D; ++i) variance += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / std::sqrt(variance / static_cast<float>(D) + eps);
+  for (i = 0; i < D; i += kWidth) {
+    const int64_t m = lanes_left(i, D);
+    const VF scaled = (load_floats(x, i, m) - mean) * scale * load_floats(weight, i, m);
+    store_floats(out, i, m, bias ? scaled + load_floats(bias, i, m) : scaled);
+  }
+}
+
+void softmax_row(const float* x, int64_t n, float* out) {
+  float maximum = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < n; ++i) maximum = x[i] > maximum ? x[i] : maximum;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    const VF e = exp(load_floats(x, i, m) - maximum);
+    store_floats(out, i, m, e);
+    for (int64_t lane = 0; lane < m; ++lane) sum += e[lane];
+  }
+  scale_row(out, DType::kF32, 1.0f / sum, out, DType::kF32, n);
+}
+
+void rope_head(float* x, const float* cosine, const float* sine, int64_t half) {
+  for (int64_t i = 0; i < half; i += kWidth) {
+    const int64_t m = lanes_left(i, half);
+    const VF a = load_floats(x, i, m), b = load_floats(x + half, i, m);
+    const VF c = load_floats(cosine, i, m), s = load_floats(sine, i, m);
+    store_floats(x, i, m, a * c - b * s);
+    store_floats(x + half, i, m, b * c + a * s);
+  }
+}

@@ -1,0 +1,101 @@
+// The small vector type that all kernels are written in. Included inside an ISA's target region and
+// anonymous namespace, after kVectorBytes and before the ISA's own fma, load_part, store_part and
+// multiply_add_bf16, which cannot be said in GCC's vector language.
+//
+// Everything is always_inline: a function that stayed out of line could be merged with the baseline's.
+
+constexpr int kWidth = kVectorBytes / 4;
+
+typedef float VF __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VI __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VU __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VH __attribute__((vector_size(kVectorBytes / 2)));
+// The same in memory: any alignment, any effective type.
+typedef float VFMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+typedef uint32_t VUMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+typedef uint16_t VHMemory __attribute__((vector_size(kVectorBytes / 2), aligned(1), may_alias));
+
+#define COTERIE_INLINE inline __attribute__((always_inline))
+
+COTERIE_INLINE VF broadcast(float value) { return value - VF{}; }
+COTERIE_INLINE VU broadcast_unit(uint32_t value) { return value | VU{}; }
+COTERIE_INLINE VF load(const float* p) { return *reinterpret_cast<const VFMemory*>(p); }
+COTERIE_INLINE void store(float* p, VF v) { *reinterpret_cast<VFMemory*>(p) = v; }
+COTERIE_INLINE VU load_units(const void* p) { return *static_cast<const VUMemory*>(p); }
+COTERIE_INLINE void store_units(uint32_t* p, VU v) { *reinterpret_cast<VUMemory*>(p) = v; }
+COTERIE_INLINE VU load_halves(const uint16_t* p) {
+  return __builtin_convertvector(static_cast<VH>(*reinterpret_cast<const VHMemory*>(p)), VU);
+}
+COTERIE_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
+
+// Round to nearest even to the upper half, as to_bfloat16 does; the lower half is zero.
+COTERIE_INLINE VU round_to_bf16(VF value) {
+  const VU bits = reinterpret_cast<VU>(value);
+  const VU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? ((bits & 0xffff0000u) | 0x400000u) : rounded;
+}
+
+// A permutation of two vectors from a rule Index(lane), known at compile time.
+template <typename Rule, int... kLane>
+COTERIE_INLINE VI shuffle_mask(std::integer_sequence<int, kLane...>) {
+  return VI{Rule::index(kLane)...};
+}
+template <typename Rule, typename V>
+COTERIE_INLINE V shuffle(V a, V b) {
+  return __builtin_shuffle(a, b, shuffle_mask<Rule>(std::make_integer_sequence<int, kWidth>()));
+}
+
+// Exchanges blocks of kStep lanes between two vectors: the butterfly of transposing and of summing.
+template <int kStep>
+struct LowBlocks {
+  static constexpr int index(int lane) { return lane & kStep ? kWidth + (lane ^ kStep) : lane; }
+};
+template <int kStep>
+struct HighBlocks {
+  static constexpr int index(int lane) { return lane & kStep ? kWidth + lane : (lane ^ kStep); }
+};
+struct EvenLanes {
+  static constexpr int index(int lane) { return 2 * lane; }
+};
+struct OddLanes {
+  static constexpr int index(int lane) { return 2 * lane + 1; }
+};
+
+template <int kStep = kWidth / 2>
+COTERIE_INLINE void transpose(VU (&rows)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & kStep) continue;
+    const VU low = shuffle<LowBlocks<kStep>>(rows[i], rows[i + kStep]);
+    rows[i + kStep] = shuffle<HighBlocks<kStep>>(rows[i], rows[i + kStep]);
+    rows[i] = low;
+  }
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]. Destroys rows. The order of the additions
+// is the same for every i.
+template <int kStep = kWidth / 2>
+COTERIE_INLINE VF sum_each(VF (&rows)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kStep; ++i) {
+    rows[i] = shuffle<LowBlocks<kStep>>(rows[i], rows[i + kStep]) +
+              shuffle<HighBlocks<kStep>>(rows[i], rows[i + kStep]);
+  }
+  if constexpr (kStep > 1) return sum_each<kStep / 2>(rows);
+  return rows[0];
+}
+
+template <int kStep = kWidth / 2>
+COTERIE_INLINE float sum_lanes(VF v) {
+  v += shuffle<HighBlocks<kStep>>(v, v);
+  if constexpr (kStep > 1) return sum_lanes<kStep / 2>(v);
+  return v[0];
+}
+
+template <int kStep = kWidth / 2>
+COTERIE_INLINE float max_lanes(VF v) {
+  v = max(v, shuffle<HighBlocks<kStep>>(v, v));
+  if constexpr (kStep > 1) return max_lanes<kStep / 2>(v);
+  return v[0];
+}

@@ -1,0 +1,51 @@
+// The epilogue: a tile of sums gets bias, activation, gate, and C's type, while it is in the L1 cache.
+
+struct StoreRow {
+  const TileStore& s;
+  const float* tile;
+  int64_t row;
+
+  COTERIE_INLINE VF sums(int64_t j, int64_t n, int half, const float* bias) const {
+    const VF v = load(tile + row * 2 * kWidth + half * kWidth);
+    return bias ? v + load_floats(bias, j, n) : v;
+  }
+  COTERIE_INLINE void keep_pre(int64_t j, int64_t n, VF v) const {
+    if (s.pre) store_any(s.pre, s.pre_dtype, row * s.pre_stride + j, n, v);
+  }
+  COTERIE_INLINE void store_c(int64_t j, int64_t n, VF v) const {
+    const int64_t at = row * s.c_stride + j;
+    if (s.accumulate) v += load_any(s.c, s.c_dtype, at, n);
+    store_any(s.c, s.c_dtype, at, n, v);
+  }
+};
+
+void store_gated_row(const StoreRow& row) {
+  const TileStore& s = row.s;
+  const VF gate = row.sums(0, s.cols, 0, s.bias);
+  const VF up = row.sums(0, s.cols, 1, s.bias_up);
+  row.keep_pre(0, s.cols, gate);
+  row.keep_pre(s.pre_up_offset, s.cols, up);
+  row.store_c(0, s.cols, activation_value(s.activation, gate) * up);
+}
+
+void store_plain_row(const StoreRow& row) {
+  const TileStore& s = row.s;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t j = half * kWidth, n = lanes_left(j, s.cols);
+    if (n <= 0) return;
+    const VF v = row.sums(j, n, half, s.bias);
+    row.keep_pre(j, n, v);
+    row.store_c(j, n, s.activation == Activation::kNone ? v : activation_value(s.activation, v));
+  }
+}
+
+void store_tile(const TileStore& s) {
+  for (int64_t r = 0; r < s.rows; ++r) {
+    const StoreRow row{s, s.tile, r};
+    if (s.gated) {
+      store_gated_row(row);
+    } else {
+      store_plain_row(row);
+    }
+  }
+}

@@ -1,0 +1,43 @@
+#include "moe/combine.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "kernels/kernel_table.h"
+#include "kernels/parallel_rows.h"
+
+namespace coterie {
+namespace {
+
+constexpr int64_t kMostChoices = 256;  // of one token; models in use have at most 22
+
+}  // namespace
+
+void combine(const Dispatch& dispatch, const float* rows_RD, bool unweighted, const Matrix& out_TD, ThreadPool& pool) {
+  const KernelTable& kernels = active_kernels();
+  const int64_t T = dispatch.num_tokens, D = out_TD.cols;
+  const int64_t K = T ? static_cast<int64_t>(dispatch.row_TK.size()) / T : 0;
+  COTERIE_CHECK(K <= kMostChoices, "too many choices a token");
+  parallel_rows(T, D * (K + 1), pool, [&](int64_t t) {
+    const float* rows[kMostChoices];
+    float weights[kMostChoices];
+    int64_t count = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const int32_t row = dispatch.row_TK[t * K + k];
+      if (row < 0) continue;
+      rows[count] = rows_RD + row * D;
+      weights[count++] = unweighted ? 1.0f : dispatch.weight_R[row];
+    }
+    kernels.combine_rows(rows, weights, count, out_TD.row_range(t, 1).data, out_TD.dtype, D);
+  });
+}
+
+bool is_identity(const Dispatch& dispatch) {
+  if (dispatch.num_rows() != dispatch.num_tokens) return false;
+  for (int64_t r = 0; r < dispatch.num_rows(); ++r) {
+    if (dispatch.token_R[r] != r || dispatch.weight_R[r] != 1.0f) return false;
+  }
+  return true;
+}
+
+}  // namespace coterie

@@ -1,0 +1,137 @@
+// The forward pass of the experts: two grouped GEMMs and a combine.
+#include "moe/experts.h"
+
+#include "base/check.h"
+#include "kernels/workspace.h"
+#include "moe/combine.h"
+
+namespace coterie {
+namespace {
+
+// Where an expert's weights come from: packed panels or plain matrices.
+struct ExpertSource {
+  const PackedExperts* packed = nullptr;
+  const ExpertWeights* plain = nullptr;
+
+  DType dtype() const { return packed ? packed->down_E.front().dtype() : plain->dtype; }
+  void set_up(GemmProblem& problem, const ExpertShape& s, int64_t e) const {
+    const int64_t U = s.up_rows();
+    if (packed) {
+      problem.packed_b = &packed->up_E[e];
+      problem.bias_N = packed->up_bias_EU.empty() ? nullptr : packed->up_bias_EU.data() + e * U;
+    } else {
+      problem.b = row_major(plain->up_EUD, plain->dtype, s.num_experts * U, s.hidden_size).row_range(e * U, U);
+      problem.bias_N = plain->up_bias_EU ? plain->up_bias_EU + e * U : nullptr;
+    }
+  }
+  void set_down(GemmProblem& problem, const ExpertShape& s, int64_t e) const {
+    const int64_t D = s.hidden_size;
+    if (packed) {
+      problem.packed_b = &packed->down_E[e];
+      problem.bias_N = packed->down_bias_ED.empty() ? nullptr : packed->down_bias_ED.data() + e * D;
+    } else {
+      problem.b = row_major(plain->down_EDF, plain->dtype, s.num_experts * D, s.intermediate_size).row_range(e * D, D);
+      problem.bias_N = plain->down_bias_ED ? plain->down_bias_ED + e * D : nullptr;
+    }
+  }
+};
+
+void check_shapes(const ExpertShape& shape, const Dispatch& dispatch, const ConstMatrix& x_TD, const Matrix& out_TD) {
+  COTERIE_CHECK(static_cast<int64_t>(dispatch.offset_E1.size()) == shape.num_experts + 1, "dispatch is for other experts");
+  COTERIE_CHECK(x_TD.cols == shape.hidden_size && out_TD.cols == shape.hidden_size, "hidden sizes differ");
+  COTERIE_CHECK(x_TD.rows == dispatch.num_tokens && out_TD.rows == dispatch.num_tokens, "numbers of tokens differ");
+}
+
+// One problem for every expert that has rows.
+template <typename Fill>
+std::vector<GemmProblem> problems_of_experts(const Dispatch& dispatch, const Fill& fill) {
+  std::vector<GemmProblem> problems;
+  for (int64_t e = 0; e + 1 < static_cast<int64_t>(dispatch.offset_E1.size()); ++e) {
+    const int64_t first = dispatch.offset_E1[e], count = dispatch.offset_E1[e + 1] - first;
+    if (count == 0) continue;
+    fill(problems.emplace_back(), e, first, count);
+  }
+  return problems;
+}
+
+void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatch& dispatch, const ConstMatrix& x_TD,
+             const Matrix& out_TD, const Matrix& inner_RF, const Matrix& pre_RU, float* down_RD, ThreadPool& pool) {
+  const auto up = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
+    p.a = x_TD;
+    p.gather_M = dispatch.token_R.data() + first;
+    p.num_gathered = count;
+    source.set_up(p, shape, e);
+    p.activation = shape.activation;
+    p.gated = shape.gated;
+    p.c = inner_RF.row_range(first, count);
+    if (pre_RU.data) p.pre = pre_RU.row_range(first, count);
+  });
+  grouped_gemm(up, pool);
+
+  const bool direct = is_identity(dispatch);
+  const Matrix rows_RD = direct ? out_TD : row_major(down_RD, dispatch.num_rows(), shape.hidden_size);
+  const auto down = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
+    p.a = inner_RF.row_range(first, count);
+    source.set_down(p, shape, e);
+    p.c = rows_RD.row_range(first, count);
+  });
+  grouped_gemm(down, pool);
+  if (!direct) combine(dispatch, down_RD, /*unweighted=*/false, out_TD, pool);
+}
+
+Workspace& forward_workspace() {
+  static thread_local Workspace workspace;
+  return workspace;
+}
+
+}  // namespace
+
+PackedExperts::PackedExperts(const ExpertShape& expert_shape, const ExpertWeights& weights, ThreadPool& pool)
+    : shape(expert_shape) {
+  const int64_t E = shape.num_experts, D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
+  const ConstMatrix up = row_major(weights.up_EUD, weights.dtype, E * U, D);
+  const ConstMatrix down = row_major(weights.down_EDF, weights.dtype, E * D, F);
+  for (int64_t e = 0; e < E; ++e) {
+    up_E.emplace_back(up.row_range(e * U, U), pool, shape.gated);
+    down_E.emplace_back(down.row_range(e * D, D), pool);
+  }
+  if (weights.up_bias_EU) up_bias_EU.assign(weights.up_bias_EU, weights.up_bias_EU + E * U);
+  if (weights.down_bias_ED) down_bias_ED.assign(weights.down_bias_ED, weights.down_bias_ED + E * D);
+}
+
+void experts_forward(const PackedExperts& experts, const Dispatch& dispatch, const ConstMatrix& x_TD,
+                     const Matrix& out_TD, ThreadPool& pool) {
+  const ExpertShape& shape = experts.shape;
+  check_shapes(shape, dispatch, x_TD, out_TD);
+  const ExpertSource source = {&experts, nullptr};
+  // The down product packs its input as the weights' type: keeping it in that type loses nothing.
+  const DType dtype = source.dtype();
+  const int64_t R = dispatch.num_rows(), D = shape.hidden_size, F = shape.intermediate_size;
+  Workspace& workspace = forward_workspace();
+  const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
+  workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)));
+  const Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F);
+  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, {}, workspace.take<float>(static_cast<size_t>(R * D)), pool);
+}
+
+void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, const Dispatch& dispatch,
+                     const ConstMatrix& x_TD, const Matrix& out_TD, ExpertsContext* context, ThreadPool& pool) {
+  check_shapes(shape, dispatch, x_TD, out_TD);
+  const ExpertSource source = {nullptr, &weights};
+  const int64_t R = dispatch.num_rows(), D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
+  const DType dtype = x_TD.dtype;
+  const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
+  Workspace& workspace = forward_workspace();
+  workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)));
+  Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F), pre_RU;
+  if (context) {
+    context->inner_RF.reserve(inner_bytes);
+    context->pre_activation_RU.reserve(static_cast<size_t>(R * U) * dtype_size(dtype));
+    inner_RF.data = context->inner_RF.data();
+    pre_RU = row_major(context->pre_activation_RU.data(), dtype, R, U);
+  }
+  float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
+  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, pre_RU, down_RD, pool);
+}
+
+}  // namespace coterie
