@@ -13,7 +13,7 @@ namespace {
 
 using namespace gguf_file;
 
-// A Llama file: 2 layers, hidden 8, 2 heads of 4 and one KV head, MLP 6, vocabulary 5; every number of
+// A Llama file: 2 layers, hidden 8, 2 heads of 6 and one KV head, MLP 6, vocabulary 5; every number of
 // a tensor says where it lies in the file: row + column / 64.
 class GgufModelTest : public TemporaryDirectoryTest {
  protected:
@@ -29,6 +29,7 @@ class GgufModelTest : public TemporaryDirectoryTest {
             integer("llama.feed_forward_length", 6),
             integer("llama.attention.head_count", 2),
             integer("llama.attention.head_count_kv", 1),
+            integer("llama.attention.key_length", 6),
             real("llama.attention.layer_norm_rms_epsilon", 1e-6f),
             real("llama.rope.freq_base", 50000.0f),
             integer("tokenizer.ggml.bos_token_id", 1),
@@ -63,9 +64,9 @@ class GgufModelTest : public TemporaryDirectoryTest {
     std::vector<Tensor> tensors = {{"token_embd.weight", 5, 8}, {"output_norm.weight", 8, 0}};
     for (const std::string layer : {"blk.0.", "blk.1."}) {
       const std::vector<Tensor> of_layer = {
-          {layer + "attn_norm.weight", 8, 0}, {layer + "attn_q.weight", 8, 8},      {layer + "attn_k.weight", 4, 8},
-          {layer + "attn_v.weight", 4, 8},    {layer + "attn_output.weight", 8, 8}, {layer + "ffn_norm.weight", 8, 0},
-          {layer + "ffn_gate.weight", 6, 8},  {layer + "ffn_up.weight", 6, 8},      {layer + "ffn_down.weight", 8, 6}};
+          {layer + "attn_norm.weight", 8, 0}, {layer + "attn_q.weight", 12, 8},      {layer + "attn_k.weight", 6, 8},
+          {layer + "attn_v.weight", 6, 8},    {layer + "attn_output.weight", 8, 12}, {layer + "ffn_norm.weight", 8, 0},
+          {layer + "ffn_gate.weight", 6, 8},  {layer + "ffn_up.weight", 6, 8},       {layer + "ffn_down.weight", 8, 6}};
       tensors.insert(tensors.end(), of_layer.begin(), of_layer.end());
     }
     return tensors;
@@ -112,7 +113,7 @@ TEST_F(GgufModelTest, MetadataBecomesAConfig) {
   EXPECT_EQ(config.hidden_size, 8);
   EXPECT_EQ(config.num_heads, 2);
   EXPECT_EQ(config.num_kv_heads, 1);
-  EXPECT_EQ(config.head_dim, 4);
+  EXPECT_EQ(config.head_dim, 6);
   EXPECT_EQ(config.max_position_embeddings, 128);
   EXPECT_EQ(config.norm, NormKind::kRmsNorm);
   EXPECT_EQ(config.norm_eps, 1e-6f);
@@ -128,7 +129,7 @@ TEST_F(GgufModelTest, MetadataBecomesAConfig) {
 
 TEST_F(GgufModelTest, WhatTheTensorsSayIsRead) {
   std::vector<Tensor> tensors = good_tensors();
-  tensors.insert(tensors.end(), {{"output.weight", 5, 8}, {"blk.0.attn_q.bias", 8, 0}, {"blk.0.ffn_down.bias", 8, 0}});
+  tensors.insert(tensors.end(), {{"output.weight", 5, 8}, {"blk.0.attn_q.bias", 12, 0}, {"blk.0.ffn_down.bias", 8, 0}});
   const GgufSource file(write_file(with("tokenizer.ggml.eot_token_id", 4), tensors));
   const ModelConfig config = config_from_gguf(file);
   EXPECT_FALSE(config.tie_word_embeddings);
@@ -136,10 +137,10 @@ TEST_F(GgufModelTest, WhatTheTensorsSayIsRead) {
   EXPECT_TRUE(config.mlp_bias);
   EXPECT_FALSE(config.attention_output_bias);
   EXPECT_EQ(config.eos_token_ids, (std::vector<int64_t>{2, 4}));
-  // A bias's rows are turned like its matrix's: within heads of 4, from 0 2 1 3.
-  std::vector<float> bias(8);
+  // A bias's rows are turned like its matrix's: within each head of 6, from 0 2 4 1 3 5.
+  std::vector<float> bias(12);
   GgufLlamaSource(file, config).read("model.layers.0.self_attn.q_proj.bias", bias.data());
-  EXPECT_EQ(bias, (std::vector<float>{0, 2, 1, 3, 4, 6, 5, 7}));
+  EXPECT_EQ(bias, (std::vector<float>{0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11}));
 }
 
 TEST_F(GgufModelTest, TensorsLieUnderTheirLogicalNamesWithQueryAndKeyRowsTurnedBack) {
@@ -147,11 +148,10 @@ TEST_F(GgufModelTest, TensorsLieUnderTheirLogicalNamesWithQueryAndKeyRowsTurnedB
   const ModelConfig config = config_from_gguf(file);
   const GgufLlamaSource source(file, config);
   const LogicalReader reader(source, kLlamaArchitecture.checkpoint_map(config));
-  const std::vector<int> in_order = {0, 1, 2, 3, 4, 5, 6, 7};
-  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.q_proj.weight"), (std::vector<int>{0, 2, 1, 3, 4, 6, 5, 7}));
-  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.k_proj.weight"), (std::vector<int>{0, 2, 1, 3}));
-  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.v_proj.weight"), (std::vector<int>{0, 1, 2, 3}));
-  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.o_proj.weight"), in_order);
+  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.q_proj.weight"),
+            (std::vector<int>{0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11}));
+  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.k_proj.weight"), (std::vector<int>{0, 2, 4, 1, 3, 5}));
+  EXPECT_EQ(file_rows(reader, "model.layers.1.attention.v_proj.weight"), (std::vector<int>{0, 1, 2, 3, 4, 5}));
   EXPECT_EQ(file_rows(reader, "model.layers.0.mlp.up.weight"), (std::vector<int>{0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5}));
   EXPECT_EQ(file_rows(reader, "model.embed_tokens.weight"), (std::vector<int>{0, 1, 2, 3, 4}));
   EXPECT_EQ(reader.read("model.norm.weight"), (std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7}));
@@ -160,6 +160,11 @@ TEST_F(GgufModelTest, TensorsLieUnderTheirLogicalNamesWithQueryAndKeyRowsTurnedB
 TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
   const auto text = [](const std::string& key, const std::string& v) { return with(key, text_value(key, v)); };
   const auto real = [](const std::string& key, float v) { return with(key, value(key, kFloat32, v)); };
+  const auto without_key_length = [](uint32_t heads) {
+    Values values = with("llama.attention.head_count", heads);
+    std::erase_if(values, [](const auto& v) { return v.first == "llama.attention.key_length"; });
+    return values;
+  };
   std::vector<Tensor> llama3 = good_tensors();
   llama3.push_back({"rope_freqs.weight", 2, 0});
   struct Case {
@@ -174,12 +179,11 @@ TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
       {without("llama.embedding_length"), ": llama.embedding_length: is missing"},
       {real("llama.embedding_length", 8.0f), ": llama.embedding_length: is not a whole number"},
       {without("llama.attention.layer_norm_rms_epsilon"), ": llama.attention.layer_norm_rms_epsilon: is missing"},
-      {with("llama.attention.head_count", 3),
-       ": llama.attention.head_count: 3 does not divide llama.embedding_length (8)"},
+      {without_key_length(3), ": llama.attention.head_count: 3 does not divide llama.embedding_length (8)"},
       {with("llama.attention.head_count", uint32_t{0}),
        ": llama.attention.head_count: 0 does not divide llama.embedding_length (8)"},
-      {with("llama.attention.value_length", 8), ": llama.attention.value_length: 8 is not supported (4 is)"},
-      {with("llama.rope.dimension_count", 2), ": llama.rope.dimension_count: 2 is not supported (4 is)"},
+      {with("llama.attention.value_length", 8), ": llama.attention.value_length: 8 is not supported (6 is)"},
+      {with("llama.rope.dimension_count", 2), ": llama.rope.dimension_count: 2 is not supported (6 is)"},
       {with("llama.vocab_size", 6), ": llama.vocab_size: 6 is not supported (5 is)"},
       {text("llama.rope.scaling.type", "linear"), ": llama.rope.scaling.type: 'linear' is not supported ('none' is)"},
       {real("llama.rope.scaling.factor", 2.0f),
@@ -193,7 +197,6 @@ TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
   };
   for (const Case& c : cases) EXPECT_EQ(refusal(c.values, c.tensors), c.message);
   EXPECT_EQ(refusal(text("llama.rope.scaling.type", "none")), "");
-  EXPECT_EQ(refusal(with("llama.attention.key_length", 4)), "");
 }
 
 TEST_F(GgufModelTest, TensorsThatContradictTheConfigAreRefused) {
@@ -209,12 +212,12 @@ TEST_F(GgufModelTest, TensorsThatContradictTheConfigAreRefused) {
         path);
   };
   std::vector<Tensor> tensors = good_tensors();
-  tensors[3] = {"blk.0.attn_q.weight", 6, 8};
-  EXPECT_EQ(message_of(tensors), ": tensor 'blk.0.attn_q.weight': its rows are not 2 heads of 4");
-  tensors[3] = {"blk.0.attn_q.weight", 8, 6};
-  EXPECT_NE(message_of(tensors), "");
+  tensors[3] = {"blk.0.attn_q.weight", 8, 8};
+  EXPECT_EQ(message_of(tensors), ": tensor 'blk.0.attn_q.weight': its rows are not 2 heads of 6");
+  tensors[3] = {"blk.0.attn_q.weight", 12, 6};
+  EXPECT_EQ(message_of(tensors), ": model.layers.0.self_attn.q_proj.weight: shape [12, 6] is not [12, 8]");
   tensors = good_tensors();
-  tensors.push_back({"model.layers.0.self_attn.q_proj.weight", 8, 8});
+  tensors.push_back({"model.layers.0.self_attn.q_proj.weight", 12, 8});
   EXPECT_EQ(message_of(tensors),
             ": tensor 'model.layers.0.self_attn.q_proj.weight': occurs twice, as "
             "'model.layers.0.self_attn.q_proj.weight'");
