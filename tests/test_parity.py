@@ -1,0 +1,147 @@
+"""The engine against transformers, on random tiny checkpoints of every architecture."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from transformers import PreTrainedModel
+
+from coterie import LLM, SamplingParams, _engine
+
+# Relative to the largest logit. fp32 sums of a few hundred terms in another order differ by 1e-6.
+TOLERANCE = 1e-4
+LENGTHS = (1, 150)  # of prompts; the second and its continuation fill several KV blocks
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.BUILDERS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_models.build(request.param)
+
+
+@pytest.fixture(scope="module")
+def directory(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save(model, tmp_path_factory.mktemp("model"))
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> np.ndarray:
+    return model(torch.tensor([token_ids])).logits[0].numpy()
+
+
+@torch.no_grad()
+def reference_continuation(model: PreTrainedModel, token_ids: list[int]) -> list[int]:
+    output = model.generate(
+        torch.tensor([token_ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return output[0, len(token_ids) :].tolist()
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits(model: PreTrainedModel, directory: Path, length: int) -> None:
+    token_ids = tiny_models.prompt(length, seed=length)
+    logits = LLM(directory, threads=2).logits(token_ids)
+    assert logits.dtype == np.float32
+    assert logits.shape == (length, tiny_models.VOCAB_SIZE)
+    assert relative_error(logits, reference_logits(model, token_ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_greedy_continuation(model: PreTrainedModel, directory: Path, length: int) -> None:
+    prompt = tiny_models.prompt(length, seed=length)
+    expected = reference_continuation(model, prompt)
+    # The two likeliest tokens must lie further apart than both may be wrong.
+    logits = np.sort(reference_logits(model, prompt + expected)[length - 1 : -1])
+    margin = (logits[:, -1] - logits[:, -2]).min() / np.abs(logits).max()
+    assert margin > 2 * TOLERANCE, "a near-tie: give this model another seed in tiny_models.py"
+
+    output = LLM(directory, threads=2).generate([prompt], SamplingParams(max_tokens=NEW_TOKENS))[0]
+    assert output.prompt_token_ids == prompt
+    assert output.outputs[0].token_ids == expected
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_negative_log_likelihood(model: PreTrainedModel, directory: Path) -> None:
+    token_ids = tiny_models.prompt(90, seed=3)
+    log_p = torch.from_numpy(reference_logits(model, token_ids)).double().log_softmax(-1)
+    expected = -log_p[:-1].gather(1, torch.tensor(token_ids[1:])[:, None]).sum().item()
+    actual = _engine.Engine(str(directory)).negative_log_likelihood(token_ids)
+    # Each term is off by at most twice the error of a logit.
+    assert abs(actual - expected) < 2 * TOLERANCE * reference_scale(model, token_ids) * len(token_ids)
+
+
+def reference_scale(model: PreTrainedModel, token_ids: list[int]) -> float:
+    return float(np.abs(reference_logits(model, token_ids)).max())
+
+
+def test_bf16_logits(model: PreTrainedModel, directory: Path) -> None:
+    """bf16 mode is fp32 with weights, operands of products and KV cache rounded to 8 bits.
+
+    A rounding has a relative error of at most u = 2^-8, uniformly spread, so u / sqrt(3) in the mean
+    square. Of independent errors squares add up: N roundings on the way leave sqrt(N / 3) * u of a
+    logit's own spread. On the way through a layer lie the operands of seven products (q, k, v, scores,
+    values, o, up, down; weight and input each), 16 roundings, and 2 in the head. Entries are judged by
+    the largest logit (three standard deviations of a hundred or more), the largest of some ten thousand
+    errors by four of theirs; norms and softmax may double an error. A token whose experts change is
+    another function: what follows it is not compared.
+    """
+    token_ids = tiny_models.prompt(150, seed=150)
+    exact, rounded = (_engine.Engine(str(directory), dtype=dtype) for dtype in ("fp32", "bf16"))
+    pairs = zip(exact.expert_ids(token_ids), rounded.expert_ids(token_ids), strict=True)
+    changed = [np.flatnonzero((np.sort(a) != np.sort(b)).any(axis=1)) for a, b in pairs]
+    same = min([int(c[0]) for c in changed if len(c)], default=len(token_ids))
+    assert same > 0, "the first token is routed differently: give this model another seed in tiny_models.py"
+
+    layers = len(json.loads(exact.config_json)["layers"])
+    tolerance = 2 * (4 / 3) * math.sqrt((16 * layers + 2) / 3) * 2**-8
+    expected = reference_logits(model, token_ids)[:same]
+    error = relative_error(np.array(rounded.logits(token_ids))[:same], expected)
+    assert error < tolerance
+    assert error > TOLERANCE, "nothing was rounded: is this bf16?"
+
+
+def test_sampling_is_a_function_of_the_seed(directory: Path) -> None:
+    llm = LLM(directory)
+    prompts = [tiny_models.prompt(5)]
+    texts = [
+        llm.generate(prompts, SamplingParams(max_tokens=24, temperature=1.0, top_k=20, top_p=0.9, seed=seed))[0]
+        .outputs[0]
+        .token_ids
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_sampling_follows_the_distribution(model: PreTrainedModel, directory: Path) -> None:
+    """Of 2000 seeds, a token of probability p gets 2000 p, give or take 5 standard deviations."""
+    prompt = tiny_models.prompt(7, seed=7)
+    engine = _engine.Engine(str(directory))
+    temperature, top_k, n = 2.0, 5, 2000
+    logits = torch.from_numpy(reference_logits(model, prompt)[-1]).double() / temperature
+    kept = logits.topk(top_k)
+    p = dict(zip(kept.indices.tolist(), kept.values.softmax(-1).tolist(), strict=True))
+    counts = dict.fromkeys(p, 0)
+    for seed in range(n):
+        options = {"max_new_tokens": 1, "temperature": temperature, "top_k": top_k, "seed": seed}
+        counts[engine.generate(prompt, **options)["token_ids"][0]] += 1  # KeyError: not among the top k
+    for token_id, count in counts.items():
+        expected = n * p[token_id]
+        assert abs(count - expected) < 5 * math.sqrt(expected * (1 - p[token_id])) + 1
+
+
+def test_end_tokens_stop(model: PreTrainedModel, directory: Path) -> None:
+    prompt = tiny_models.prompt(9, seed=9)
+    expected = reference_continuation(model, prompt)
+    last = expected[5]
+    wanted = expected[: expected.index(last) + 1]
+    params = SamplingParams(max_tokens=NEW_TOKENS, stop_token_ids=[last])
+    output = LLM(directory).generate([prompt], params)[0].outputs[0]
+    assert (output.token_ids, output.finish_reason) == (wanted, "stop")

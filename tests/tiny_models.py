@@ -1,0 +1,161 @@
+"""Random tiny checkpoints of every architecture, with sizes chosen to be awkward: grouped-query heads,
+head_dim other than hidden/heads, odd vocabularies, 7 experts top-3, tied and untied output.
+
+The weights are much larger than a fresh model's, so that logits spread and attention and routing
+decide something; biases and norms are random too, so that a forgotten one shows.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from coterie.torch import CoterieConfig, CoterieForCausalLM
+
+VOCAB_SIZE = 131
+MAX_LENGTH = 320  # several KV blocks of any size up to 128
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": MAX_LENGTH,
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_SIZES = {**_COMMON, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_MOE_MIX = {"num_experts_per_tok": 3, "norm_topk_prob": True, "moe_intermediate_size": 20}
+
+
+def llama() -> PreTrainedModel:
+    config = transformers.LlamaConfig(**_GROUPED, head_dim=14, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(config)
+
+
+def llama_biased_untied() -> PreTrainedModel:
+    config = transformers.LlamaConfig(
+        **_SIZES, num_key_value_heads=1, attention_bias=True, mlp_bias=True, rope_theta=500.0
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def mixtral() -> PreTrainedModel:
+    config = transformers.MixtralConfig(**_GROUPED, head_dim=14, num_local_experts=7, num_experts_per_tok=3)
+    return transformers.MixtralForCausalLM(config)
+
+
+def olmoe() -> PreTrainedModel:
+    config = transformers.OlmoeConfig(
+        **_GROUPED, num_experts=9, num_experts_per_tok=2, norm_topk_prob=False, clip_qkv=1.0, pad_token_id=None
+    )
+    return transformers.OlmoeForCausalLM(config)
+
+
+def qwen2_moe() -> PreTrainedModel:
+    config = transformers.Qwen2MoeConfig(
+        **_GROUPED, **_MOE_MIX, num_experts=7, shared_expert_intermediate_size=36, decoder_sparse_step=2
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def qwen3_moe() -> PreTrainedModel:
+    config = transformers.Qwen3MoeConfig(
+        **_GROUPED, **_MOE_MIX, num_experts=7, head_dim=14, mlp_only_layers=[1], tie_word_embeddings=True
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def gpt2() -> PreTrainedModel:
+    config = transformers.GPT2Config(**_COMMON, n_embd=48, n_layer=3, n_head=6, n_inner=100)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def coterie_config(**changes: object) -> CoterieConfig:
+    """A pyramid with every residual kind, and a dense layer first."""
+    moe = {"expert_intermediate_size": 20, "intermediate_size": 36}
+    values = {
+        **_COMMON,
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 14,
+        "layers": [
+            {"num_experts": 0, "intermediate_size": 56},
+            {"num_experts": 4, "top_k": 1, "residual": "sum", **moe},
+            {"num_experts": 7, "top_k": 3, "expert_intermediate_size": 20, "router": {"normalize": True}},
+            {"num_experts": 8, "top_k": 2, "residual": "learned", **moe},
+            {"num_experts": 8, "top_k": 1, "residual": "shared_gate", "router": {"routed_scaling": 1.5}, **moe},
+        ],
+        **changes,
+    }
+    return CoterieConfig(**values)
+
+
+def coterie_pyramid() -> PreTrainedModel:
+    return CoterieForCausalLM(coterie_config())
+
+
+def coterie_gpt_style() -> PreTrainedModel:
+    """Learned positions, LayerNorm, GELU without a gate, biases everywhere, full QK norm, sigmoid scores."""
+    config = coterie_config(
+        position_embedding_type="learned",
+        norm_type="layer_norm",
+        hidden_act="gelu_new",
+        gated_mlp=False,
+        attention_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        qk_norm="full",
+        tie_word_embeddings=False,
+    )
+    config.layers[2]["router"] = {"score_function": "sigmoid", "normalize": True}
+    return CoterieForCausalLM(config)
+
+
+# Seeds for which no greedy continuation of the tests comes near a tie (they check it).
+BUILDERS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
+    "llama": (llama, 5),
+    "llama_biased_untied": (llama_biased_untied, 2),
+    "mixtral": (mixtral, 2),
+    "olmoe": (olmoe, 6),
+    "qwen2_moe": (qwen2_moe, 7),
+    "qwen3_moe": (qwen3_moe, 3),
+    "gpt2": (gpt2, 7),
+    "coterie_pyramid": (coterie_pyramid, 0),
+    "coterie_gpt_style": (coterie_gpt_style, 5),
+}
+
+
+def seeded(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """The model in fp32, in eval mode, every parameter random."""
+    torch.manual_seed(seed)
+    model = build().float().eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms lie around 1, biases around 0
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.mul_(2.0)
+    return model
+
+
+def build(name: str) -> PreTrainedModel:
+    """The tiny model of that name."""
+    return seeded(*BUILDERS[name])
+
+
+def save(model: PreTrainedModel, directory: Path) -> Path:
+    """Write config.json and model.safetensors."""
+    model.save_pretrained(directory)
+    return directory
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()
