@@ -18,6 +18,7 @@
 
 #include "kernels/kernel_table.h"
 #include "kernels/reference.h"
+#include "kernels/test_support.h"
 
 namespace coterie {
 namespace {
@@ -60,12 +61,12 @@ std::string describe(const Case& c, const KernelTable& kernels) {
 }
 
 double tolerance(const Case& c, double value, double sum_of_abs) {
-  const double u = std::ldexp(1.0, -24);
+  const double u = kUnitRoundoff;
   double error = static_cast<double>(c.K + 2) * u * sum_of_abs;  // one more step for the bias
   if (c.activation != Activation::kNone) error = 1.13 * error + 16 * u * std::abs(value);
   if (c.gated) error = 2 * 1.13 * error * sum_of_abs + 2 * u * std::abs(value);
   if (c.accumulate) error += 2 * u * (std::abs(value) + sum_of_abs);
-  return error + std::abs(value) * (c.c == DType::kBF16 ? std::ldexp(1.0, -8) : u);
+  return error + std::abs(value) * (c.c == DType::kBF16 ? 2 * kBf16UnitRoundoff : u);
 }
 
 // A problem of the case with all the memory that it points to.
@@ -131,15 +132,6 @@ void check(const Case& c, ThreadPool& pool) {
         ASSERT_EQ(fixture.c_floats[i], untouched[i]);
       }
     }
-  }
-}
-
-// Runs the body once for every ISA.
-template <typename Body>
-void for_each_isa(const Body& body) {
-  for (const KernelTable* table : supported_kernels()) {
-    const ScopedKernels scope(*table);
-    body();
   }
 }
 

@@ -1,0 +1,134 @@
+// Attention of every ISA against doubles.
+//
+// Tolerance: a score is off by at most (d + 2) u scale sum|q k| =: s, so every weight by a factor of at most
+// exp(2 s) (its own score and the sum's); the exponentials, corrections and the two sums over S keys add
+// (2 S + 32) u. An output is a mean of values, hence off by at most that times the largest |v|.
+#include "kernels/attention.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "kernels/reference.h"
+#include "kernels/test_support.h"
+
+namespace coterie {
+namespace {
+
+struct Shape {
+  int64_t S, H, G, d, block_size;
+  DType dtype = DType::kF32;
+};
+
+// The cache and the queries of a sequence. Unused cache rows are NaN: whoever reads them shows it.
+struct Sequence {
+  Shape shape;
+  std::vector<float> q, k, v;
+  std::vector<std::vector<float>> k_memory, v_memory;  // also large enough for bf16
+  std::vector<void*> k_blocks, v_blocks;
+  PagedKv kv;
+
+  Sequence(const Shape& s, std::mt19937& random) : shape(s) {
+    q = random_floats(s.S * s.H * s.d, random);
+    k = random_floats(s.S * s.G * s.d, random);
+    v = random_floats(s.S * s.G * s.d, random);
+    const int64_t blocks = (s.S + s.block_size - 1) / s.block_size;
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (auto* memory : {&k_memory, &v_memory}) {
+        memory->emplace_back(static_cast<size_t>(s.G * s.block_size * s.d), std::numeric_limits<float>::quiet_NaN());
+      }
+    }
+    for (auto& block : k_memory) k_blocks.push_back(block.data());
+    for (auto& block : v_memory) v_blocks.push_back(block.data());
+    kv = {k_blocks.data(), v_blocks.data(), s.dtype, s.block_size};
+  }
+
+  // Tokens [first, first + T) as one chunk of a prompt.
+  std::vector<float> run_chunk(int64_t first, int64_t T, ThreadPool& pool) {
+    const Shape& s = shape;
+    append_kv(kv, k.data() + first * s.G * s.d, v.data() + first * s.G * s.d, s.G * s.d, first, T, s.G, s.d);
+    std::vector<float> out(static_cast<size_t>(T * s.H * s.d));
+    attention(q.data() + first * s.H * s.d, s.H * s.d, kv, T, first + T, s.H, s.G, s.d, scale(), out.data(), pool);
+    return out;
+  }
+  float scale() const { return 1.0f / std::sqrt(static_cast<float>(shape.d)); }
+};
+
+void check(const Shape& shape, ThreadPool& pool) {
+  SCOPED_TRACE("S " + std::to_string(shape.S) + " H " + std::to_string(shape.H) + " G " + std::to_string(shape.G) +
+               " d " + std::to_string(shape.d) + " block " + std::to_string(shape.block_size));
+  std::mt19937 random(8);
+  Sequence sequence(shape, random);
+  const std::vector<float> out = sequence.run_chunk(0, shape.S, pool);
+  std::vector<double> expected(out.size());
+  reference::attention(sequence.q.data(), shape.H * shape.d, sequence.kv, shape.S, shape.S, shape.H, shape.G, shape.d,
+                       sequence.scale(), expected.data());
+  const auto largest = [](const std::vector<float>& values) {
+    return std::accumulate(values.begin(), values.end(), 0.0, [](double m, float x) { return std::max<double>(m, std::abs(x)); });
+  };
+  const double d = static_cast<double>(shape.d), u = kUnitRoundoff;
+  const double score = (d + 2) * u * sequence.scale() * d * largest(sequence.q) * largest(sequence.k);
+  const double tolerance = (2 * score + (2 * static_cast<double>(shape.S) + 32) * u) * largest(sequence.v);
+  for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], expected[i], tolerance) << i;
+}
+
+TEST(Attention, AgreesWithDoubles) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (DType dtype : {DType::kF32, DType::kBF16}) {
+      check({1, 1, 1, 8, 16, dtype}, pool);
+      check({5, 4, 4, 64, 16, dtype}, pool);
+      check({33, 6, 2, 12, 4, dtype}, pool);
+      check({129, 4, 1, 80, 16, dtype}, pool);
+      check({150, 9, 3, 33, 7, dtype}, pool);
+      check({70, 2, 2, 128, 32, dtype}, pool);
+      check({70, 2, 2, 256, 64, dtype}, pool);
+    }
+  });
+}
+
+// The same bits however the prompt is cut, and with any number of threads.
+TEST(Attention, ChunksAndThreadsDoNotMatter) {
+  NativeThreadPool one(1), two(2), three(3);
+  for_each_isa([&] {
+    for (DType dtype : {DType::kF32, DType::kBF16}) {
+      const Shape shape = {140, 6, 2, 40, 16, dtype};
+      std::mt19937 random(9);
+      Sequence whole(shape, random);
+      const std::vector<float> expected = whole.run_chunk(0, shape.S, one);
+      EXPECT_EQ(whole.run_chunk(0, shape.S, two), expected);
+      random.seed(9);
+      Sequence cut(shape, random);
+      std::vector<float> joined;
+      int64_t first = 0;
+      for (int64_t T : {1, 63, 1, 2, 64, 1, 7, 1}) {
+        const std::vector<float> out = cut.run_chunk(first, T, three);
+        joined.insert(joined.end(), out.begin(), out.end());
+        first += T;
+      }
+      ASSERT_EQ(first, shape.S);
+      EXPECT_EQ(joined, expected);
+    }
+  });
+}
+
+TEST(Attention, NoTokensIsFine) {
+  NativeThreadPool pool(1);
+  attention(nullptr, 0, {}, 0, 0, 4, 2, 8, 1.0f, nullptr, pool);
+}
+
+TEST(Attention, LargeScoresDoNotOverflow) {
+  NativeThreadPool pool(1);
+  for_each_isa([&] {
+    std::mt19937 random(10);
+    Sequence sequence({20, 1, 1, 16, 8}, random);
+    for (float& value : sequence.q) value *= 1e4f;
+    for (float value : sequence.run_chunk(0, 20, pool)) ASSERT_TRUE(std::isfinite(value));
+  });
+}
+
+}  // namespace
+}  // namespace coterie

@@ -1,0 +1,257 @@
+// Row-wise kernels of every ISA against doubles. u is the unit roundoff of fp32, 2^-24.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "coterie/error.h"
+#include "kernels/norm.h"
+#include "kernels/reference.h"
+#include "kernels/rope.h"
+#include "kernels/test_support.h"
+
+namespace coterie {
+namespace {
+
+constexpr double u = kUnitRoundoff;
+constexpr int64_t kWidths[] = {1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 65, 100, 257};
+constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kGeluTanh,
+                                       Activation::kSilu};
+
+// A sum of D squares has a relative error of at most D u, its square root half of that; the division,
+// the root, the two products and the addition of eps add one u each.
+TEST(Norm, RmsNormAgreesWithDoubles) {
+  std::mt19937 random(1);
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (int64_t D : kWidths) {
+      const int64_t T = 5;
+      const std::vector<float> x = random_floats(T * D, random, 3.0f), weight = random_floats(D, random);
+      std::vector<float> out = x;  // in place
+      std::vector<double> expected(x.size());
+      reference::rms_norm(x.data(), weight.data(), 1e-5f, T, D, expected.data());
+      rms_norm(out.data(), weight.data(), 1e-5f, T, D, out.data(), pool);
+      for (size_t i = 0; i < out.size(); ++i) {
+        const double tolerance = (0.5 * static_cast<double>(D) + 6) * u * std::abs(expected[i]);
+        ASSERT_NEAR(out[i], expected[i], tolerance) << "D " << D << " at " << i;
+      }
+    }
+  });
+}
+
+// The mean is off by at most D u mean|x| =: m, which shifts x - mean; the rest is as for RMSNorm, and the
+// variance, shifted by at most 2 m mean|x - mean| + m^2, is dominated by eps when D is 1.
+TEST(Norm, LayerNormAgreesWithDoubles) {
+  std::mt19937 random(2);
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (int64_t D : kWidths) {
+      const int64_t T = 5;
+      const std::vector<float> x = random_floats(T * D, random, 3.0f), weight = random_floats(D, random);
+      const std::vector<float> bias = random_floats(D, random);
+      for (const float* b : {bias.data(), static_cast<const float*>(nullptr)}) {
+        std::vector<float> out(x.size());
+        std::vector<double> expected(x.size());
+        reference::layer_norm(x.data(), weight.data(), b, 1e-5f, T, D, expected.data());
+        layer_norm(x.data(), weight.data(), b, 1e-5f, T, D, out.data(), pool);
+        for (size_t i = 0; i < out.size(); ++i) {
+          const auto t = static_cast<int64_t>(i) / D;
+          double mean = 0, variance = 1e-5, magnitude = 0;
+          for (int64_t j = 0; j < D; ++j) mean += x[t * D + j] / static_cast<double>(D);
+          for (int64_t j = 0; j < D; ++j) magnitude += std::abs(x[t * D + j]) / static_cast<double>(D);
+          for (int64_t j = 0; j < D; ++j) variance += std::pow(x[t * D + j] - mean, 2) / static_cast<double>(D);
+          const double shift = (static_cast<double>(D) + 1) * u * magnitude / std::sqrt(variance);
+          const double value = std::abs(expected[i]) + std::abs(b ? bias[i % D] : 0.0f);
+          const double relative = (0.5 * static_cast<double>(D) + 8) * u + shift;
+          ASSERT_NEAR(out[i], expected[i], shift * std::abs(weight[i % D]) + relative * value) << "D " << D << " at " << i;
+        }
+      }
+    }
+  });
+}
+
+TEST(Rope, AgreesWithDoubles) {
+  std::mt19937 random(3);
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (int64_t head_dim : {2, 6, 16, 34, 64, 80, 128}) {
+      const int64_t T = 7, heads = 3, stride = heads * head_dim + 5;
+      const std::vector<int32_t> positions = {0, 1, 2, 100, 4095, 131071, 7};
+      std::vector<float> frequency;
+      for (int64_t i = 0; i < head_dim / 2; ++i) {
+        frequency.push_back(static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim))));
+      }
+      std::vector<float> x = random_floats(T * stride, random), expected = x, magnitude = x;
+      rope(x.data(), stride, positions.data(), frequency.data(), T, heads, head_dim, pool);
+      reference::rope(expected.data(), stride, positions.data(), frequency.data(), T, heads, head_dim);
+      // Sine and cosine within 1 ulp, two products, one sum: 4 u of |a| + |b|, at most twice the largest here.
+      for (float& value : magnitude) value = std::abs(value);
+      const float largest = *std::max_element(magnitude.begin(), magnitude.end());
+      for (size_t i = 0; i < x.size(); ++i) ASSERT_NEAR(x[i], expected[i], 4 * u * 2 * largest) << head_dim << " at " << i;
+    }
+  });
+}
+
+TEST(Rows, Softmax) {
+  std::mt19937 random(4);
+  for_each_isa([&] {
+    for (int64_t n : kWidths) {
+      const std::vector<float> x = random_floats(n, random, 10.0f);
+      std::vector<float> out(x.size());
+      active_kernels().softmax_row(x.data(), n, out.data());
+      double sum = 0;
+      for (float value : x) sum += std::exp(double{value});
+      for (int64_t i = 0; i < n; ++i) {
+        // x - max is rounded: |x - max| u; exp to 2 ulp; a sum of n terms; the quotient.
+        const double expected = std::exp(double{x[i]}) / sum, range = 100.0;
+        ASSERT_NEAR(out[i], expected, (2 * range + static_cast<double>(n) + 8) * u * expected + 1e-37);
+      }
+    }
+    const float infinity = std::numeric_limits<float>::infinity();
+    const float masked[] = {-infinity, 0.0f, -infinity};
+    float out[3];
+    active_kernels().softmax_row(masked, 3, out);
+    EXPECT_EQ(out[0], 0.0f);
+    EXPECT_EQ(out[1], 1.0f);
+  });
+}
+
+// The argument t of the exponential is rounded, which costs |t| u relative; the polynomials and the few
+// operations around them cost at most 16 u.
+double exponent(Activation activation, double x) {
+  if (activation == Activation::kGelu) return x * x;
+  if (activation == Activation::kGeluTanh) return 4 * std::abs(1.6 * x * (1 + 0.044715 * x * x));
+  return 0;
+}
+
+TEST(Rows, ActivationsOverTheirWholeRange) {
+  std::vector<float> x;
+  for (float v = -40.0f; v <= 40.0f; v += 0.00317f) x.push_back(v);
+  for (float v = 1e-30f; v < 1e30f; v *= 7.3f) x.insert(x.end(), {v, -v});
+  x.insert(x.end(), {0.0f, -0.0f});
+  const auto n = static_cast<int64_t>(x.size());
+  for_each_isa([&] {
+    for (Activation activation : kActivations) {
+      std::vector<float> out(x.size());
+      active_kernels().activate_row(x.data(), DType::kF32, n, activation, false, out.data());
+      for (int64_t i = 0; i < n; ++i) {
+        const double expected = reference::activation_value(activation, x[i]);
+        // Below 1e-36 results may be flushed to zero, as may the exponential times x.
+        const double tolerance = (16 + std::min(exponent(activation, x[i]), 200.0)) * u * std::abs(expected) + 1e-35;
+        ASSERT_NEAR(out[i], expected, tolerance) << activation_name(activation) << "(" << x[i] << ")";
+      }
+    }
+  });
+}
+
+TEST(Rows, NanPassesThroughActivations) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for_each_isa([&] {
+    for (Activation activation : kActivations) {
+      float out = 0;
+      active_kernels().activate_row(&nan, DType::kF32, 1, activation, false, &out);
+      EXPECT_TRUE(std::isnan(out)) << activation_name(activation);
+    }
+  });
+}
+
+// grad_pre = weight * grad * f'(pre) [* up]; f' is a sum of two terms, each at most (1 + |x| slope) with
+// slope at most 2 (1 + 3 * 0.045 x^2) where f' still varies; errors as above.
+TEST(Rows, ActivationBackward) {
+  std::mt19937 random(5);
+  for_each_isa([&] {
+    for (Activation activation : kActivations) {
+      for (bool gated : {false, true}) {
+        for (int64_t F : kWidths) {
+          const int64_t U = gated ? 2 * F : F;
+          const std::vector<float> pre = random_floats(U, random, 3.0f), grad = random_floats(F, random);
+          const std::vector<float> inner = random_floats(F, random);
+          std::vector<float> grad_pre(static_cast<size_t>(U));
+          const float dot = active_kernels().activate_backward_row({grad.data(), pre.data(), inner.data(), grad_pre.data(),
+                                                                    DType::kF32, F, 0.7f, activation, gated});
+          double expected_dot = 0, absolute = 0;
+          for (int64_t i = 0; i < F; ++i) {
+            const double x = pre[i], g = double{0.7f} * grad[i], up = gated ? pre[F + i] : 1.0;
+            const double terms = 1 + std::abs(x) * 2 * (1 + 0.135 * x * x);
+            const double tolerance = (24 + std::min(exponent(activation, x), 200.0)) * u * terms;
+            ASSERT_NEAR(grad_pre[i], g * up * reference::activation_derivative(activation, x), tolerance * std::abs(g * up));
+            if (gated) {
+              const double value = reference::activation_value(activation, x);
+              ASSERT_NEAR(grad_pre[F + i], g * value, tolerance * std::abs(g * x) + 1e-35);
+            }
+            expected_dot += double{grad[i]} * inner[i];
+            absolute += std::abs(double{grad[i]} * inner[i]);
+          }
+          ASSERT_NEAR(dot, expected_dot, static_cast<double>(F) * u * absolute);
+        }
+      }
+    }
+  });
+}
+
+TEST(Rows, ConversionRoundsLikeTheScalarOne) {
+  std::vector<float> x = {0.0f, -0.0f, 1.0f, 1.00390625f, 1.01171875f, 3.4e38f, 1e-40f, std::numeric_limits<float>::infinity(),
+                          -std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(),
+                          std::bit_cast<float>(0x7f800001u)};
+  std::mt19937 random(6);
+  for (int i = 0; i < 1000; ++i) x.push_back(std::bit_cast<float>(static_cast<uint32_t>(random())));
+  for_each_isa([&] {
+    for (int64_t n : {int64_t{1}, int64_t{7}, int64_t{33}, static_cast<int64_t>(x.size())}) {
+      std::vector<BFloat16> out(static_cast<size_t>(n));
+      std::vector<float> back(static_cast<size_t>(n));
+      active_kernels().convert_row(x.data(), DType::kF32, out.data(), DType::kBF16, n);
+      active_kernels().convert_row(out.data(), DType::kBF16, back.data(), DType::kF32, n);
+      for (int64_t i = 0; i < n; ++i) {
+        ASSERT_EQ(out[i].bits, to_bfloat16(x[i]).bits) << x[i];
+        ASSERT_EQ(std::bit_cast<uint32_t>(back[i]), uint32_t{out[i].bits} << 16);
+      }
+    }
+  });
+}
+
+TEST(Rows, CombineScaleAddAndDot) {
+  std::mt19937 random(7);
+  for_each_isa([&] {
+    const KernelTable& kernels = active_kernels();
+    for (int64_t n : kWidths) {
+      const std::vector<float> a = random_floats(n, random), b = random_floats(n, random);
+      const float* rows[] = {a.data(), b.data()};
+      const float weights[] = {0.25f, -1.5f};
+      std::vector<float> out(a.size()), sum = a;
+      kernels.combine_rows(rows, weights, 2, out.data(), DType::kF32, n);
+      const std::vector<BFloat16> halves = rounded(b);
+      kernels.add_row(halves.data(), DType::kBF16, sum.data(), n);
+      double dot = 0, absolute = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        ASSERT_NEAR(out[i], 0.25 * a[i] - 1.5 * b[i], 2 * u * (std::abs(a[i]) + 1.5 * std::abs(b[i])));
+        ASSERT_EQ(sum[i], a[i] + to_float(halves[i]));
+        dot += double{to_float(halves[i])} * a[i];
+        absolute += std::abs(double{to_float(halves[i])} * a[i]);
+      }
+      ASSERT_NEAR(kernels.dot_row(halves.data(), DType::kBF16, a.data(), n), dot, static_cast<double>(n) * u * absolute);
+      kernels.combine_rows(nullptr, nullptr, 0, out.data(), DType::kF32, n);
+      for (float value : out) ASSERT_EQ(value, 0.0f);
+    }
+  });
+}
+
+TEST(Activation, NamesOfHuggingFace) {
+  EXPECT_EQ(activation_from_name("gelu_new"), Activation::kGeluTanh);
+  EXPECT_EQ(activation_from_name("swish"), Activation::kSilu);
+  for (Activation activation : {Activation::kRelu, Activation::kGelu, Activation::kGeluTanh, Activation::kSilu}) {
+    EXPECT_EQ(activation_from_name(activation_name(activation)), activation);
+  }
+  try {
+    activation_from_name("mish");
+    FAIL();
+  } catch (const InvalidArgument& error) {
+    EXPECT_STREQ(error.what(), "activation: 'mish' is not one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, swish");
+  }
+}
+
+}  // namespace
+}  // namespace coterie
