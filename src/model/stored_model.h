@@ -1,0 +1,38 @@
+// A model as it lies on disk, whatever its format: a directory with config.json and safetensors, or a
+// .gguf file. Opening compares every tensor's name and shape with the configuration; no weight is
+// read yet. InvalidArgument and CorruptFile say what is wrong, and where.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "io/tensor_source.h"
+#include "model/checkpoint_map.h"
+#include "model/config.h"
+
+namespace coterie {
+
+class StoredModel {
+ public:
+  explicit StoredModel(const std::string& path);
+
+  const ModelConfig& config() const { return config_; }
+  const LogicalReader& tensors() const { return *reader_; }
+  bool all_bf16() const;  // every tensor of the file
+
+ private:
+  ModelConfig config_;
+  std::unique_ptr<TensorSource> file_;
+  std::unique_ptr<TensorSource> view_;  // of a GGUF file, under the names of its architecture
+  std::unique_ptr<LogicalReader> reader_;
+};
+
+// The tensors of a directory, a .safetensors or a .gguf file, under their own names.
+std::unique_ptr<TensorSource> open_tensors(const std::string& path);
+
+// The configuration alone.
+ModelConfig read_model_config(const std::string& path);
+
+bool is_gguf_path(const std::string& path);
+
+}  // namespace coterie
