@@ -191,16 +191,14 @@ struct TensorInfo {
   Placement placement;
 };
 
-// Fills shape (outermost first; the file has it innermost first) and bytes.
+// Outermost first; the file has it innermost first.
 void take_shape(Cursor& cursor, StoredTensor& tensor) {
   const auto num_dims = cursor.take<uint32_t>();
   if (num_dims > kMaxDims) cursor.fail(std::to_string(num_dims) + " dimensions exceed " + std::to_string(kMaxDims));
-  int64_t elements = 1;
   for (uint32_t i = 0; i < num_dims; ++i) {
-    const int64_t dim = take_integer(cursor, ValueType::kUint64);
-    if (__builtin_mul_overflow(elements, dim, &elements)) cursor.fail("product of the shape exceeds 2^63 - 1");
-    tensor.shape.insert(tensor.shape.begin(), dim);
+    tensor.shape.insert(tensor.shape.begin(), take_integer(cursor, ValueType::kUint64));
   }
+  if (!checked_num_elements(tensor.shape)) cursor.fail("product of the shape exceeds 2^63 - 1");
 }
 
 void set_bytes(const Cursor& cursor, const GgmlType& type, StoredTensor& tensor) {

@@ -172,6 +172,8 @@ TEST_F(GgufTest, HostileTensorsAreRefused) {
        ": tensor 'w': product of the shape exceeds 2^63 - 1"},
       {file({tensor("w", {1ull << 62, 1ull << 1, 0}, kF32, 0)}, 4),
        ": tensor 'w': product of the shape exceeds 2^63 - 1"},
+      {file({tensor("w", {0, 1ull << 32, 1ull << 32}, kF32, 0)}, 4),
+       ": tensor 'w': product of the shape exceeds 2^63 - 1"},
       {file({tensor("w", {1ull << 62}, kF32, 0)}, 4), ": tensor 'w': number of bytes exceeds 2^64 - 1"},
       {file({tensor("w", {1}, 4, 0)}, 4), ": tensor 'w': type 4 is not known"},
       {file({tensor("w", {1}, 1000, 0)}, 4), ": tensor 'w': type 1000 is not known"},

@@ -108,12 +108,10 @@ class EntryReader {
   }
 
   uint64_t byte_count(const StoredTensor& tensor) const {
-    int64_t elements = 1;
-    for (const int64_t dim : tensor.shape) {
-      if (__builtin_mul_overflow(elements, dim, &elements)) fail("shape", "product exceeds 2^63 - 1");
-    }
+    const std::optional<int64_t> elements = checked_num_elements(tensor.shape);
+    if (!elements) fail("shape", "product exceeds 2^63 - 1");
     uint64_t bits = 0;
-    if (__builtin_mul_overflow(static_cast<uint64_t>(elements), *dtype_bits(tensor.dtype), &bits)) {
+    if (__builtin_mul_overflow(static_cast<uint64_t>(*elements), *dtype_bits(tensor.dtype), &bits)) {
       fail("shape", "number of bits exceeds 2^64 - 1");
     }
     if (bits % 8 != 0) fail("shape", std::to_string(bits) + " bits are not whole bytes");

@@ -4,7 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -12,6 +12,18 @@
 #include "base/dtype.h"
 
 namespace coterie {
+
+// The product of the dims (none negative), or nothing when even that of the non-zero ones exceeds
+// int64: a zero must not hide that some partial product overflows.
+inline std::optional<int64_t> checked_num_elements(std::span<const int64_t> shape) {
+  int64_t product = 1;
+  bool empty = false;
+  for (const int64_t dim : shape) {
+    empty |= dim == 0;
+    if (dim != 0 && __builtin_mul_overflow(product, dim, &product)) return std::nullopt;
+  }
+  return empty ? 0 : product;
+}
 
 struct StoredTensor {
   std::string name;
