@@ -73,15 +73,17 @@ struct ExpertsOp : torch::autograd::Function<ExpertsOp> {
   // Inputs that a gradient may be asked for, in the order of forward's arguments.
   enum Input { kX, kWeights, kUp, kUpBias, kDown, kDownBias, kNumInputs };
 
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weights_TK,
-                            const at::Tensor& up, const at::Tensor& up_bias, const at::Tensor& down,
-                            const at::Tensor& down_bias, const ExpertShape& shape,
+  using Optional = std::optional<at::Tensor>;
+
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const Optional& weights_TK,
+                            const at::Tensor& up, const Optional& up_bias, const at::Tensor& down,
+                            const Optional& down_bias, const ExpertShape& shape,
                             std::shared_ptr<const Dispatch> dispatch) {
     ExpertsState state{shape, std::move(dispatch), {}};
     const at::Tensor out = at::empty_like(x, at::MemoryFormat::Contiguous);
-    const ExpertWeights weights = weights_of({up, up_bias, down, down_bias});
-    experts_forward(shape, weights, *state.dispatch, const_matrix(x), matrix(out), &state.context, torch_pool());
-    context->save_for_backward({x, weights_TK, up, up_bias, down, down_bias});
+    const ExpertTensors tensors{up, up_bias.value_or(at::Tensor()), down, down_bias.value_or(at::Tensor())};
+    experts_forward(shape, weights_of(tensors), *state.dispatch, const_matrix(x), matrix(out), &state.context, torch_pool());
+    context->save_for_backward({x, weights_TK.value_or(at::Tensor()), up, tensors.up_bias_EU, down, tensors.down_bias_ED});
     hold(context, std::move(state));
     return out;
   }
@@ -92,7 +94,7 @@ struct ExpertsOp : torch::autograd::Function<ExpertsOp> {
     const at::Tensor grad_out = grads[0].contiguous();
     variable_list out(kNumInputs + 2);  // two more arguments without gradients
     const auto wanted = [&](Input input) -> void* {
-      if (!inputs[input].defined() || !context->needs_input_grad(input)) return nullptr;
+      if (!inputs[input].defined() || !inputs[input].requires_grad()) return nullptr;
       out[input] = at::empty_like(inputs[input], at::MemoryFormat::Contiguous);
       return out[input].mutable_data_ptr();
     };
@@ -130,8 +132,8 @@ Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, con
 
 at::Tensor apply_experts(const ExpertShape& shape, std::shared_ptr<const Dispatch> dispatch, const at::Tensor& x_TD,
                          const at::Tensor& weights_TK, const ExpertTensors& tensors) {
-  return ExpertsOp::apply(x_TD.contiguous(), weights_TK, tensors.up_EUD, tensors.up_bias_EU, tensors.down_EDF,
-                          tensors.down_bias_ED, shape, std::move(dispatch));
+  return ExpertsOp::apply(x_TD.contiguous(), if_defined(weights_TK), tensors.up_EUD, if_defined(tensors.up_bias_EU),
+                          tensors.down_EDF, if_defined(tensors.down_bias_ED), shape, std::move(dispatch));
 }
 
 }  // namespace coterie

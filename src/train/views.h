@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "base/check.h"
 #include "kernels/matrix.h"
 
@@ -24,9 +26,14 @@ inline Matrix matrix(const at::Tensor& tensor) {
   return {tensor.mutable_data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-// Null for an undefined tensor (a bias that the model does not have).
-inline const float* float_data(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+// Null for a bias that the model does not have.
+inline const float* float_data(const std::optional<at::Tensor>& tensor) {
+  return tensor && tensor->defined() ? tensor->const_data_ptr<float>() : nullptr;
+}
+
+// autograd::Function takes absent tensors as empty optionals, the model holds them as undefined ones.
+inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
 }  // namespace coterie
