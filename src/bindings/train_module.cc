@@ -72,13 +72,16 @@ class Model {
     const ForwardResult result = model_.forward(inputs, {.training = true, .seed = seed, .step = step});
     const HeadLoss head = head_loss(result.hidden_TD, model_.head(), targets, nullptr);
     at::Tensor loss = head.loss;
+    losses["loss"] = head.cross_entropy;
     if (result.balance_loss.defined()) {
       loss = loss + balance_loss * result.balance_loss + z_loss * result.z_loss;
       losses["balance_loss"] = result.balance_loss.item<double>();
       losses["z_loss"] = result.z_loss.item<double>();
     }
-    losses["loss"] = head.cross_entropy;
-    loss.backward();
+    {
+      nb::gil_scoped_release release;  // torch's autograd refuses to run under it
+      loss.backward();
+    }
     for (const Parameter& p : model_.parameters()) {
       at::Tensor& grad = p.tensor.mutable_grad();
       if (grad.defined()) gradients[p.name.c_str()] = to_numpy<float>(grad.to(at::kFloat));
