@@ -65,7 +65,8 @@ class Engine {
   // The experts chosen for every token of one sequence: [num_moe_layers][T * top_k].
   virtual std::vector<std::vector<int32_t>> expert_ids(const std::vector<int32_t>& token_ids) = 0;
 
-  // Sum of -log p(token t+1 | tokens up to t) over the sequence, in nats; T - 1 terms.
+  // Sum of -log p(token t+1 | tokens up to t) over the sequence, in nats; T - 1 terms, T at most
+  // max_model_len() + 1 (the last token is only predicted).
   virtual double negative_log_likelihood(const std::vector<int32_t>& token_ids) = 0;
 
   virtual int64_t vocab_size() const = 0;

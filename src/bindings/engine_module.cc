@@ -35,9 +35,12 @@ nb::ndarray<nb::numpy, T> to_numpy(std::vector<T> values, const std::vector<int6
 
 const char* finish_reason_name(FinishReason reason) {
   switch (reason) {
-    case FinishReason::kStop: return "stop";
-    case FinishReason::kLength: return "length";
-    case FinishReason::kAborted: return "aborted";
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kAborted:
+      return "aborted";
   }
   return "";
 }
@@ -110,7 +113,8 @@ nb::tuple count_parameters(const std::string& config_json) {
 
 nb::list stored_tensors(const std::string& path) {
   nb::list result;
-  for (const StoredTensor& tensor : open_tensors(path)->tensors()) {
+  const std::unique_ptr<TensorSource> source = open_tensors(path);
+  for (const StoredTensor& tensor : source->tensors()) {
     nb::dict entry;
     entry["name"] = tensor.name;
     entry["shape"] = tensor.shape;

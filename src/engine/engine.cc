@@ -105,13 +105,16 @@ class EngineImpl : public Engine {
   }
 
   double negative_log_likelihood(const std::vector<int32_t>& token_ids) override {
-    const int64_t V = config_.vocab_size, last = static_cast<int64_t>(token_ids.size()) - 1;
+    // The last token is only predicted, so a sequence may be one longer than the model has positions.
+    check_tokens("token_ids", token_ids, max_model_len_ + 1);
+    const std::vector<int32_t> inputs(token_ids.begin(), token_ids.end() - 1);
+    if (inputs.empty()) return 0;
+    const int64_t V = config_.vocab_size;
     std::vector<float> logits_TV(kLogitsChunk * V);
     double sum = 0;
-    run(token_ids, nullptr, [&](const float* hidden_TD, int64_t first, int64_t T) {
+    run(inputs, nullptr, [&](const float* hidden_TD, int64_t first, int64_t T) {
       for (int64_t t = 0; t < T; t += kLogitsChunk) {
-        const int64_t rows = std::min({kLogitsChunk, T - t, last - (first + t)});
-        if (rows <= 0) break;
+        const int64_t rows = std::min(kLogitsChunk, T - t);
         decoder_.logits(hidden_TD + t * config_.hidden_size, rows, logits_TV.data());
         for (int64_t r = 0; r < rows; ++r) {
           sum += negative_log_probability(logits_TV.data() + r * V, V, token_ids[first + t + r + 1]);
@@ -129,8 +132,8 @@ class EngineImpl : public Engine {
   void check_tokens(const std::string& field, const std::vector<int32_t>& ids, int64_t most) const {
     if (ids.empty()) throw InvalidArgument(field + ": empty");
     if (static_cast<int64_t>(ids.size()) > most) {
-      throw InvalidArgument(field + ": " + std::to_string(ids.size()) + " tokens, but at most " +
-                            std::to_string(most) + " fit max_model_len (" + std::to_string(max_model_len_) + ")");
+      throw InvalidArgument(field + ": " + std::to_string(ids.size()) + " tokens, but at most " + std::to_string(most) +
+                            " fit max_model_len (" + std::to_string(max_model_len_) + ")");
     }
     for (size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] >= 0 && ids[i] < config_.vocab_size) continue;
@@ -179,7 +182,8 @@ class EngineImpl : public Engine {
 std::unique_ptr<Engine> Engine::load(const std::string& path, const EngineOptions& options) {
   const StoredModel model(path);
   auto engine = std::make_unique<EngineImpl>(model, options);
-  log_info("engine: " + path + ", " + std::to_string(model.config().num_parameters()) + " parameters, " + options.dtype);
+  log_info("engine: " + path + ", " + std::to_string(model.config().num_parameters()) + " parameters, " +
+           options.dtype);
   return engine;
 }
 
