@@ -54,8 +54,10 @@ def config(data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny_models.save(tiny_models.build("coterie_pyramid"), tmp_path / "model")
+def model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    path = tiny_models.save(tiny_models.build("coterie_pyramid"), tmp_path / "model")
+    capsys.readouterr()
+    return path
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -142,7 +144,7 @@ def test_inspect_counts_what_is_stored(capsys: pytest.CaptureFixture[str], model
     with safe_open(model / "model.safetensors", "np") as file:
         tensors = [file.get_tensor(name) for name in file.keys()]
     assert facts["params_total"] == sum(tensor.size for tensor in tensors)
-    assert facts["bytes_per_dtype"] == {"fp32": sum(tensor.nbytes for tensor in tensors)}
+    assert facts["bytes_per_dtype"] == {"F32": sum(tensor.nbytes for tensor in tensors)}
     assert facts["tensors"] == len(tensors)
     config = json.loads((model / "config.json").read_text())
     assert [layer["num_experts"] for layer in facts["config"]["layers"]] == [

@@ -39,11 +39,11 @@ class Display(Protocol):
     def evaluated(self, metrics: dict[str, Any]) -> None: ...
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Exception):
     """Ctrl-C: the run was saved after the step it came in, and can be resumed."""
 
     def __init__(self, step: int, checkpoint: str) -> None:
-        super().__init__()
+        super().__init__(f"stopped after step {step}, saved in {checkpoint}")
         self.step = step
         self.checkpoint = checkpoint
 

@@ -46,11 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
         return int(app(arguments, prog_name="coterie", standalone_mode=False) or 0)
     except Interrupted as interruption:
-        resume = "continue with --resume"
-        print(
-            f"coterie: stopped after step {interruption.step}, saved in {interruption.checkpoint}: {resume}",
-            file=sys.stderr,
-        )
+        print(f"coterie: {interruption}; continue with --resume", file=sys.stderr)
         return 130
     except (KeyboardInterrupt, typer.Abort):
         return 130

@@ -50,7 +50,6 @@ def _print(facts: dict[str, Any]) -> None:
     config = facts["config"]
     summary = Table(show_header=False)
     for name, value in (
-        ("model", facts["model"]),
         ("parameters", f"{facts['params_total']:,} ({human_count(facts['params_total'])})"),
         ("active per token", f"{facts['params_active']:,} ({human_count(facts['params_active'])})"),
         ("layers", str(len(config["layers"]))),
@@ -62,6 +61,7 @@ def _print(facts: dict[str, Any]) -> None:
         *((f"  {dtype}", human_bytes(count)) for dtype, count in sorted(facts["bytes_per_dtype"].items())),
     ):
         summary.add_row(name, value)
+    results.print(facts["model"])
     results.print(summary)
     layers = Table("layers", "kind", "experts", "top-k", "expert size", "fixed MLP", "residual")
     for span, layer in _runs(config["layers"]):

@@ -66,14 +66,15 @@ class TrainingBar:
         self._valid = ""
 
     def __enter__(self) -> TrainingBar:
-        self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def started(self, first_step: int, total_steps: int) -> None:
         self._progress.update(self._task, completed=first_step, total=total_steps)
+        self._progress.start()
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         per_step = metrics["tokens"] / metrics["step"]
