@@ -22,6 +22,9 @@ ModelConfig read_config(const ConfigReader& json) {
   ModelConfig c;
   c.vocab_size = json.integer("vocab_size", 50257);
   c.hidden_size = json.integer("n_embd", 768);
+  if (c.hidden_size < 1 || c.hidden_size > 1 << 22) {
+    json.fail("n_embd", std::to_string(c.hidden_size) + " is not in [1, 4194304]");
+  }
   c.num_heads = c.num_kv_heads = json.integer("n_head", 12);
   if (c.num_heads < 1 || c.hidden_size % c.num_heads != 0) {
     json.fail("n_head",
@@ -42,7 +45,7 @@ ModelConfig read_config(const ConfigReader& json) {
   if (!json.present("eos_token_id")) c.eos_token_ids = {50256};
 
   LayerConfig layer;
-  layer.intermediate_size = json.integer("n_inner", 4 * c.hidden_size);
+  layer.intermediate_size = json.has("n_inner") ? json.integer("n_inner") : 4 * c.hidden_size;
   c.layers.assign(read_num_layers(json, "n_layer", 12), layer);
   return c;
 }

@@ -114,6 +114,10 @@ void read_attention_bias(const ConfigReader& json, ModelConfig& c) {
 
 ModelConfig read_llama(const ConfigReader& json) {
   ModelConfig c = read_base(json, kLlama);
+  if (c.hidden_size % c.num_heads != 0) {  // transformers refuses it, whatever head_dim says
+    json.fail("hidden_size", std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads (" +
+                                 std::to_string(c.num_heads) + ")");
+  }
   read_attention_bias(json, c);
   c.mlp_bias = json.boolean("mlp_bias", false);
   return c;
@@ -131,6 +135,10 @@ ModelConfig read_mixtral(const ConfigReader& json) {
 
 ModelConfig read_olmoe(const ConfigReader& json) {
   ModelConfig c = read_base(json, kOlmoe);
+  if (c.hidden_size % c.num_heads != 0 || c.head_dim != c.hidden_size / c.num_heads) {  // the norm of the queries is as wide as the model
+    json.fail("head_dim", std::to_string(c.head_dim) + " is not hidden_size / num_attention_heads (" +
+                              std::to_string(c.hidden_size) + " / " + std::to_string(c.num_heads) + ")");
+  }
   read_attention_bias(json, c);
   c.qk_norm = QkNorm::kFull;
   c.clip_qkv = static_cast<float>(json.number("clip_qkv", 0.0));

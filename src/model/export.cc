@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "coterie/error.h"
-#include "io/json.h"
 #include "io/safetensors.h"
 #include "model/architectures.h"
 #include "model/stored_model.h"
@@ -16,21 +15,21 @@ namespace coterie {
 namespace {
 
 // What a model computes, as JSON: the configuration without what matters in training alone.
-nlohmann::json meaning(ModelConfig config) {
+Json meaning(ModelConfig config) {
   for (LayerConfig& layer : config.layers) {
     layer.router.capacity_factor = 0;
     layer.router.min_capacity = RouterConfig().min_capacity;
   }
-  return nlohmann::json::parse(config.to_json());
+  return Json::parse(config.to_json());
 }
 
 // The first key at which two configurations part, with the wanted value; empty when they are equal.
-std::string first_difference(const nlohmann::json& wanted, const nlohmann::json& got, const std::string& path) {
+std::string first_difference(const Json& wanted, const Json& got, const std::string& path) {
   if (wanted == got) return "";
   if (wanted.is_object() && got.is_object()) {
     for (const auto& [key, value] : wanted.items()) {
       const std::string name = path.empty() ? key : path + "." + key;
-      const std::string difference = first_difference(value, got.value(key, nlohmann::json()), name);
+      const std::string difference = first_difference(value, got.value(key, Json()), name);
       if (!difference.empty()) return difference;
     }
   }
@@ -46,11 +45,12 @@ std::string first_difference(const nlohmann::json& wanted, const nlohmann::json&
 // What the architecture cannot say of the model, or empty: its own config.json, read back, must mean
 // the same.
 std::string inexpressible(const Architecture& architecture, const ModelConfig& config) {
+  const std::string source = architecture.name;
   try {
-    const ModelConfig read = ModelConfig::from_json(architecture.write_config(config).dump(), architecture.name);
+    const ModelConfig read = ModelConfig::from_json(architecture.write_config(config).dump(), source);
     return first_difference(meaning(config), meaning(read), "");
   } catch (const InvalidArgument& error) {
-    return error.what();
+    return std::string(error.what()).substr(source.size() + 2);
   }
 }
 

@@ -1,0 +1,155 @@
+#include "coterie/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "base/thread_pool.h"
+#include "engine/kv_cache.h"
+#include "io/test_files.h"
+#include "model/decoder.h"
+#include "model/stored_model.h"
+#include "model/test_model.h"
+
+namespace coterie {
+namespace {
+
+class EngineTest : public TemporaryDirectoryTest {
+ protected:
+  void SetUp() override {
+    TemporaryDirectoryTest::SetUp();
+    write_random_model(directory(), small_config());
+    engine_ = Engine::load(directory().string());
+  }
+
+  static std::vector<int32_t> tokens(int64_t n, int64_t from = 0) {
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < n; ++i) ids.push_back(static_cast<int32_t>((i * i * 7 + 3 * i + from) % 61));
+    return ids;
+  }
+
+  std::string refusal(const Request& request) {
+    return invalid_message([&] { engine_->generate(request); }, "");
+  }
+
+  std::unique_ptr<Engine> engine_;
+};
+
+TEST_F(EngineTest, RefusesByFieldAndValue) {
+  EXPECT_EQ(refusal({{}, {}}), "prompt_token_ids: empty");
+  EXPECT_EQ(refusal({{1, 61}, {}}), "prompt_token_ids[1]: 61 is not in [0, 61), the vocabulary");
+  EXPECT_EQ(refusal({{-1}, {}}), "prompt_token_ids[0]: -1 is not in [0, 61), the vocabulary");
+  EXPECT_EQ(refusal({tokens(96), {}}), "prompt_token_ids: 96 tokens, but at most 95 fit max_model_len (96)");
+  EXPECT_EQ(refusal({{1}, {.top_p = 0.0f}}), "top_p: 0 is not in (0, 1]");
+  EXPECT_EQ(invalid_message([&] { engine_->logits(tokens(97)); }, ""),
+            "token_ids: 97 tokens, but at most 96 fit max_model_len (96)");
+  const auto load = [&](const EngineOptions& options) {
+    return invalid_message([&] { Engine::load(directory().string(), options); }, "");
+  };
+  EXPECT_EQ(load({.dtype = "fp8"}), "dtype: 'fp8' is not one of fp32, bf16");
+  EXPECT_EQ(load({.threads = -1}), "threads: -1 is negative");
+  EXPECT_EQ(load({.max_model_len = 97}), "max_model_len: 97 is not in [1, 96], the positions of the model (0: all)");
+  EXPECT_EQ(invalid_message([] { Engine::load("/nowhere"); }, ""), "/nowhere: no such file or directory");
+}
+
+// Token by token over the cache gives the same as the whole sequence at once.
+TEST_F(EngineTest, GreedyFollowsTheLogitsOfTheWholeSequence) {
+  const std::vector<int32_t> prompt = tokens(20);
+  const RequestOutput output = engine_->generate({prompt, {.max_new_tokens = 40}});
+  ASSERT_EQ(output.token_ids.size(), 40u);
+  EXPECT_EQ(output.finish_reason, FinishReason::kLength);
+  std::vector<int32_t> all = prompt;
+  all.insert(all.end(), output.token_ids.begin(), output.token_ids.end());
+  const std::vector<float> logits = engine_->logits(all);
+  for (size_t i = 0; i < 40; ++i) {
+    const auto row = logits.begin() + (prompt.size() + i - 1) * 61;
+    EXPECT_EQ(std::max_element(row, row + 61) - row, output.token_ids[i]) << i;
+  }
+}
+
+TEST_F(EngineTest, EndsAtStopTokensTheModelLengthOrTheCallersWord) {
+  const std::vector<int32_t> prompt = tokens(20);
+  const std::vector<int32_t> free = engine_->generate({prompt, {.max_new_tokens = 30}}).token_ids;
+  const int64_t stop = free[4];
+  const size_t first = std::find(free.begin(), free.end(), stop) - free.begin();
+  const RequestOutput stopped = engine_->generate({prompt, {.max_new_tokens = 30, .stop_token_ids = {stop}}});
+  EXPECT_EQ(stopped.finish_reason, FinishReason::kStop);
+  EXPECT_EQ(stopped.token_ids, std::vector<int32_t>(free.begin(), free.begin() + first + 1));
+
+  const RequestOutput full = engine_->generate({prompt, {.max_new_tokens = 1000}});
+  EXPECT_EQ(full.finish_reason, FinishReason::kLength);
+  EXPECT_EQ(full.token_ids.size(), 96u - prompt.size());
+
+  std::vector<int32_t> seen;
+  const RequestOutput aborted = engine_->generate({prompt, {.max_new_tokens = 30}}, [&](int32_t token) {
+    seen.push_back(token);
+    return seen.size() < 3;
+  });
+  EXPECT_EQ(aborted.finish_reason, FinishReason::kAborted);
+  EXPECT_EQ(aborted.token_ids, seen);
+  EXPECT_EQ(seen, std::vector<int32_t>(free.begin(), free.begin() + 3));
+}
+
+TEST_F(EngineTest, EndTokensOfTheModelCountUnlessIgnored) {
+  ModelConfig config = small_config();
+  const std::vector<int32_t> prompt = tokens(20);
+  const std::vector<int32_t> free = engine_->generate({prompt, {.max_new_tokens = 5}}).token_ids;
+  config.eos_token_ids = {free[0]};
+  write_random_model(directory(), config);
+  const auto engine = Engine::load(directory().string());
+  EXPECT_EQ(engine->generate({prompt, {.max_new_tokens = 5}}).token_ids, std::vector<int32_t>{free[0]});
+  EXPECT_EQ(engine->generate({prompt, {.max_new_tokens = 5, .ignore_eos = true}}).token_ids, free);
+}
+
+TEST_F(EngineTest, LikelihoodIsThatOfTheLogits) {
+  const std::vector<int32_t> ids = tokens(90);  // more than one chunk of logits
+  const std::vector<float> logits = engine_->logits(ids);
+  double expected = 0;
+  for (size_t t = 0; t + 1 < ids.size(); ++t) {
+    double sum = 0;
+    for (int64_t v = 0; v < 61; ++v) sum += std::exp(static_cast<double>(logits[t * 61 + v]));
+    expected += std::log(sum) - logits[t * 61 + ids[t + 1]];
+  }
+  EXPECT_NEAR(engine_->negative_log_likelihood(ids), expected, 1e-9 * expected);
+  EXPECT_EQ(engine_->negative_log_likelihood({5}), 0.0);
+}
+
+TEST_F(EngineTest, ThreadsDoNotChangeABit) {
+  const auto one = Engine::load(directory().string(), {.threads = 1});
+  const auto three = Engine::load(directory().string(), {.threads = 3});
+  EXPECT_EQ(one->logits(tokens(70)), three->logits(tokens(70)));
+  EXPECT_EQ(one->expert_ids(tokens(70)), three->expert_ids(tokens(70)));
+}
+
+// Rows of several sequences in one batch have the bits that they have alone.
+TEST_F(EngineTest, BatchedSequencesEqualSingleOnes) {
+  const StoredModel stored(directory().string());
+  NativeThreadPool pool(2);
+  const ModelWeights weights = load_weights(stored.config(), stored.tensors(), DType::kF32, pool);
+  Decoder decoder(stored.config(), weights, pool);
+  KvCache cache(stored.config(), DType::kF32, 16);
+  const std::vector<int32_t> a = tokens(37), b = tokens(19, 5);
+  const auto alone = [&](const std::vector<int32_t>& ids) {
+    BlockTable blocks(cache);
+    blocks.reserve(ids.size());
+    Batch batch;
+    batch.add(ids, 0, blocks.layers());
+    const float* hidden = decoder.forward(batch);
+    return std::vector<float>(hidden, hidden + ids.size() * 20);
+  };
+  std::vector<float> expected = alone(a);
+  const std::vector<float> expected_b = alone(b);
+  expected.insert(expected.end(), expected_b.begin(), expected_b.end());
+
+  BlockTable blocks_a(cache), blocks_b(cache);
+  blocks_a.reserve(a.size());
+  blocks_b.reserve(b.size());
+  Batch batch;
+  batch.add(a, 0, blocks_a.layers());
+  batch.add(b, 0, blocks_b.layers());
+  const float* hidden = decoder.forward(batch);
+  EXPECT_EQ(std::vector<float>(hidden, hidden + expected.size()), expected);
+}
+
+}  // namespace
+}  // namespace coterie
