@@ -90,12 +90,15 @@ def run_oracle(model: CoterieForCausalLM) -> tuple[dict[str, float], dict[str, n
     return {name: value.item() for name, value in losses.items()}, gradients
 
 
-def run_trainer(
-    model: CoterieForCausalLM, directory: Path, dtype: str
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The same of the C++ trainer."""
+def load_trainer(model: CoterieForCausalLM, directory: Path, dtype: str) -> _train.Model:
+    """The C++ trainer's model with the same weights."""
     trainer = _train.Model(model.config.to_json_string(), dtype, 0)
     trainer.load(save_logical(model, directory))
+    return trainer
+
+
+def run_trainer(trainer: _train.Model) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The same losses and gradients of the C++ trainer."""
     return trainer.loss_and_gradients(windows(), balance_loss=BALANCE_LOSS, z_loss=Z_LOSS, seed=SEED, step=STEP)
 
 
@@ -138,7 +141,7 @@ CASES = {
 def test_fp32_gradients(case: str, tmp_path: Path) -> None:
     model = oracle(CASES[case], seed=0)
     expected_losses, expected = run_oracle(model)
-    losses, gradients = run_trainer(model, tmp_path, "fp32")
+    losses, gradients = run_trainer(load_trainer(model, tmp_path, "fp32"))
     for name, value in expected_losses.items():
         assert losses[name] == pytest.approx(value, rel=1e-5), name
     assert set(gradients) == set(expected)
@@ -161,20 +164,26 @@ def test_capacity_drops(case: str) -> None:
     assert not torch.equal(by_order, by_position)
 
 
-@pytest.mark.parametrize("case", ["sum-top1-dropless", "learned-top2-dropless", "sum-top1-capacity"])
-def test_bf16_gradients(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "seed"),  # seeds for which no rounding changes an expert
+    [("sum-top1-dropless", 3), ("learned-top2-dropless", 4), ("sum-top1-capacity", 3), ("sum-top2-capacity", 3)],
+)
+def test_bf16_gradients(case: str, seed: int, tmp_path: Path) -> None:
     """The trainer in bf16 rounds operands of products and gradients of matrices to 8 bits; the oracle
     has the same rounded weights and computes in fp32.
 
-    As in test_parity.py, N independent roundings leave sqrt(N / 3) * 2^-8 in the mean square: forward
-    the inputs of 8 products in each layer and of the head, backward two operands of each product, and
-    one rounding of the result; twice that, for what norms, softmax and the experts' mixture amplify.
+    A rounding has a relative error of at most u = 2^-8, uniformly spread: u / sqrt(3) in the mean
+    square. Squares of independent errors add up: N roundings on the way leave sqrt(N / 3) * u. Forward
+    those are the inputs of 8 products in each layer and of the head, backward two operands of each
+    product, and one rounding of the result; twice that, for what norms, softmax and the mixture of
+    experts amplify. A token that meets another expert is another function, so none may.
     """
-    config = CASES[case]
-    model = oracle(config, seed=0, rounded=True)
+    model = oracle(CASES[case], seed, rounded=True)
     expected_losses, expected = run_oracle(model)
-    losses, gradients = run_trainer(model, tmp_path, "bf16")
-    roundings = 3 * (8 * config.num_hidden_layers + 1) + 1
+    trainer = load_trainer(model, tmp_path, "bf16")
+    losses, gradients = run_trainer(trainer)
+    assert_same_experts(trainer, model)
+    roundings = 3 * (8 * model.config.num_hidden_layers + 1) + 1
     tolerance = 2 * math.sqrt(roundings / 3) * 2**-8
     assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=tolerance)
     errors = {
@@ -183,6 +192,14 @@ def test_bf16_gradients(case: str, tmp_path: Path) -> None:
     }
     assert max(errors.values()) < tolerance, max(errors, key=errors.get)
     assert max(errors.values()) > FP32_TOLERANCE, "nothing was rounded: is this bf16?"
+
+
+def assert_same_experts(trainer: _train.Model, model: CoterieForCausalLM) -> None:
+    inputs = np.ascontiguousarray(windows()[:, :-1])
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(inputs).long()).expert_ids
+    for chosen, reference in zip(trainer.expert_ids(inputs), expected, strict=True):
+        np.testing.assert_array_equal(np.sort(chosen), np.sort(reference.numpy()), "give this case another seed")
 
 
 def test_names_shapes_and_initial_values() -> None:
