@@ -112,6 +112,9 @@ TEST_F(EngineTest, LikelihoodIsThatOfTheLogits) {
   }
   EXPECT_NEAR(engine_->negative_log_likelihood(ids), expected, 1e-9 * expected);
   EXPECT_EQ(engine_->negative_log_likelihood({5}), 0.0);
+  EXPECT_GT(engine_->negative_log_likelihood(tokens(97)), 0);  // the last token needs no position
+  EXPECT_EQ(invalid_message([&] { engine_->negative_log_likelihood(tokens(98)); }, ""),
+            "token_ids: 98 tokens, but at most 97 fit max_model_len (96)");
 }
 
 TEST_F(EngineTest, ThreadsDoNotChangeABit) {
