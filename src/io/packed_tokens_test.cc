@@ -101,6 +101,8 @@ TEST_F(PackedTokensTest, ContradictionsAreNamed) {
   }
   write_meta("uint32", 9, kFour, kOne);
   EXPECT_EQ(corrupt_message(open, bin), ": 8 bytes, but train.tokens of meta.json (4, uint32) needs 16");
+  write_meta("uint16", 9, kOne, kOne);
+  EXPECT_EQ(corrupt_message(open, bin), ": 8 bytes, but train.tokens of meta.json (1, uint16) needs 2");
   write_meta("uint16", 9, kFour, kOne);
   EXPECT_EQ(corrupt_message(open, bin), "");
 }
