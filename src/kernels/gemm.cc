@@ -1,9 +1,11 @@
-// How a group of products is cut up. First the operands that are not in panels yet are packed, then
-// the tiles of C are computed; both by tasks of about equal cost over all problems of the group.
+// How a group of products is cut up.
 //
-// A tile is one panel of A (up to panel_rows rows) times one panel of B (2 vectors of columns). A task
-// is a block of panels of A, small enough for half of an L2 cache, times a block of panels of B: a
-// panel of B is read once per block, lies in the L1 or L2 cache meanwhile, and A comes from L2.
+// A tile of C is one panel of A (up to panel_rows rows) times one panel of B (2 vectors of columns). A task
+// is a block of panels of A, small enough for half of an L2 cache, times a block of panels of B: a panel of
+// B is read once per block, lies in the L1 or L2 cache meanwhile, and A comes from L2.
+//
+// An operand that is not in panels yet is packed where it costs least: by the task that uses it, straight
+// into the cache, when no other task needs the same part; else beforehand, once for all tasks.
 #include "kernels/gemm.h"
 
 #include <algorithm>
@@ -16,14 +18,17 @@
 namespace coterie {
 namespace {
 
-// Half of the L2 cache of the smaller current cores (1 MiB), rounded down for B's panel and C.
-constexpr int64_t kBlockABytes = 256 << 10;
-// B of a problem with few rows is packed by the task that uses it, panel by panel, and never leaves
-// the cache. Beyond this many panels of A, C is cut by rows too and B is packed once for all.
-constexpr int64_t kOwnPackPanels = 6;
+// Half of the smaller L2 caches of today's servers (1 MiB).
+constexpr int64_t kBlockABytes = 512 << 10;
+// Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
+constexpr int64_t kGroupBBytes = 256 << 10, kMostGroupB = 8;
+// B of a problem with few panels of A is packed by the tasks. With more, C is cut by rows too.
+constexpr int64_t kFewPanelsA = 6;
+// A task that packs its own A should have this many panels of it, to read B seldom.
+constexpr int64_t kLeastOwnPanelsA = 4;
 // A task should outweigh handing it out (about 0.1 us) by far, and there should be several for every
 // thread, since threads are disturbed. In multiply-adds; 1e6 take about 10 us.
-constexpr double kLeastTaskCost = 0.4e6, kMostTaskCost = 16e6;
+constexpr double kLeastTaskCost = 0.4e6, kMostTaskCost = 64e6;
 constexpr double kTasksPerThread = 8;
 // Reading a fresh 32-bit unit of B takes about as long as this many multiply-adds.
 constexpr double kUnitCost = 8;
@@ -49,37 +54,40 @@ struct PanelsB {
   int64_t count() const { return ceil_div(N, width()); }
   int64_t panel_units() const { return units_of(type, source.cols) * kernels->panel_columns(); }
 
-  void pack(int64_t p, uint32_t* panel) const {
-    const int64_t W = kernels->width, first = p * width(), second = gated ? N + first : first + W;
-    const int64_t left = N - first;
-    kernels->pack_b(source, type, first, std::min(left, W), panel);
-    kernels->pack_b(source, type, second, gated ? std::min(left, W) : std::clamp<int64_t>(left - W, 0, W), panel + W);
+  int64_t group() const {
+    return std::clamp<int64_t>(kGroupBBytes / std::max<int64_t>(4 * panel_units(), 1), 1, kMostGroupB);
+  }
+  void pack(int64_t first, int64_t last, uint32_t* memory) const {
+    for (int64_t p = first; p < last; p += group()) {
+      const int64_t end = std::min(p + group(), last);
+      kernels->pack_b(source, type, N, gated, p, end, memory + (p - first) * panel_units());
+    }
   }
 };
 
-// A problem with its cut: P panels of A and Q of B, in blocks.
+// A problem with its cut.
 struct Plan {
   const GemmProblem* problem;
   PanelsB b;
   PackSource a;
-  int64_t M, units;
-  int64_t P, Q;
-  int64_t block_P, block_Q;      // panels of a task
+  RowPanels rows;
+  int64_t units;                     // of K
+  int64_t Q;                         // panels of B
+  int64_t block_P, block_Q;          // panels of a task
   int64_t first_task, num_tasks;
-  bool own_pack;                 // tasks pack B's panels themselves
-  uint32_t* a_panels;            // workspace
-  const uint32_t* b_panels;      // workspace or packed_b; null when own_pack
+  bool own_a, own_b;                 // tasks pack the operand themselves
+  uint32_t* a_panels = nullptr;      // all of A, unless own_a
+  const uint32_t* b_panels = nullptr;
 
-  // Rows are spread evenly over the panels: 13 rows are 7 + 6 rather than 12 + 1.
-  int64_t first_row(int64_t p) const { return p * (M / P) + std::min(p, M % P); }
-  int rows(int64_t p) const { return static_cast<int>(M / P + (p < M % P)); }
-  // Panels of a problem lie one after the other, each row padded to whole chunks.
-  int64_t row_units() const { return ceil_div(units, kChunkUnits) * kChunkUnits; }
-  uint32_t* a_panel(int64_t p) const { return a_panels + first_row(p) * row_units(); }
-  int64_t a_units() const { return M * row_units(); }
+  int64_t P() const { return rows.P; }
+  int64_t a_units(int64_t first, int64_t last) const {
+    return (rows.first_row(last) - rows.first_row(first)) * padded_row_units(units);
+  }
+  int64_t all_a_units() const { return rows.M * padded_row_units(units); }
+  bool packs_b_before() const { return !problem->packed_b && !own_b; }
   double cost(int64_t panels_a, int64_t panels_b) const {
-    const double rows = static_cast<double>(panels_a) * static_cast<double>(M) / static_cast<double>(P);
-    return static_cast<double>(panels_b * b.panel_units()) * (rows + kUnitCost) + rows;
+    const double m = static_cast<double>(panels_a) * static_cast<double>(rows.M) / static_cast<double>(P());
+    return static_cast<double>(panels_b * b.panel_units()) * (m + kUnitCost) + m;
   }
 };
 
@@ -100,32 +108,41 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   check_problem(p);
   Plan plan = {};
   plan.problem = &p;
-  plan.M = p.c.rows;
-  const int64_t K = p.a.cols;
+  const int64_t K = p.a.cols, N = p.c.cols;
   const DType type = p.packed_b ? p.packed_b->dtype() : p.b.dtype;
-  const int64_t rows_a = p.gather_M ? p.num_gathered : p.a.rows;
-  plan.a = pack_source(p.a, rows_a, K, p.gather_M, nullptr);
-  plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * p.c.cols : p.c.cols, K, nullptr, p.b_gather_K), type, p.gated,
-            p.c.cols};
+  const int64_t most_rows = kernels.panel_rows[type == DType::kBF16];
+  plan.rows = {p.c.rows, ceil_div(p.c.rows, most_rows)};
+  plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, nullptr);
+  plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K), type, p.gated, N};
   plan.units = units_of(type, K);
-  plan.P = ceil_div(plan.M, kernels.panel_rows[type == DType::kBF16]);
   plan.Q = plan.b.count();
-  plan.own_pack = !p.packed_b && plan.P <= kOwnPackPanels;
-  const int64_t panel_bytes = kernels.panel_rows[type == DType::kBF16] * plan.row_units() * 4;
-  plan.block_P = std::max<int64_t>(1, std::min(plan.P, kBlockABytes / std::max<int64_t>(panel_bytes, 1)));
-  if (plan.own_pack) plan.block_P = std::max<int64_t>(plan.P, 1);
+  plan.own_b = !p.packed_b && plan.P() <= kFewPanelsA;
   return plan;
 }
 
-// Chooses block_Q so that a task costs at most `most`, and numbers the tasks.
+// Chooses blocks so that a task costs about `most`, and numbers the tasks.
 void cut_plan(Plan& plan, double most, int64_t first_task) {
+  const int64_t P = plan.P(), Q = plan.Q;
+  const int64_t panel_bytes = 4 * ceil_div(plan.all_a_units(), P);
+  const int64_t fitting_P = std::max<int64_t>(1, kBlockABytes / std::max<int64_t>(panel_bytes, 1));
+  plan.block_P = std::min(P, fitting_P);
+  plan.block_Q = Q;
+  if (plan.own_b) {
+    plan.block_P = P;
+  } else {
+    // Whole rows of C when they make tasks of a sensible size; then nobody else needs their part of A.
+    const auto affordable = static_cast<int64_t>(most / plan.cost(1, Q));
+    const int64_t own = std::min(plan.block_P, std::max(affordable, kLeastOwnPanelsA));
+    plan.own_a = P > kFewPanelsA && plan.cost(own, Q) <= 2 * most;
+    if (plan.own_a) plan.block_P = ceil_div(P, ceil_div(P, own));
+  }
+  if (!plan.own_a) {
+    while (plan.block_P > 1 && !plan.own_b && plan.cost(plan.block_P, 1) > most) plan.block_P = ceil_div(plan.block_P, 2);
+    plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
+    if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
+  }
   plan.first_task = first_task;
-  plan.num_tasks = 0;
-  if (plan.P == 0 || plan.Q == 0) return;
-  while (plan.block_P > 1 && !plan.own_pack && plan.cost(plan.block_P, 1) > most) plan.block_P = ceil_div(plan.block_P, 2);
-  const int64_t fitting = static_cast<int64_t>(most / plan.cost(plan.block_P, 1));
-  plan.block_Q = std::clamp<int64_t>(fitting, 1, plan.Q);
-  plan.num_tasks = ceil_div(plan.P, plan.block_P) * ceil_div(plan.Q, plan.block_Q);
+  plan.num_tasks = ceil_div(P, plan.block_P) * ceil_div(Q, plan.block_Q);
 }
 
 // Panels [first, last) of one operand of one problem.
@@ -135,24 +152,22 @@ struct PackTask {
   int64_t first, last;
 
   void run() const {
-    for (int64_t p = first; p < last; ++p) {
-      if (is_b) {
-        plan->b.pack(p, const_cast<uint32_t*>(plan->b_panels) + p * plan->b.panel_units());
-      } else {
-        plan->b.kernels->pack_a(plan->a, plan->b.type, plan->first_row(p), plan->rows(p), plan->a_panel(p));
-      }
+    if (is_b) {
+      plan->b.pack(first, last, const_cast<uint32_t*>(plan->b_panels) + first * plan->b.panel_units());
+    } else {
+      plan->b.kernels->pack_a(plan->a, plan->b.type, plan->rows, first, last, plan->a_panels + plan->a_units(0, first));
     }
   }
 };
 
-void compute_tile(const Plan& plan, int64_t pa, int64_t pb, const uint32_t* b_panel) {
+void compute_tile(const Plan& plan, int64_t pa, int64_t pb, const uint32_t* a_panel, const uint32_t* b_panel) {
   alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
   const GemmProblem& p = *plan.problem;
   const KernelTable& kernels = *plan.b.kernels;
-  const int rows = plan.rows(pa);
-  kernels.multiply[plan.b.type == DType::kBF16][rows - 1](plan.units, plan.a_panel(pa), b_panel, tile);
+  const int rows = plan.rows.rows(pa);
+  kernels.multiply[plan.b.type == DType::kBF16][rows - 1](plan.units, a_panel, b_panel, tile);
 
-  const int64_t row = plan.first_row(pa), column = pb * plan.b.width();
+  const int64_t row = plan.rows.first_row(pa), column = pb * plan.b.width();
   TileStore store;
   store.tile = tile;
   store.rows = rows;
@@ -178,19 +193,31 @@ void compute_tile(const Plan& plan, int64_t pa, int64_t pb, const uint32_t* b_pa
   kernels.store_tile(store);
 }
 
-// `own_panel` is the thread's memory for one panel of B.
-void run_task(const Plan& plan, int64_t task, uint32_t* own_panel) {
-  const int64_t blocks_P = ceil_div(plan.P, plan.block_P);
-  const int64_t first_a = task % blocks_P * plan.block_P, last_a = std::min(first_a + plan.block_P, plan.P);
+// own_a and own_b are the thread's memory for panels.
+void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) {
+  const int64_t blocks_P = ceil_div(plan.P(), plan.block_P);
+  const int64_t first_a = task % blocks_P * plan.block_P, last_a = std::min(first_a + plan.block_P, plan.P());
   const int64_t first_b = task / blocks_P * plan.block_Q, last_b = std::min(first_b + plan.block_Q, plan.Q);
-  for (int64_t pb = first_b; pb < last_b; ++pb) {
-    const uint32_t* b_panel = own_panel;
-    if (plan.own_pack) {
-      plan.b.pack(pb, own_panel);
+  const uint32_t* a_panels = own_a;
+  if (plan.own_a) {
+    plan.b.kernels->pack_a(plan.a, plan.b.type, plan.rows, first_a, last_a, own_a);
+  } else {
+    a_panels = plan.a_panels + plan.a_units(0, first_a);
+  }
+  const int64_t group = plan.b.group(), panel_units = plan.b.panel_units();
+  for (int64_t group_b = first_b; group_b < last_b; group_b += group) {
+    const int64_t end_b = std::min(group_b + group, last_b);
+    const uint32_t* b_panels = own_b;
+    if (plan.own_b) {
+      plan.b.pack(group_b, end_b, own_b);
     } else {
-      b_panel = plan.b_panels + pb * plan.b.panel_units();
+      b_panels = plan.b_panels + group_b * panel_units;
     }
-    for (int64_t pa = first_a; pa < last_a; ++pa) compute_tile(plan, pa, pb, b_panel);
+    for (int64_t pb = group_b; pb < end_b; ++pb, b_panels += panel_units) {
+      for (int64_t pa = first_a; pa < last_a; ++pa) {
+        compute_tile(plan, pa, pb, a_panels + plan.a_units(first_a, pa), b_panels);
+      }
+    }
   }
 }
 
@@ -206,7 +233,8 @@ class GroupedGemm {
       const auto after = std::upper_bound(plans_.begin(), plans_.end(), task,
                                           [](int64_t t, const Plan& plan) { return t < plan.first_task; });
       const Plan& plan = *(after - 1);
-      run_task(plan, task - plan.first_task, own_panels_ + thread * own_panel_units_);
+      uint32_t* const own = own_memory_ + thread * (own_a_units_ + own_b_units_);
+      run_task(plan, task - plan.first_task, own, own + own_a_units_);
     });
   }
 
@@ -216,11 +244,11 @@ class GroupedGemm {
     plans_.clear();
     double total = 0;
     for (const GemmProblem& problem : problems) {
-      plans_.push_back(make_plan(problem, kernels));
-      const Plan& plan = plans_.back();
-      if (plan.P > 0) total += plan.cost(plan.P, plan.Q);
+      const Plan plan = make_plan(problem, kernels);
       // A problem without rows or columns has no task; leaving it out keeps first_task increasing.
-      if (plan.P == 0 || plan.Q == 0) plans_.pop_back();
+      if (plan.P() == 0 || plan.Q == 0) continue;
+      plans_.push_back(plan);
+      total += plan.cost(plan.P(), plan.Q);
     }
     const double most = std::clamp(total / (num_threads * kTasksPerThread), kLeastTaskCost, kMostTaskCost);
     int64_t first_task = 0;
@@ -231,35 +259,40 @@ class GroupedGemm {
   }
 
   void take_workspace(int num_threads) {
-    own_panel_units_ = 0;
+    own_a_units_ = own_b_units_ = 0;
     size_t bytes = 0;
     for (const Plan& plan : plans_) {
-      bytes += Workspace::padded(static_cast<size_t>(plan.a_units()) * 4);
-      if (plan.own_pack) own_panel_units_ = std::max(own_panel_units_, plan.b.panel_units());
-      if (packs_b(plan)) bytes += Workspace::padded(static_cast<size_t>(plan.Q * plan.b.panel_units()) * 4);
+      const int64_t panel_a_units = kMaxPanelRows * padded_row_units(plan.units);
+      if (plan.own_a) own_a_units_ = std::max(own_a_units_, plan.block_P * panel_a_units);
+      if (plan.own_b) own_b_units_ = std::max(own_b_units_, plan.b.group() * plan.b.panel_units());
+      if (!plan.own_a) bytes += unit_bytes(plan.all_a_units());
+      if (plan.packs_b_before()) bytes += unit_bytes(plan.Q * plan.b.panel_units());
     }
-    own_panel_units_ = ceil_div(own_panel_units_, 16) * 16;
-    const auto own_units = static_cast<size_t>(own_panel_units_ * num_threads);
-    workspace_.reserve(bytes + Workspace::padded(own_units * 4));
-    own_panels_ = workspace_.take<uint32_t>(own_units);
+    own_b_units_ = padded_row_units(own_b_units_);  // keeps the threads' parts on cache lines of their own
+    const int64_t own_units = (own_a_units_ + own_b_units_) * num_threads;
+    workspace_.reserve(bytes + unit_bytes(own_units));
+    own_memory_ = take(own_units);
     for (Plan& plan : plans_) {
-      plan.a_panels = workspace_.take<uint32_t>(static_cast<size_t>(plan.a_units()));
+      if (!plan.own_a) plan.a_panels = take(plan.all_a_units());
       if (plan.problem->packed_b) plan.b_panels = static_cast<const uint32_t*>(plan.problem->packed_b->data());
-      if (packs_b(plan)) plan.b_panels = workspace_.take<uint32_t>(static_cast<size_t>(plan.Q * plan.b.panel_units()));
+      if (plan.packs_b_before()) plan.b_panels = take(plan.Q * plan.b.panel_units());
     }
   }
-
-  static bool packs_b(const Plan& plan) { return !plan.problem->packed_b && !plan.own_pack; }
+  static size_t unit_bytes(int64_t units) { return Workspace::padded(static_cast<size_t>(units) * sizeof(uint32_t)); }
+  uint32_t* take(int64_t units) { return workspace_.take<uint32_t>(static_cast<size_t>(units)); }
 
   void pack(ThreadPool& pool) {
     pack_tasks_.clear();
     int64_t total = 0;
     for (const Plan& plan : plans_) {
-      total += plan.a_units();
-      add_pack_tasks(plan, false, plan.P, ceil_div(plan.a_units(), plan.P));
-      if (!packs_b(plan)) continue;
-      total += plan.Q * plan.b.panel_units();
-      add_pack_tasks(plan, true, plan.Q, plan.b.panel_units());
+      if (!plan.own_a) {
+        total += plan.all_a_units();
+        add_pack_tasks(plan, false, plan.P(), ceil_div(plan.all_a_units(), plan.P()));
+      }
+      if (plan.packs_b_before()) {
+        total += plan.Q * plan.b.panel_units();
+        add_pack_tasks(plan, true, plan.Q, plan.b.panel_units());
+      }
     }
     if (total <= kInlinePackUnits) {
       for (const PackTask& task : pack_tasks_) task.run();
@@ -276,8 +309,8 @@ class GroupedGemm {
   std::vector<Plan> plans_;
   std::vector<PackTask> pack_tasks_;
   Workspace workspace_;
-  int64_t own_panel_units_ = 0;
-  uint32_t* own_panels_ = nullptr;
+  int64_t own_a_units_ = 0, own_b_units_ = 0;  // of one thread
+  uint32_t* own_memory_ = nullptr;
 };
 
 }  // namespace
@@ -289,7 +322,11 @@ PackedMatrix::PackedMatrix(const ConstMatrix& b, ThreadPool& pool, bool gated)
                           gated ? b.rows / 2 : b.rows};
   const int64_t panel_units = panels.panel_units();
   panels_ = AlignedBuffer(static_cast<size_t>(panels.count() * panel_units) * 4);
-  pool.run(panels.count(), [&](int64_t p, int) { panels.pack(p, panels_.as<uint32_t>() + p * panel_units); });
+  const int64_t group = panels.group();
+  pool.run(ceil_div(panels.count(), group), [&](int64_t task, int) {
+    const int64_t first = task * group, last = std::min(first + group, panels.count());
+    panels.pack(first, last, panels_.as<uint32_t>() + first * panel_units);
+  });
 }
 
 void grouped_gemm(std::span<const GemmProblem> problems, ThreadPool& pool) {

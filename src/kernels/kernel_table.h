@@ -23,6 +23,16 @@ inline constexpr int64_t kMaxPanelColumns = 32;
 
 inline int64_t units_of(DType dtype, int64_t K) { return dtype == DType::kBF16 ? (K + 1) / 2 : K; }
 
+// How the M rows of A are spread over P panels: evenly, 13 rows are 7 + 6 rather than 12 + 1. The panels of
+// a matrix lie one behind the other, each row padded to whole chunks.
+struct RowPanels {
+  int64_t M = 0, P = 0;
+
+  int64_t first_row(int64_t p) const { return p * (M / P) + (p < M % P ? p : M % P); }
+  int rows(int64_t p) const { return static_cast<int>(M / P + (p < M % P)); }
+};
+inline int64_t padded_row_units(int64_t units) { return (units + kChunkUnits - 1) / kChunkUnits * kChunkUnits; }
+
 // A matrix to pack: element (r, k) is data[row(r) * row_stride + column(k) * col_stride], where
 // row(r) = gather_rows ? gather_rows[r] : r, and column(k) likewise.
 struct PackSource {
@@ -82,22 +92,31 @@ struct ActivationBackwardRow {
   bool gated = false;
 };
 
+inline constexpr int kPeakSums = 12;  // independent sums: enough to hide the latency, few enough for 16 registers
+
 struct KernelTable {
   std::string_view name;
   int width;          // floats in a vector
   int panel_rows[2];  // most rows of a panel of A: fp32, bf16
   int panel_columns() const { return 2 * width; }
 
-  // Rows [first, first + count) of A as one panel of `type`.
-  void (*pack_a)(const PackSource& source, DType type, int64_t first, int count, uint32_t* panel);
-  // Rows [first, first + count), count <= width, of B as one vector of columns; the rest is zero.
-  // Unit u is written at half + u * 2 * width.
-  void (*pack_b)(const PackSource& source, DType type, int64_t first, int64_t count, uint32_t* half);
+  // Panels [first, last) of A as panels of `type`, one behind the other.
+  void (*pack_a)(const PackSource& source, DType type, const RowPanels& panels, int64_t first, int64_t last,
+                 uint32_t* memory);
+  // Panels [first, last) of B. N counts the columns of C; B has 2N rows when gated.
+  void (*pack_b)(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last,
+                 uint32_t* memory);
   // tile[rows][2 * width] = A panel * B panel; [type][rows - 1].
   void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile);
   void (*store_tile)(const TileStore& store);
+  // For benches: `steps` rounds of peak_flops() operations on registers alone, the limit of multiply.
+  float (*register_peak[2])(int64_t steps);
+  int64_t peak_flops(DType type) const { return int64_t{kPeakSums} * width * (type == DType::kBF16 ? 4 : 2); }
 
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t D, float* out);
+  // grad_weight_sum += the row's part of the weight's gradient.
+  void (*rms_norm_backward_row)(const float* x, const float* weight, const float* grad, float eps, int64_t D,
+                                float* grad_x, float* grad_weight_sum);
   void (*layer_norm_row)(const float* x, const float* weight, const float* bias, float eps, int64_t D, float* out);
   void (*softmax_row)(const float* x, int64_t n, float* out);
   void (*rope_head)(float* x, const float* cosine, const float* sine, int64_t half);

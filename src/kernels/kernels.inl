@@ -20,7 +20,10 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
   fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
   table.store_tile = store_tile;
+  table.register_peak[0] = register_peak<false>;
+  table.register_peak[1] = register_peak<true>;
   table.rms_norm_row = rms_norm_row;
+  table.rms_norm_backward_row = rms_norm_backward_row;
   table.layer_norm_row = layer_norm_row;
   table.softmax_row = softmax_row;
   table.rope_head = rope_head;

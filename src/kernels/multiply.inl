@@ -7,6 +7,11 @@ COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
   return fma(broadcast(__builtin_bit_cast(float, a)), reinterpret_cast<VF>(b), acc);
 }
 
+// Steps of K that B is asked for in advance. With few rows it comes from memory, which is far; else from the
+// L2 cache. (Hardware prefetchers stop at every page, and start late.)
+constexpr int kFewRows = 8;
+constexpr int64_t prefetch_steps(int rows) { return rows <= kFewRows ? 16 : 8; }
+
 template <bool kBf16, int kRows>
 void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) {
   VF sums[kRows][2] = {};
@@ -14,6 +19,8 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) 
     const int64_t n = units < kChunkUnits ? units : kChunkUnits;
     for (int64_t u = 0; u < n; ++u, b += 2 * kWidth) {
       const VU b0 = load_units(b), b1 = load_units(b + kWidth);
+      __builtin_prefetch(b + prefetch_steps(kRows) * 2 * kWidth);
+      if constexpr (kVectorBytes == 64) __builtin_prefetch(b + prefetch_steps(kRows) * 2 * kWidth + kWidth);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const uint32_t ai = a[i * kChunkUnits + u];
@@ -33,4 +40,28 @@ template <bool kBf16, int... kIndex>
 constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, float*),
                              std::integer_sequence<int, kIndex...>) {
   ((functions[kIndex] = multiply<kBf16, kIndex + 1>), ...);
+}
+
+template <bool kBf16>
+float register_peak(int64_t steps) {
+  VF sums[kPeakSums];
+  for (VF& sum : sums) {
+    sum = VF{};
+    __asm__ volatile("" : "+x"(sum));  // the compiler would merge sums that it knows to be equal
+  }
+  VU a = broadcast_unit(0x3f803f80), b = a;
+  __asm__ volatile("" : "+x"(a), "+x"(b));
+  for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 16
+    for (VF& sum : sums) {
+      if constexpr (kBf16) {
+        sum = multiply_add_bf16(a, b, sum);
+      } else {
+        sum = fma(reinterpret_cast<VF>(a), reinterpret_cast<VF>(b), sum);
+      }
+    }
+  }
+  VF total = {};
+  for (const VF& sum : sums) total += sum;
+  return sum_lanes(total);
 }

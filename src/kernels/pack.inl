@@ -64,79 +64,143 @@ COTERIE_INLINE uint32_t one_unit(const PackSource& s, int64_t row, int64_t u) {
   return low | load_elements<kSourceBf16, true>(element(s, row, 2 * u + 1), 1)[0];
 }
 
-// Loads may read past row first + count where the source goes on: whole vectors are cheaper.
-COTERIE_INLINE int64_t readable_rows(const PackSource& s, int64_t first) { return s.rows - first; }
+// Rows ahead that a source is asked for, in a layout that jumps from row to row of memory.
+constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kBytesAhead = 512;
 
+// One vector of columns of B, `count` of them real, with K contiguous: blocks of kWidth^2 are transposed.
 template <bool kSourceBf16, bool kPanelBf16>
-void pack_b_as(const PackSource& s, int64_t units, int64_t first, int64_t count, uint32_t* half) {
-  constexpr int64_t kStride = 2 * kWidth;
-  if (k_contiguous(s)) {
-    for (int64_t u = 0; u < units; u += kWidth) {
-      VU rows[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        rows[i] = i < count ? units_along_k<kSourceBf16, kPanelBf16>(s, first + i, u) : VU{};
+COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int64_t first, int64_t count, uint32_t* half) {
+  for (int64_t u = 0; u < units; u += kWidth) {
+    VU rows[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      if (i < count) {
+        rows[i] = units_along_k<kSourceBf16, kPanelBf16>(s, first + i, u);
+        __builtin_prefetch(element(s, first + i, kPanelBf16 ? 2 * u : u) + kBytesAhead);
+      } else {
+        rows[i] = VU{};
       }
-      transpose(rows);
-      const int64_t n = units - u < kWidth ? units - u : kWidth;
-      for (int64_t i = 0; i < n; ++i) store_units(half + (u + i) * kStride, rows[i]);
     }
-  } else if (rows_contiguous(s)) {
-    for (int64_t u = 0; u < units; ++u) {
-      store_units(half + u * kStride, units_along_rows<kSourceBf16, kPanelBf16>(s, first, count, u));
+    transpose(rows);
+    const int64_t n = units - u < kWidth ? units - u : kWidth;
+    for (int64_t i = 0; i < n; ++i) store_units(half + (u + i) * 2 * kWidth, rows[i]);
+  }
+}
+
+// Panels [first, last) at once, with rows contiguous: a row of memory passes through all of them.
+template <bool kSourceBf16, bool kPanelBf16>
+COTERIE_INLINE void pack_panels_along_rows(const PackSource& s, int64_t units, int64_t N, int64_t first, int64_t last,
+                                           uint32_t* memory) {
+  constexpr int64_t kElementsPerLine = kSourceBf16 ? 32 : 16;
+  constexpr int64_t kPerUnit = kPanelBf16 ? 2 : 1;
+  const int64_t first_row = first * 2 * kWidth, last_row = last * 2 * kWidth < N ? last * 2 * kWidth : N;
+  for (int64_t u = 0; u < units; ++u) {
+    for (int64_t k = u * kPerUnit + kRowsAhead; k < (u + 1) * kPerUnit + kRowsAhead && k < s.cols; ++k) {
+      for (int64_t row = first_row; row < last_row; row += kElementsPerLine) __builtin_prefetch(element(s, row, k));
     }
-  } else {
-    for (int64_t u = 0; u < units; ++u) {
-      for (int64_t i = 0; i < kWidth; ++i) {
-        half[u * kStride + i] = i < count ? one_unit<kSourceBf16, kPanelBf16>(s, first + i, u) : 0;
-      }
+    for (int64_t row = first_row; row < last * 2 * kWidth; row += kWidth) {
+      const int64_t vector = (row - first_row) / kWidth;
+      const VU v = row < N ? units_along_rows<kSourceBf16, kPanelBf16>(s, row, N - row, u) : VU{};
+      store_units(memory + (vector / 2 * units + u) * 2 * kWidth + vector % 2 * kWidth, v);
     }
   }
 }
 
 template <bool kSourceBf16, bool kPanelBf16>
-void pack_a_as(const PackSource& s, int64_t units, int64_t first, int count, uint32_t* panel) {
-  const auto line = [&](int64_t u, int i) __attribute__((always_inline)) {
-    return panel + (u / kChunkUnits * count + i) * kChunkUnits + u % kChunkUnits;
-  };
-  if (k_contiguous(s)) {
-    for (int i = 0; i < count; ++i) {
-      for (int64_t u = 0; u < units; u += kWidth) {
-        store_units(line(u, i), units_along_k<kSourceBf16, kPanelBf16>(s, first + i, u));
+COTERIE_INLINE void pack_columns_one_by_one(const PackSource& s, int64_t units, int64_t first, int64_t count, uint32_t* half) {
+  for (int64_t u = 0; u < units; ++u) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      half[u * 2 * kWidth + i] = i < count ? one_unit<kSourceBf16, kPanelBf16>(s, first + i, u) : 0;
+    }
+  }
+}
+
+template <bool kSourceBf16, bool kPanelBf16>
+void pack_b_as(const PackSource& s, int64_t N, bool gated, int64_t first, int64_t last, uint32_t* memory) {
+  const int64_t units = kPanelBf16 ? (s.cols + 1) / 2 : s.cols;
+  if (!gated && rows_contiguous(s)) {
+    return pack_panels_along_rows<kSourceBf16, kPanelBf16>(s, units, N, first, last, memory);
+  }
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t half = 0; half < 2; ++half) {
+      // The second vector of a panel is the next columns, or the up rows of the same columns.
+      const int64_t column = gated ? p * kWidth : (2 * p + half) * kWidth, row = gated ? half * N + column : column;
+      const int64_t count = N - column;
+      uint32_t* const out = memory + (p - first) * units * 2 * kWidth + half * kWidth;
+      if (k_contiguous(s)) {
+        pack_columns_along_k<kSourceBf16, kPanelBf16>(s, units, row, count, out);
+      } else {
+        pack_columns_one_by_one<kSourceBf16, kPanelBf16>(s, units, row, count, out);
       }
     }
-  } else if (rows_contiguous(s)) {
-    for (int64_t u = 0; u < units; u += kWidth) {
+  }
+}
+
+// A's panels with rows contiguous, kWidth units at a time through all panels. A vector may run past the
+// panel's last row where the source goes on: whole vectors are cheaper.
+template <bool kSourceBf16, bool kPanelBf16>
+COTERIE_INLINE void pack_a_along_rows(const PackSource& s, int64_t units, const RowPanels& panels, int64_t first,
+                                      int64_t last, uint32_t* memory) {
+  for (int64_t u = 0; u < units; u += kWidth) {
+    uint32_t* panel = memory;
+    for (int64_t p = first; p < last; ++p) {
+      const int count = panels.rows(p);
+      const int64_t row = panels.first_row(p);
       for (int i0 = 0; i0 < count; i0 += kWidth) {
-        const int64_t n = readable_rows(s, first + i0);
         VU rows[kWidth];
         for (int64_t j = 0; j < kWidth; ++j) {
-          rows[j] = u + j < units ? units_along_rows<kSourceBf16, kPanelBf16>(s, first + i0, n, u + j) : VU{};
+          const int64_t readable = u + j < units ? panels.M - row - i0 : 0;
+          rows[j] = readable > 0 ? units_along_rows<kSourceBf16, kPanelBf16>(s, row + i0, readable, u + j) : VU{};
         }
         transpose(rows);
-        for (int i = i0; i < count && i < i0 + kWidth; ++i) store_units(line(u, i), rows[i - i0]);
+        for (int i = i0; i < count && i < i0 + kWidth; ++i) {
+          store_units(panel + (u / kChunkUnits * count + i) * kChunkUnits + u % kChunkUnits, rows[i - i0]);
+        }
       }
-    }
-  } else {
-    for (int64_t u = 0; u < units; ++u) {
-      for (int i = 0; i < count; ++i) *line(u, i) = one_unit<kSourceBf16, kPanelBf16>(s, first + i, u);
+      panel += count * padded_row_units(units);
     }
   }
 }
 
-void pack_b(const PackSource& source, DType type, int64_t first, int64_t count, uint32_t* half) {
-  const int64_t units = units_of(type, source.cols);
-  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
-  if (from_bf16 && to_bf16) return pack_b_as<true, true>(source, units, first, count, half);
-  if (from_bf16) return pack_b_as<true, false>(source, units, first, count, half);
-  if (to_bf16) return pack_b_as<false, true>(source, units, first, count, half);
-  pack_b_as<false, false>(source, units, first, count, half);
+template <bool kSourceBf16, bool kPanelBf16>
+void pack_a_as(const PackSource& s, const RowPanels& panels, int64_t first, int64_t last, uint32_t* memory) {
+  const int64_t units = kPanelBf16 ? (s.cols + 1) / 2 : s.cols;
+  if (!k_contiguous(s) && rows_contiguous(s)) {
+    return pack_a_along_rows<kSourceBf16, kPanelBf16>(s, units, panels, first, last, memory);
+  }
+  uint32_t* panel = memory;
+  for (int64_t p = first; p < last; ++p) {
+    const int count = panels.rows(p);
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = panels.first_row(p) + i;
+      uint32_t* const lines = panel + i * kChunkUnits;
+      if (k_contiguous(s)) {
+        for (int64_t u = 0; u < units; u += kWidth) {
+          const VU v = units_along_k<kSourceBf16, kPanelBf16>(s, row, u);
+          store_units(lines + u / kChunkUnits * count * kChunkUnits + u % kChunkUnits, v);
+        }
+      } else {
+        for (int64_t u = 0; u < units; ++u) {
+          lines[u / kChunkUnits * count * kChunkUnits + u % kChunkUnits] = one_unit<kSourceBf16, kPanelBf16>(s, row, u);
+        }
+      }
+    }
+    panel += count * padded_row_units(units);
+  }
 }
 
-void pack_a(const PackSource& source, DType type, int64_t first, int count, uint32_t* panel) {
-  const int64_t units = units_of(type, source.cols);
+void pack_b(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last, uint32_t* memory) {
   const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
-  if (from_bf16 && to_bf16) return pack_a_as<true, true>(source, units, first, count, panel);
-  if (from_bf16) return pack_a_as<true, false>(source, units, first, count, panel);
-  if (to_bf16) return pack_a_as<false, true>(source, units, first, count, panel);
-  pack_a_as<false, false>(source, units, first, count, panel);
+  if (from_bf16 && to_bf16) return pack_b_as<true, true>(source, N, gated, first, last, memory);
+  if (from_bf16) return pack_b_as<true, false>(source, N, gated, first, last, memory);
+  if (to_bf16) return pack_b_as<false, true>(source, N, gated, first, last, memory);
+  pack_b_as<false, false>(source, N, gated, first, last, memory);
+}
+
+void pack_a(const PackSource& source, DType type, const RowPanels& panels, int64_t first, int64_t last, uint32_t* memory) {
+  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
+  if (from_bf16 && to_bf16) return pack_a_as<true, true>(source, panels, first, last, memory);
+  if (from_bf16) return pack_a_as<true, false>(source, panels, first, last, memory);
+  if (to_bf16) return pack_a_as<false, true>(source, panels, first, last, memory);
+  pack_a_as<false, false>(source, panels, first, last, memory);
 }

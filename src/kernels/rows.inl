@@ -76,6 +76,26 @@ void rms_norm_row(const float* x, const float* weight, float eps, int64_t D, flo
   }
 }
 
+// With r = 1 / sqrt(mean(x^2) + eps) and g = grad * weight: grad_x = r (g - x r^2 mean(g x)).
+void rms_norm_backward_row(const float* x, const float* weight, const float* grad, float eps, int64_t D, float* grad_x,
+                           float* grad_weight_sum) {
+  VF squares = {}, products = {};
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int64_t m = lanes_left(i, D);
+    const VF v = load_floats(x, i, m);
+    squares = fma(v, v, squares);
+    products = fma(load_floats(grad, i, m) * load_floats(weight, i, m), v, products);
+  }
+  const float scale = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(D) + eps);
+  const float along_x = scale * scale * sum_lanes(products) / static_cast<float>(D);
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int64_t m = lanes_left(i, D);
+    const VF v = load_floats(x, i, m), g = load_floats(grad, i, m);
+    store_floats(grad_weight_sum, i, m, fma(g, v * scale, load_floats(grad_weight_sum, i, m)));
+    store_floats(grad_x, i, m, (g * load_floats(weight, i, m) - v * along_x) * scale);
+  }
+}
+
 void layer_norm_row(const float* x, const float* weight, const float* bias, float eps, int64_t D, float* out) {
   VF sum = {};
   for (int64_t i = 0; i < D; i += kWidth) sum += load_floats(x, i, lanes_left(i, D));

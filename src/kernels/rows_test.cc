@@ -43,6 +43,52 @@ TEST(Norm, RmsNormAgreesWithDoubles) {
   });
 }
 
+// The gradients as the derivative of the double reference, by central differences with step h: their
+// error is O(h^2) plus rounding u_double / h, far below the fp32 error of a few D u.
+TEST(Norm, RmsNormBackwardAgreesWithDifferences) {
+  std::mt19937 random(5);
+  NativeThreadPool pool(2);
+  constexpr double kStep = 1e-3;
+  for_each_isa([&] {
+    for (int64_t D : {1, 7, 16, 33}) {
+      const int64_t T = 131;  // more rows than a part holds
+      const std::vector<float> x = random_floats(T * D, random, 3.0f), weight = random_floats(D, random);
+      const std::vector<float> grad = random_floats(T * D, random);
+      std::vector<float> grad_x(x.size()), grad_weight(weight.size());
+      rms_norm_backward(x.data(), weight.data(), grad.data(), 1e-5f, T, D, grad_x.data(), grad_weight.data(), pool);
+      const auto value = [&](int64_t t, const std::vector<double>& row) {  // sum of grad * rms_norm of row t
+        double squares = 0, sum = 0;
+        for (double v : row) squares += v * v;
+        for (int64_t i = 0; i < D; ++i) sum += grad[t * D + i] * row[i] * weight[i];
+        return sum / std::sqrt(squares / static_cast<double>(D) + 1e-5f);
+      };
+      std::vector<double> expected_weight(D, 0.0), magnitude(D, 0.0);
+      for (int64_t t = 0; t < T; ++t) {
+        const std::vector<double> row(x.begin() + t * D, x.begin() + (t + 1) * D);
+        double squares = 0;
+        for (double v : row) squares += v * v;
+        const double scale = 1 / std::sqrt(squares / static_cast<double>(D) + 1e-5f);
+        for (int64_t i = 0; i < D; ++i) {
+          std::vector<double> above = row, below = row;
+          above[i] += kStep;
+          below[i] -= kStep;
+          const double expected = (value(t, above) - value(t, below)) / (2 * kStep);
+          // Both terms of grad_x are at most scale * sum |grad weight|; differences err by h^2 scale^3 of that.
+          double bound = 0;
+          for (int64_t j = 0; j < D; ++j) bound += std::abs(grad[t * D + j] * weight[j]);
+          bound *= scale;
+          ASSERT_NEAR(grad_x[t * D + i], expected, bound * ((D + 8) * 2 * u + 4 * kStep * kStep * scale * scale));
+          expected_weight[i] += grad[t * D + i] * row[i] * scale;
+          magnitude[i] += std::abs(grad[t * D + i] * row[i] * scale);
+        }
+      }
+      for (int64_t i = 0; i < D; ++i) {
+        ASSERT_NEAR(grad_weight[i], expected_weight[i], magnitude[i] * (D + T + 8) * u);
+      }
+    }
+  });
+}
+
 // The mean is off by at most D u mean|x| =: m, which shifts x - mean; the rest is as for RMSNorm, and the
 // variance, shifted by at most 2 m mean|x - mean| + m^2, is dominated by eps when D is 1.
 TEST(Norm, LayerNormAgreesWithDoubles) {

@@ -64,8 +64,5 @@ at::Tensor causal_attention(const at::Tensor& q, const at::Tensor& k, const at::
   return out.transpose(1, 2).reshape({q.size(0), q.size(1)});
 }
 
-at::Tensor rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps) {
-  return at::rms_norm(x_TD, {weight_D.size(0)}, weight_D, eps);
-}
 
 }  // namespace coterie
