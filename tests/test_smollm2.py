@@ -67,12 +67,13 @@ def test_answers_a_chat_prompt(smollm2: Path) -> None:
     assert "tokens/s" in result.stderr
 
 
-def test_json_and_stop_string(smollm2: Path) -> None:
+def test_json_and_stop_string(llm: LLM, smollm2: Path) -> None:
     result = generate(str(smollm2), "--chat", "--prompt", QUESTION, "--stop", " Paris", "--json")
     answer = json.loads(result.stdout)
     assert answer["finish_reason"] == "stop"
     assert "Paris" not in answer["text"]
     assert answer["text"].endswith("is")
+    assert llm.tokenizer.decode(answer["token_ids"]).endswith(" Paris"), "it went on behind the stop string"
 
 
 def test_stream_equals_text(llm: LLM) -> None:
