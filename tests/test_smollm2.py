@@ -90,6 +90,9 @@ def test_stream_equals_text(llm: LLM) -> None:
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--dtype", "fp12"], "dtype"),
+        (["--seed", "-1"], "seed"),
+        (["--top-k", "-1"], "top_k"),
+        (["--stop", ""], "stop"),
     ],
 )
 def test_bad_arguments_are_named(smollm2: Path, arguments: list[str], field: str) -> None:

@@ -61,6 +61,8 @@ class SamplingParams:
         self.max_new_tokens = self.max_tokens
         if isinstance(self.stop, str):
             self.stop = [self.stop]
+        if not 0 <= self.seed < 2**64:
+            raise InvalidArgument(f"seed: {self.seed} is not in [0, 2^64)")
         if "" in self.stop:
             raise InvalidArgument("stop: an empty string ends every text")
 
