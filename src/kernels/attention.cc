@@ -44,7 +44,8 @@ struct Scratch {
   static size_t floats(const Call& call) {
     const auto d = static_cast<size_t>(call.padded_d());
     const auto queries = static_cast<size_t>(kTokensPerTask * call.heads_per_group());
-    return 2 * kRunKeys * d + 2 * queries * d + kRunKeys + 2 * static_cast<size_t>(round_up(static_cast<int64_t>(queries), 16));
+    return 2 * kRunKeys * d + 2 * queries * d + kRunKeys +
+           2 * static_cast<size_t>(round_up(static_cast<int64_t>(queries), 16));
   }
   Scratch(float* memory, const Call& call) {
     const int64_t d = call.padded_d(), queries_count = kTokensPerTask * call.heads_per_group();

@@ -67,7 +67,8 @@ void check(const Shape& shape, ThreadPool& pool) {
   reference::attention(sequence.q.data(), shape.H * shape.d, sequence.kv, shape.S, shape.S, shape.H, shape.G, shape.d,
                        sequence.scale(), expected.data());
   const auto largest = [](const std::vector<float>& values) {
-    return std::accumulate(values.begin(), values.end(), 0.0, [](double m, float x) { return std::max<double>(m, std::abs(x)); });
+    return std::accumulate(values.begin(), values.end(), 0.0,
+                           [](double m, float x) { return std::max<double>(m, std::abs(x)); });
   };
   const double d = static_cast<double>(shape.d), u = kUnitRoundoff;
   const double score = (d + 2) * u * sequence.scale() * d * largest(sequence.q) * largest(sequence.k);

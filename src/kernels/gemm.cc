@@ -71,12 +71,12 @@ struct Plan {
   PanelsB b;
   PackSource a;
   RowPanels rows;
-  int64_t units;                     // of K
-  int64_t Q;                         // panels of B
-  int64_t block_P, block_Q;          // panels of a task
+  int64_t units;             // of K
+  int64_t Q;                 // panels of B
+  int64_t block_P, block_Q;  // panels of a task
   int64_t first_task, num_tasks;
-  bool own_a, own_b;                 // tasks pack the operand themselves
-  uint32_t* a_panels = nullptr;      // all of A, unless own_a
+  bool own_a, own_b;             // tasks pack the operand themselves
+  uint32_t* a_panels = nullptr;  // all of A, unless own_a
   const uint32_t* b_panels = nullptr;
 
   int64_t P() const { return rows.P; }
@@ -101,7 +101,8 @@ void check_problem(const GemmProblem& p) {
   COTERIE_CHECK(b_rows == (p.gated ? 2 : 1) * p.c.cols, "N of B and C differ");
   COTERIE_CHECK((p.gather_M ? p.num_gathered : p.a.rows) == p.c.rows, "M of A and C differ");
   COTERIE_CHECK(!p.packed_b || p.packed_b->gated() == p.gated, "B was packed for another kind of problem");
-  COTERIE_CHECK(!p.packed_b || b_rows == 0 || p.packed_b->kernels() == &active_kernels(), "B was packed for another ISA");
+  COTERIE_CHECK(!p.packed_b || b_rows == 0 || p.packed_b->kernels() == &active_kernels(),
+                "B was packed for another ISA");
 }
 
 Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
@@ -137,7 +138,8 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
     if (plan.own_a) plan.block_P = ceil_div(P, ceil_div(P, own));
   }
   if (!plan.own_a) {
-    while (plan.block_P > 1 && !plan.own_b && plan.cost(plan.block_P, 1) > most) plan.block_P = ceil_div(plan.block_P, 2);
+    while (plan.block_P > 1 && !plan.own_b && plan.cost(plan.block_P, 1) > most)
+      plan.block_P = ceil_div(plan.block_P, 2);
     plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
     if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
   }

@@ -195,7 +195,8 @@ TEST(Gemm, KeepsTheSumsBeforeTheActivation) {
   NativeThreadPool pool(2);
   for_each_isa([&] {
     for (bool gated : {false, true}) {
-      const Case c = {.M = 21, .N = 45, .K = 17, .bias = true, .gated = gated, .pre = true, .activation = Activation::kSilu};
+      const Case c = {
+          .M = 21, .N = 45, .K = 17, .bias = true, .gated = gated, .pre = true, .activation = Activation::kSilu};
       Fixture fixture(c);
       gemm(fixture.problem, pool);
       GemmProblem plain = fixture.problem;  // the same product with nothing after it

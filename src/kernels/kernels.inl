@@ -1,6 +1,7 @@
 // The kernels, one concept a file, and the table of them. See kernel_table.h for what each one does.
 // Included once per ISA, inside its target region and anonymous namespace.
 
+// clang-format off: each builds on those before it
 #include "kernels/math.inl"
 #include "kernels/rows.inl"
 #include "kernels/pack.inl"
@@ -8,6 +9,7 @@
 #include "kernels/store_tile.inl"
 #include "kernels/activation_rows.inl"
 #include "kernels/attend.inl"
+// clang-format on
 
 constexpr KernelTable make_kernel_table(std::string_view name) {
   KernelTable table = {};

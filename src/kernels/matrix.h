@@ -45,9 +45,7 @@ inline ConstMatrix row_major(const void* data, DType dtype, int64_t rows, int64_
 inline ConstMatrix row_major(const float* data, int64_t rows, int64_t cols) {
   return row_major(data, DType::kF32, rows, cols);
 }
-inline Matrix row_major(void* data, DType dtype, int64_t rows, int64_t cols) {
-  return {data, dtype, rows, cols, cols};
-}
+inline Matrix row_major(void* data, DType dtype, int64_t rows, int64_t cols) { return {data, dtype, rows, cols, cols}; }
 inline Matrix row_major(float* data, int64_t rows, int64_t cols) { return row_major(data, DType::kF32, rows, cols); }
 
 }  // namespace coterie

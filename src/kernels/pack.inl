@@ -70,7 +70,8 @@ constexpr int64_t kBytesAhead = 512;
 
 // One vector of columns of B, `count` of them real, with K contiguous: blocks of kWidth^2 are transposed.
 template <bool kSourceBf16, bool kPanelBf16>
-COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int64_t first, int64_t count, uint32_t* half) {
+COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int64_t first, int64_t count,
+                                         uint32_t* half) {
   for (int64_t u = 0; u < units; u += kWidth) {
     VU rows[kWidth];
     for (int i = 0; i < kWidth; ++i) {
@@ -107,7 +108,8 @@ COTERIE_INLINE void pack_panels_along_rows(const PackSource& s, int64_t units, i
 }
 
 template <bool kSourceBf16, bool kPanelBf16>
-COTERIE_INLINE void pack_columns_one_by_one(const PackSource& s, int64_t units, int64_t first, int64_t count, uint32_t* half) {
+COTERIE_INLINE void pack_columns_one_by_one(const PackSource& s, int64_t units, int64_t first, int64_t count,
+                                            uint32_t* half) {
   for (int64_t u = 0; u < units; ++u) {
     for (int64_t i = 0; i < kWidth; ++i) {
       half[u * 2 * kWidth + i] = i < count ? one_unit<kSourceBf16, kPanelBf16>(s, first + i, u) : 0;
@@ -189,7 +191,8 @@ void pack_a_as(const PackSource& s, const RowPanels& panels, int64_t first, int6
   }
 }
 
-void pack_b(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last, uint32_t* memory) {
+void pack_b(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last,
+            uint32_t* memory) {
   const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
   if (from_bf16 && to_bf16) return pack_b_as<true, true>(source, N, gated, first, last, memory);
   if (from_bf16) return pack_b_as<true, false>(source, N, gated, first, last, memory);
@@ -197,7 +200,8 @@ void pack_b(const PackSource& source, DType type, int64_t N, bool gated, int64_t
   pack_b_as<false, false>(source, N, gated, first, last, memory);
 }
 
-void pack_a(const PackSource& source, DType type, const RowPanels& panels, int64_t first, int64_t last, uint32_t* memory) {
+void pack_a(const PackSource& source, DType type, const RowPanels& panels, int64_t first, int64_t last,
+            uint32_t* memory) {
   const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
   if (from_bf16 && to_bf16) return pack_a_as<true, true>(source, panels, first, last, memory);
   if (from_bf16) return pack_a_as<true, false>(source, panels, first, last, memory);

@@ -113,7 +113,8 @@ TEST(Norm, LayerNormAgreesWithDoubles) {
           const double shift = (static_cast<double>(D) + 1) * u * magnitude / std::sqrt(variance);
           const double value = std::abs(expected[i]) + std::abs(b ? bias[i % D] : 0.0f);
           const double relative = (0.5 * static_cast<double>(D) + 8) * u + shift;
-          ASSERT_NEAR(out[i], expected[i], shift * std::abs(weight[i % D]) + relative * value) << "D " << D << " at " << i;
+          ASSERT_NEAR(out[i], expected[i], shift * std::abs(weight[i % D]) + relative * value)
+              << "D " << D << " at " << i;
         }
       }
     }
@@ -129,7 +130,8 @@ TEST(Rope, AgreesWithDoubles) {
       const std::vector<int32_t> positions = {0, 1, 2, 100, 4095, 131071, 7};
       std::vector<float> frequency;
       for (int64_t i = 0; i < head_dim / 2; ++i) {
-        frequency.push_back(static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim))));
+        frequency.push_back(
+            static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim))));
       }
       std::vector<float> x = random_floats(T * stride, random), expected = x, magnitude = x;
       rope(x.data(), stride, positions.data(), frequency.data(), T, heads, head_dim, pool);
@@ -137,7 +139,8 @@ TEST(Rope, AgreesWithDoubles) {
       // Sine and cosine within 1 ulp, two products, one sum: 4 u of |a| + |b|, at most twice the largest here.
       for (float& value : magnitude) value = std::abs(value);
       const float largest = *std::max_element(magnitude.begin(), magnitude.end());
-      for (size_t i = 0; i < x.size(); ++i) ASSERT_NEAR(x[i], expected[i], 4 * u * 2 * largest) << head_dim << " at " << i;
+      for (size_t i = 0; i < x.size(); ++i)
+        ASSERT_NEAR(x[i], expected[i], 4 * u * 2 * largest) << head_dim << " at " << i;
     }
   });
 }
@@ -217,14 +220,15 @@ TEST(Rows, ActivationBackward) {
           const std::vector<float> pre = random_floats(U, random, 3.0f), grad = random_floats(F, random);
           const std::vector<float> inner = random_floats(F, random);
           std::vector<float> grad_pre(static_cast<size_t>(U));
-          const float dot = active_kernels().activate_backward_row({grad.data(), pre.data(), inner.data(), grad_pre.data(),
-                                                                    DType::kF32, F, 0.7f, activation, gated});
+          const float dot = active_kernels().activate_backward_row(
+              {grad.data(), pre.data(), inner.data(), grad_pre.data(), DType::kF32, F, 0.7f, activation, gated});
           double expected_dot = 0, absolute = 0;
           for (int64_t i = 0; i < F; ++i) {
             const double x = pre[i], g = double{0.7f} * grad[i], up = gated ? pre[F + i] : 1.0;
             const double terms = 1 + std::abs(x) * 2 * (1 + 0.135 * x * x);
             const double tolerance = (24 + std::min(exponent(activation, x), 200.0)) * u * terms;
-            ASSERT_NEAR(grad_pre[i], g * up * reference::activation_derivative(activation, x), tolerance * std::abs(g * up));
+            ASSERT_NEAR(grad_pre[i], g * up * reference::activation_derivative(activation, x),
+                        tolerance * std::abs(g * up));
             if (gated) {
               const double value = reference::activation_value(activation, x);
               ASSERT_NEAR(grad_pre[F + i], g * value, tolerance * std::abs(g * x) + 1e-35);
@@ -240,8 +244,16 @@ TEST(Rows, ActivationBackward) {
 }
 
 TEST(Rows, ConversionRoundsLikeTheScalarOne) {
-  std::vector<float> x = {0.0f, -0.0f, 1.0f, 1.00390625f, 1.01171875f, 3.4e38f, 1e-40f, std::numeric_limits<float>::infinity(),
-                          -std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(),
+  std::vector<float> x = {0.0f,
+                          -0.0f,
+                          1.0f,
+                          1.00390625f,
+                          1.01171875f,
+                          3.4e38f,
+                          1e-40f,
+                          std::numeric_limits<float>::infinity(),
+                          -std::numeric_limits<float>::infinity(),
+                          std::numeric_limits<float>::quiet_NaN(),
                           std::bit_cast<float>(0x7f800001u)};
   std::mt19937 random(6);
   for (int i = 0; i < 1000; ++i) x.push_back(std::bit_cast<float>(static_cast<uint32_t>(random())));
@@ -278,7 +290,8 @@ TEST(Rows, CombineScaleAddAndDot) {
         dot += double{to_float(halves[i])} * a[i];
         absolute += std::abs(double{to_float(halves[i])} * a[i]);
       }
-      ASSERT_NEAR(kernels.dot_row(halves.data(), DType::kBF16, a.data(), n), dot, static_cast<double>(n) * u * absolute);
+      ASSERT_NEAR(kernels.dot_row(halves.data(), DType::kBF16, a.data(), n), dot,
+                  static_cast<double>(n) * u * absolute);
       kernels.combine_rows(nullptr, nullptr, 0, out.data(), DType::kF32, n);
       for (float value : out) ASSERT_EQ(value, 0.0f);
     }

@@ -79,8 +79,8 @@ template <int kStep = kWidth / 2>
 COTERIE_INLINE VF sum_each(VF (&rows)[kWidth]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kStep; ++i) {
-    rows[i] = shuffle<LowBlocks<kStep>>(rows[i], rows[i + kStep]) +
-              shuffle<HighBlocks<kStep>>(rows[i], rows[i + kStep]);
+    rows[i] =
+        shuffle<LowBlocks<kStep>>(rows[i], rows[i + kStep]) + shuffle<HighBlocks<kStep>>(rows[i], rows[i + kStep]);
   }
   if constexpr (kStep > 1) return sum_each<kStep / 2>(rows);
   return rows[0];

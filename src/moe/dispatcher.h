@@ -12,11 +12,11 @@ namespace coterie {
 
 struct Dispatch {
   int64_t num_tokens = 0;
-  std::vector<int64_t> offset_E1;      // rows of expert e are [offset_E1[e], offset_E1[e + 1])
-  std::vector<int32_t> token_R;        // the token that row r carries
-  std::vector<int32_t> choice_R;       // index t*K + k of the choice that row r serves
-  std::vector<float> weight_R;         // its routing weight
-  std::vector<int32_t> row_TK;         // row of choice t*K + k, or -1 when it was dropped
+  std::vector<int64_t> offset_E1;  // rows of expert e are [offset_E1[e], offset_E1[e + 1])
+  std::vector<int32_t> token_R;    // the token that row r carries
+  std::vector<int32_t> choice_R;   // index t*K + k of the choice that row r serves
+  std::vector<float> weight_R;     // its routing weight
+  std::vector<int32_t> row_TK;     // row of choice t*K + k, or -1 when it was dropped
 
   int64_t num_rows() const { return static_cast<int64_t>(token_R.size()); }
 };

@@ -37,7 +37,8 @@ struct ExpertSource {
 };
 
 void check_shapes(const ExpertShape& shape, const Dispatch& dispatch, const ConstMatrix& x_TD, const Matrix& out_TD) {
-  COTERIE_CHECK(static_cast<int64_t>(dispatch.offset_E1.size()) == shape.num_experts + 1, "dispatch is for other experts");
+  COTERIE_CHECK(static_cast<int64_t>(dispatch.offset_E1.size()) == shape.num_experts + 1,
+                "dispatch is for other experts");
   COTERIE_CHECK(x_TD.cols == shape.hidden_size && out_TD.cols == shape.hidden_size, "hidden sizes differ");
   COTERIE_CHECK(x_TD.rows == dispatch.num_tokens && out_TD.rows == dispatch.num_tokens, "numbers of tokens differ");
 }

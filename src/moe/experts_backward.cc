@@ -32,8 +32,8 @@ struct Backward {
   const int64_t E = shape.num_experts, D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
   const int64_t R = dispatch.num_rows();
   const DType dtype = x_TD.dtype;  // of all activations and their gradients
-  const ConstMatrix up_ERows = row_major(weights.up_EUD, weights.dtype, E * U, D);
-  const ConstMatrix down_ERows = row_major(weights.down_EDF, weights.dtype, E * D, F);
+  const ConstMatrix up_ERows = row_major(weights.up_EUD, weights.dtype, E* U, D);
+  const ConstMatrix down_ERows = row_major(weights.down_EDF, weights.dtype, E* D, F);
   const ConstMatrix pre_RU = row_major(context.pre_activation_RU.data(), dtype, R, U);
   const ConstMatrix inner_RF = row_major(context.inner_RF.data(), dtype, R, F);
   Matrix raw_RF = {}, grad_pre_RU = {}, weighted_RD = {};
@@ -172,9 +172,11 @@ struct Backward {
 void experts_backward(const ExpertShape& shape, const ExpertWeights& weights, const Dispatch& dispatch,
                       const ConstMatrix& x_TD, const ConstMatrix& grad_out_TD, const ExpertsContext& context,
                       const ExpertGradients& gradients, ThreadPool& pool) {
-  COTERIE_CHECK(static_cast<int64_t>(dispatch.offset_E1.size()) == shape.num_experts + 1, "dispatch is for other experts");
+  COTERIE_CHECK(static_cast<int64_t>(dispatch.offset_E1.size()) == shape.num_experts + 1,
+                "dispatch is for other experts");
   COTERIE_CHECK(x_TD.cols == shape.hidden_size && grad_out_TD.cols == shape.hidden_size, "hidden sizes differ");
-  COTERIE_CHECK(x_TD.rows == dispatch.num_tokens && grad_out_TD.rows == dispatch.num_tokens, "numbers of tokens differ");
+  COTERIE_CHECK(x_TD.rows == dispatch.num_tokens && grad_out_TD.rows == dispatch.num_tokens,
+                "numbers of tokens differ");
   Backward{shape, weights, dispatch, x_TD, grad_out_TD, context, gradients, pool}.run();
 }
 

@@ -35,10 +35,12 @@ struct Results {
 using Function = std::function<double(double)>;
 
 // One row at a time, straight from the formulas.
-Results obvious(const ExpertShape& s, const Dispatch& dispatch, const Inputs& in, const Function& f, const Function& df) {
+Results obvious(const ExpertShape& s, const Dispatch& dispatch, const Inputs& in, const Function& f,
+                const Function& df) {
   const int64_t E = s.num_experts, D = s.hidden_size, F = s.intermediate_size, U = s.up_rows();
-  Results out = {Doubles(in.x_TD.size()), Doubles(in.x_TD.size()), Doubles(in.up_EUD.size()), Doubles(in.down_EDF.size()),
-                 Doubles(E * U), Doubles(E * D), Doubles(dispatch.token_R.size())};
+  Results out = {Doubles(in.x_TD.size()),         Doubles(in.x_TD.size()), Doubles(in.up_EUD.size()),
+                 Doubles(in.down_EDF.size()),     Doubles(E * U),          Doubles(E * D),
+                 Doubles(dispatch.token_R.size())};
   for (int64_t e = 0; e < E; ++e) {
     for (int64_t r = dispatch.offset_E1[e]; r < dispatch.offset_E1[e + 1]; ++r) {
       const int64_t t = dispatch.token_R[r];
@@ -132,13 +134,15 @@ struct Fixture {
         grad_out(c.x, random_floats(c.T * c.D, random)),
         up_bias(random_floats(c.E * shape.up_rows(), random)),
         down_bias(random_floats(c.E * c.D, random)) {
-    weights = {up.data(), down.data(), c.bias ? up_bias.data() : nullptr, c.bias ? down_bias.data() : nullptr, c.weights};
+    weights = {up.data(), down.data(), c.bias ? up_bias.data() : nullptr, c.bias ? down_bias.data() : nullptr,
+               c.weights};
   }
 
   ConstMatrix x_TD() { return row_major(x.data(), c.x, c.T, c.D); }
   ConstMatrix grad_out_TD() { return row_major(grad_out.data(), c.x, c.T, c.D); }
   Inputs inputs() const {
-    Inputs in = {x.doubles(), up.doubles(), down.doubles(), Doubles(up_bias.size()), Doubles(down_bias.size()), grad_out.doubles()};
+    Inputs in = {x.doubles(),       up.doubles(), down.doubles(), Doubles(up_bias.size()), Doubles(down_bias.size()),
+                 grad_out.doubles()};
     if (c.bias) in.up_bias_EU.assign(up_bias.begin(), up_bias.end());
     if (c.bias) in.down_bias_ED.assign(down_bias.begin(), down_bias.end());
     return in;
@@ -176,7 +180,8 @@ struct Gradients {
   }
 };
 
-void expect_near(const Doubles& actual, const Doubles& expected, const Doubles& bound, double relative, const char* name) {
+void expect_near(const Doubles& actual, const Doubles& expected, const Doubles& bound, double relative,
+                 const char* name) {
   ASSERT_EQ(actual.size(), expected.size()) << name;
   for (size_t i = 0; i < actual.size(); ++i) {
     ASSERT_NEAR(actual[i], expected[i], relative * bound[i] + 1e-35) << name << " at " << i;
@@ -189,15 +194,15 @@ void check(const Case& c, ThreadPool& pool) {
   Fixture f(c);
   const Inputs in = f.inputs();
   Inputs absolute = in;
-  for (Doubles* values : {&absolute.x_TD, &absolute.up_EUD, &absolute.down_EDF, &absolute.up_bias_EU, &absolute.down_bias_ED,
-                          &absolute.grad_out_TD}) {
+  for (Doubles* values : {&absolute.x_TD, &absolute.up_EUD, &absolute.down_EDF, &absolute.up_bias_EU,
+                          &absolute.down_bias_ED, &absolute.grad_out_TD}) {
     for (double& value : *values) value = std::abs(value);
   }
   const Results expected = obvious(
       f.shape, f.dispatch, in, [&](double v) { return reference::activation_value(c.activation, v); },
       [&](double v) { return reference::activation_derivative(c.activation, v); });
-  const Results bound = obvious(
-      f.shape, f.dispatch, absolute, [](double v) { return v; }, [](double v) { return 1.13 + 0.8 * v; });
+  const Results bound =
+      obvious(f.shape, f.dispatch, absolute, [](double v) { return v; }, [](double v) { return 1.13 + 0.8 * v; });
   const bool halves = c.x == DType::kBF16 || c.weights == DType::kBF16;
   const double steps = static_cast<double>(2 * c.D + c.F + f.shape.up_rows() + f.dispatch.num_rows() + 40);
   const double relative = steps * kUnitRoundoff + (halves ? 12 * kBf16UnitRoundoff : 0.0);
@@ -257,9 +262,9 @@ TEST(Experts, FrozenGradientsAreLeftAloneAndChangeNothing) {
   for (int wanted = 0; wanted < 64; ++wanted) {
     Gradients some(f, wanted);
     some.compute(f, pool);
-    const std::vector<float>* pairs[][2] = {{&some.x.floats, &all.x.floats},   {&some.up.floats, &all.up.floats},
+    const std::vector<float>* pairs[][2] = {{&some.x.floats, &all.x.floats},       {&some.up.floats, &all.up.floats},
                                             {&some.down.floats, &all.down.floats}, {&some.up_bias, &all.up_bias},
-                                            {&some.down_bias, &all.down_bias}, {&some.weight, &all.weight}};
+                                            {&some.down_bias, &all.down_bias},     {&some.weight, &all.weight}};
     for (int i = 0; i < 6; ++i) {
       const bool is_wanted = wanted >> i & 1;
       for (size_t j = 0; j < pairs[i][0]->size(); ++j) {

@@ -119,9 +119,11 @@ void RouterConfig::validate() const {
                           std::to_string(num_experts) + ")");
   }
   if (!(capacity_factor >= 0.0f) || std::isinf(capacity_factor)) {
-    throw InvalidArgument("[router] capacity_factor (" + value_text(capacity_factor) + ") is not 0 or a positive number");
+    throw InvalidArgument("[router] capacity_factor (" + value_text(capacity_factor) +
+                          ") is not 0 or a positive number");
   }
-  if (min_capacity < 0) throw InvalidArgument("[router] min_capacity (" + std::to_string(min_capacity) + ") is negative");
+  if (min_capacity < 0)
+    throw InvalidArgument("[router] min_capacity (" + std::to_string(min_capacity) + ") is negative");
   if (!std::isfinite(routed_scaling)) {
     throw InvalidArgument("[router] routed_scaling (" + value_text(routed_scaling) + ") is not finite");
   }

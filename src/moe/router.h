@@ -15,10 +15,10 @@ struct RouterConfig {
   int64_t num_experts = 0;
   int64_t top_k = 1;
   ScoreFunction score_function = ScoreFunction::kSoftmax;
-  bool normalize = false;         // weights of the chosen K divided by their sum (plus 1e-20)
-  float routed_scaling = 1.0f;    // weights multiplied by this, last of all
-  float capacity_factor = 0.0f;   // 0: dropless. Else an expert takes at most capacity() tokens
-  int64_t min_capacity = 4;       // floor of capacity() when tokens are dropped
+  bool normalize = false;        // weights of the chosen K divided by their sum (plus 1e-20)
+  float routed_scaling = 1.0f;   // weights multiplied by this, last of all
+  float capacity_factor = 0.0f;  // 0: dropless. Else an expert takes at most capacity() tokens
+  int64_t min_capacity = 4;      // floor of capacity() when tokens are dropped
 
   // ceil(capacity_factor * T * top_k / num_experts), at least min_capacity; T when dropless.
   int64_t capacity(int64_t num_tokens) const;
@@ -37,9 +37,9 @@ struct Routing {
   int64_t top_k = 0;
   std::vector<int32_t> expert_ids_TK;
   std::vector<float> weights_TK;
-  std::vector<uint8_t> kept_TK;               // 1, or 0 for a dropped choice
-  std::vector<int64_t> tokens_per_expert_E;   // kept choices
-  std::vector<float> scores_TE;               // softmax or sigmoid of the logits; kept for the backward pass
+  std::vector<uint8_t> kept_TK;              // 1, or 0 for a dropped choice
+  std::vector<int64_t> tokens_per_expert_E;  // kept choices
+  std::vector<float> scores_TE;              // softmax or sigmoid of the logits; kept for the backward pass
 };
 
 // With a capacity, tokens claim places choice by choice (all first choices before any second), each

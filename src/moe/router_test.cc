@@ -31,7 +31,8 @@ double reference_score(const RouterConfig& config, const double* logits_E, int64
 }
 
 // Places by the words of the header: round k gives every token, in priority order, its k-th choice.
-std::vector<uint8_t> reference_kept(const RouterConfig& config, const Routing& routing, const std::vector<int32_t>& order) {
+std::vector<uint8_t> reference_kept(const RouterConfig& config, const Routing& routing,
+                                    const std::vector<int32_t>& order) {
   const int64_t K = config.top_k, T = routing.num_tokens;
   std::vector<uint8_t> kept(static_cast<size_t>(T * K));
   std::vector<int64_t> taken(static_cast<size_t>(config.num_experts));
@@ -65,7 +66,8 @@ void check_routing(const RouterConfig& config, const std::vector<float>& logits,
       ASSERT_EQ(routing.expert_ids_TK[t * K + k], ids[k]) << "token " << t << " choice " << k;
       const double score = reference_score(config, row.data(), ids[k]);
       const double weight = kept[t * K + k] ? score / (config.normalize ? sum : 1.0) * config.routed_scaling : 0.0;
-      ASSERT_NEAR(routing.weights_TK[t * K + k], weight, (2 * static_cast<double>(E + K) + 90) * kUnitRoundoff * weight);
+      ASSERT_NEAR(routing.weights_TK[t * K + k], weight,
+                  (2 * static_cast<double>(E + K) + 90) * kUnitRoundoff * weight);
       counts[ids[k]] += kept[t * K + k];
     }
   }
@@ -167,7 +169,8 @@ TEST(Router, BackwardAgreesWithDifferences) {
     const std::vector<float> grad_scores = bits >> 3 & 1 ? random_floats(T * E, random) : std::vector<float>(T * E);
     const Routing routing = route(config, logits.data(), T);
     std::vector<float> grad_logits(logits.size());
-    route_backward(config, routing, grad_weights.data(), bits >> 3 & 1 ? grad_scores.data() : nullptr, grad_logits.data());
+    route_backward(config, routing, grad_weights.data(), bits >> 3 & 1 ? grad_scores.data() : nullptr,
+                   grad_logits.data());
     std::vector<double> x(logits.begin(), logits.end());
     for (size_t i = 0; i < x.size(); ++i) {
       const double h = 1e-4, middle = x[i];

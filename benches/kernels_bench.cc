@@ -1,0 +1,269 @@
+// How close the kernels come to what the machine can do.
+//
+//   kernels_bench [--benchmark_filter=...]     COTERIE_THREADS=2 COTERIE_ISA=avx2 kernels_bench
+//
+// Every line gives GFLOP/s of useful work and, as `peak`, their share of the FMA rate on registers alone,
+// measured on the same threads right before and after the line: on a shared machine only that share can be
+// compared between lines or runs. For one row of A (decode) the limit is memory; `GB/s` counts the bytes of
+// weights, which are larger than the caches.
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/gemm.h"
+#include "kernels/kernel_table.h"
+#include "moe/experts.h"
+#include "moe/router.h"
+
+namespace coterie {
+namespace {
+
+NativeThreadPool& pool() {
+  static NativeThreadPool instance([] {
+    const char* threads = std::getenv("COTERIE_THREADS");
+    return threads ? std::atoi(threads) : available_cpus();
+  }());
+  return instance;
+}
+
+// FLOP/s of all threads on registers alone.
+double measure_peak(DType type) {
+  const KernelTable& kernels = active_kernels();
+  constexpr int64_t kSteps = 400000;
+  const int threads = pool().num_threads();
+  const auto start = std::chrono::steady_clock::now();
+  pool().run(threads,
+             [&](int64_t, int) { benchmark::DoNotOptimize(kernels.register_peak[type == DType::kBF16](kSteps)); });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return static_cast<double>(kSteps * kernels.peak_flops(type)) * threads / seconds.count();
+}
+
+// Runs the work for as long as the library wants, and reports its rate.
+template <typename Work>
+void measure(benchmark::State& state, DType type, double flops, double bytes, const Work& work) {
+  work();  // touches the workspaces
+  double peak = std::max(measure_peak(type), measure_peak(type));
+  const auto start = std::chrono::steady_clock::now();
+  for (auto _ : state) work();
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  peak = std::max({peak, measure_peak(type), measure_peak(type)});
+  const double rate = flops * static_cast<double>(state.iterations()) / seconds.count();
+  state.counters["GFLOP/s"] = rate / 1e9;
+  state.counters["peak"] = rate / peak;
+  if (bytes > 0) state.counters["GB/s"] = bytes * static_cast<double>(state.iterations()) / seconds.count() / 1e9;
+}
+
+// Random memory of a type.
+struct Tensor {
+  AlignedBuffer memory;
+  DType dtype;
+
+  Tensor(DType type, int64_t n) : memory(static_cast<size_t>(n) * dtype_size(type)), dtype(type) {
+    std::minstd_rand random(1);
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = static_cast<float>(random()) / static_cast<float>(std::minstd_rand::max()) - 0.5f;
+      if (type == DType::kBF16) {
+        memory.as<BFloat16>()[i] = to_bfloat16(value);
+      } else {
+        memory.as<float>()[i] = value;
+      }
+    }
+  }
+  void* data() { return memory.data(); }
+};
+
+DType type_of(const benchmark::State& state) { return state.range(0) ? DType::kBF16 : DType::kF32; }
+
+// [bf16, M, N, K, packed]. Enough copies of B to leave the caches when M is small.
+void BM_Gemm(benchmark::State& state) {
+  const DType type = type_of(state);
+  const int64_t M = state.range(1), N = state.range(2), K = state.range(3);
+  const auto b_bytes = N * K * static_cast<int64_t>(dtype_size(type));
+  const int64_t copies = M < 64 ? std::max<int64_t>(1, (int64_t{1} << 30) / b_bytes) : 1;
+  Tensor a(type, M * K), b(type, N * K), c(type, M * N);
+  std::vector<PackedMatrix> packed;
+  for (int64_t i = 0; i < copies && state.range(4); ++i) packed.emplace_back(row_major(b.data(), type, N, K), pool());
+  int64_t next = 0;
+  measure(state, type, 2.0 * static_cast<double>(M * N * K), static_cast<double>(b_bytes), [&] {
+    GemmProblem problem;
+    problem.a = row_major(a.data(), type, M, K);
+    if (packed.empty()) problem.b = row_major(b.data(), type, N, K);
+    if (!packed.empty()) problem.packed_b = &packed[next++ % packed.size()];
+    problem.c = row_major(c.data(), type, M, N);
+    gemm(problem, pool());
+  });
+}
+
+void gemm_shapes(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"bf16", "M", "N", "K", "packed"});
+  for (int64_t type : {0, 1}) {
+    for (int64_t M : {1, 8, 64, 512, 2048}) {
+      for (int64_t packed : {1, 0}) {
+        if (M > 8 || packed) bench->Args({type, M, 1024, 1024, packed});
+      }
+    }
+    bench->Args({type, 4096, 512, 256, 0});
+    bench->Args({type, 2048, 2048, 2048, 0});
+  }
+}
+BENCHMARK(BM_Gemm)->Apply(gemm_shapes)->Unit(benchmark::kMicrosecond)->UseRealTime();
+
+// A layer of experts with everything that a training step or a forward pass needs.
+struct Layer {
+  DType type;
+  int64_t T, D, F, E, K;
+  ExpertShape shape;
+  Tensor x, up, down, grad_out, out, grad_x, grad_up, grad_down;
+  ExpertWeights weights;
+  Dispatch dispatch;
+  ExpertsContext context;
+  std::vector<float> grad_weight_R;
+
+  explicit Layer(const benchmark::State& state)
+      : type(type_of(state)),
+        T(state.range(1)),
+        D(state.range(2)),
+        F(state.range(3)),
+        E(state.range(4)),
+        K(state.range(5)),
+        shape{E, D, F, state.range(6) ? Activation::kSilu : Activation::kGelu, state.range(6) != 0},
+        x(type, T * D),
+        up(type, E * shape.up_rows() * D),
+        down(type, E * D * F),
+        grad_out(type, T * D),
+        out(type, T * D),
+        grad_x(type, T * D),
+        grad_up(type, E * shape.up_rows() * D),
+        grad_down(type, E * D * F),
+        weights{up.data(), down.data(), nullptr, nullptr, type} {
+    RouterConfig config;
+    config.num_experts = E;
+    config.top_k = K;
+    Tensor logits(DType::kF32, T * E);
+    dispatch = make_dispatch(route(config, logits.memory.as<float>(), T));
+    grad_weight_R.resize(dispatch.token_R.size());
+  }
+  double forward_flops() const { return 2.0 * static_cast<double>(dispatch.num_rows() * D * (shape.up_rows() + F)); }
+  void forward() {
+    experts_forward(shape, weights, dispatch, row_major(x.data(), type, T, D), row_major(out.data(), type, T, D),
+                    &context, pool());
+  }
+  void backward() {
+    ExpertGradients gradients;
+    gradients.grad_x_TD = grad_x.data();
+    gradients.grad_up_EUD = grad_up.data();
+    gradients.grad_down_EDF = grad_down.data();
+    gradients.grad_weight_R = grad_weight_R.data();
+    experts_backward(shape, weights, dispatch, row_major(x.data(), type, T, D), row_major(grad_out.data(), type, T, D),
+                     context, gradients, pool());
+  }
+};
+
+void BM_ExpertsForward(benchmark::State& state) {
+  Layer layer(state);
+  measure(state, layer.type, layer.forward_flops(), 0, [&] { layer.forward(); });
+}
+void BM_ExpertsBackward(benchmark::State& state) {
+  Layer layer(state);
+  layer.forward();
+  measure(state, layer.type, 2 * layer.forward_flops(), 0, [&] { layer.backward(); });
+}
+void BM_ExpertsStep(benchmark::State& state) {
+  Layer layer(state);
+  measure(state, layer.type, 3 * layer.forward_flops(), 0, [&] {
+    layer.forward();
+    layer.backward();
+  });
+}
+void BM_ExpertsPacked(benchmark::State& state) {
+  Layer layer(state);
+  const PackedExperts packed(layer.shape, layer.weights, pool());
+  measure(state, layer.type, layer.forward_flops(), 0, [&] {
+    experts_forward(packed, layer.dispatch, row_major(layer.x.data(), layer.type, layer.T, layer.D),
+                    row_major(layer.out.data(), layer.type, layer.T, layer.D), pool());
+  });
+}
+
+void training_shapes(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"bf16", "T", "D", "F", "E", "K", "gated"});
+  for (int64_t type : {0, 1}) {
+    for (int64_t K : {1, 2}) bench->Args({type, 4096, 256, 512, 8, K, 1});
+    bench->Args({type, 4096, 256, 1024, 8, 1, 0});
+  }
+}
+// The shapes of the table of peers: 2048 tokens, hidden 512, inner 2048, GELU.
+void peer_shapes(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"bf16", "T", "D", "F", "E", "K", "gated"});
+  for (int64_t type : {1, 0}) {
+    for (int64_t E : {8, 32, 64, 128}) {
+      for (int64_t K : {1, 2}) bench->Args({type, 2048, 512, 2048, E, K, 0});
+    }
+  }
+}
+void serving_shapes(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"bf16", "T", "D", "F", "E", "K", "gated"});
+  for (int64_t T : {1, 8, 32, 512}) bench->Args({1, T, 1024, 512, 64, 8, 1});
+}
+BENCHMARK(BM_ExpertsForward)->Apply(training_shapes)->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(BM_ExpertsBackward)->Apply(training_shapes)->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(BM_ExpertsStep)->Apply(peer_shapes)->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(BM_ExpertsPacked)->Apply(serving_shapes)->Unit(benchmark::kMillisecond)->UseRealTime();
+
+// [T new, S total, H, G, d, bf16 cache]
+void BM_Attention(benchmark::State& state) {
+  const int64_t T = state.range(0), S = state.range(1), H = state.range(2), G = state.range(3), d = state.range(4);
+  const DType type = state.range(5) ? DType::kBF16 : DType::kF32;
+  constexpr int64_t kBlock = 16;
+  const int64_t blocks = (S + kBlock - 1) / kBlock;
+  Tensor q(DType::kF32, T * H * d), out(DType::kF32, T * H * d);
+  Tensor keys(type, blocks * kBlock * G * d), values(type, blocks * kBlock * G * d);
+  std::vector<void*> k_blocks, v_blocks;
+  const auto block_bytes = kBlock * G * d * static_cast<int64_t>(dtype_size(type));
+  for (int64_t b = 0; b < blocks; ++b) {
+    k_blocks.push_back(keys.memory.as<char>() + b * block_bytes);
+    v_blocks.push_back(values.memory.as<char>() + b * block_bytes);
+  }
+  const PagedKv kv = {k_blocks.data(), v_blocks.data(), type, kBlock};
+  const double pairs = static_cast<double>(T) * (static_cast<double>(S) - static_cast<double>(T - 1) / 2);
+  measure(state, DType::kF32, 4 * pairs * static_cast<double>(H * d), 0,
+          [&] { attention(q.memory.as<float>(), H * d, kv, T, S, H, G, d, 0.125f, out.memory.as<float>(), pool()); });
+}
+BENCHMARK(BM_Attention)
+    ->ArgNames({"T", "S", "H", "G", "d", "bf16"})
+    ->Args({512, 512, 16, 16, 64, 1})
+    ->Args({512, 512, 16, 4, 64, 1})
+    ->Args({512, 512, 8, 8, 128, 0})
+    ->Args({1, 2048, 16, 16, 64, 1})
+    ->Args({1, 2048, 16, 4, 64, 1})
+    ->Unit(benchmark::kMicrosecond)
+    ->UseRealTime();
+
+std::string cpu_name() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  }
+  return "unknown";
+}
+
+}  // namespace
+}  // namespace coterie
+
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  using coterie::DType;
+  std::printf("%s, isa %s, %d threads; registers only: fp32 %.0f GFLOP/s, bf16 %.0f GFLOP/s\n",
+              coterie::cpu_name().c_str(), std::string(coterie::active_kernels().name).c_str(),
+              coterie::pool().num_threads(), coterie::measure_peak(DType::kF32) / 1e9,
+              coterie::measure_peak(DType::kBF16) / 1e9);
+  benchmark::RunSpecifiedBenchmarks();
+}
