@@ -1,0 +1,104 @@
+"""CoterieForCausalLM as a transformers model: files, KV cache, padding, ties, losses."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coterie.torch import CoterieConfig, CoterieForCausalLM, Router, RouterConfig
+
+NAMES = ["coterie_pyramid", "coterie_gpt_style"]
+
+
+def tokens(length: int = 20) -> torch.Tensor:
+    return torch.tensor([tiny_models.prompt(length, seed=1), tiny_models.prompt(length, seed=2)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_opened_again(name: str, tmp_path: Path) -> None:
+    model = tiny_models.build(name)
+    opened = AutoModelForCausalLM.from_pretrained(tiny_models.save(model, tmp_path)).eval()
+    assert type(opened) is CoterieForCausalLM
+    assert (opened.lm_head.weight is opened.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    with torch.no_grad():
+        assert torch.equal(opened(tokens()).logits, model(tokens()).logits)
+    assert AutoConfig.from_pretrained(tmp_path).layer_configs() == model.config.layer_configs()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cache_and_padding_change_nothing(name: str) -> None:
+    model = tiny_models.build(name)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens(), use_cache=False, **options)[:, 20:]
+    assert torch.equal(model.generate(tokens(), use_cache=True, **options)[:, 20:], expected)
+    padding = torch.zeros(2, 5, dtype=torch.long)
+    mask = torch.cat([padding, torch.ones_like(tokens())], dim=1)
+    padded = model.generate(torch.cat([padding, tokens()], dim=1), attention_mask=mask, **options)
+    assert torch.equal(padded[:, 25:], expected)
+
+
+def test_labels_are_shifted_and_losses_added() -> None:
+    model = tiny_models.build("coterie_pyramid")
+    model.balance_loss_coef, model.z_loss_coef = 0.5, 0.25
+    inputs = tokens()
+    labels = inputs.clone()
+    labels[0, :7] = -100
+    output = model(inputs, labels=labels)
+    scored = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.ce_loss, scored)
+    torch.testing.assert_close(output.loss, scored + 0.5 * output.balance_loss + 0.25 * output.z_loss)
+
+
+def router_of_logits(logits: torch.Tensor, top_k: int, **settings: object) -> Router:
+    """A router whose logits for token t are row t, when token t is the t-th unit vector."""
+    router = Router(len(logits), logits.shape[1], top_k, RouterConfig(**settings))
+    router.weight.data = logits.T.contiguous()
+    return router.train()
+
+
+def test_equal_scores_go_to_the_lower_expert() -> None:
+    routing = router_of_logits(torch.zeros(3, 5), top_k=2)(torch.eye(3))
+    assert routing.expert_ids_TK.tolist() == [[0, 1]] * 3
+
+
+def test_first_choices_claim_places_before_second_ones() -> None:
+    # Tokens 0..2 want expert 0 first and 1 second, token 3 the reverse; an expert takes 2.
+    logits = torch.tensor([[3.0, 2.0, 0.0, 0.0]] * 3 + [[2.0, 3.0, 0.0, 0.0]])
+    router = router_of_logits(logits, top_k=2, capacity_factor=1.0, min_capacity=1)
+    kept = router(torch.eye(4)).kept_TK.tolist()
+    assert kept == [[True, True], [True, False], [False, False], [True, False]]
+    backwards = router(torch.eye(4), torch.tensor([3, 2, 1, 0])).kept_TK.tolist()
+    assert backwards == [[False, False], [True, False], [True, True], [True, False]]
+    assert router.eval()(torch.eye(4)).kept_TK.all(), "capacity is for training"
+
+
+def test_balance_loss_by_hand() -> None:
+    # Top-1: experts 0, 0, 1 of 2. f = (2/3, 1/3), p = mean softmax.
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    p = logits.softmax(-1).mean(0)
+    routing = router_of_logits(logits, top_k=1)(torch.eye(3))
+    torch.testing.assert_close(routing.balance_loss, 2 * (2 / 3 * p[0] + 1 / 3 * p[1]))
+    torch.testing.assert_close(routing.z_loss, logits.logsumexp(-1).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_type": "batch_norm"}, r"norm_type \(batch_norm\)"),
+        ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) is not a multiple of num_key_value_heads \(4\)"),
+        ({"num_hidden_layers": 3}, r"num_hidden_layers \(3\)"),
+        ({"layers": [{"num_experts": 2, "top_k": 3}]}, r"top_k \(3\) exceeds num_experts \(2\)"),
+        ({"layers": [{"experts": 2}]}, r"layers\[0\]: unknown key 'experts'"),
+        ({"layers": [{"num_experts": 2, "router": {"noise": 1}}]}, r"layers\[0\].router: unknown key 'noise'"),
+    ],
+)
+def test_impossible_configurations_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_models.coterie_config(**changes)
+
+
+def test_defaults_are_a_dense_model() -> None:
+    config = CoterieConfig(num_hidden_layers=2)
+    assert [layer.num_experts for layer in config.layer_configs()] == [0, 0]
