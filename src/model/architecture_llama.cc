@@ -135,7 +135,8 @@ ModelConfig read_mixtral(const ConfigReader& json) {
 
 ModelConfig read_olmoe(const ConfigReader& json) {
   ModelConfig c = read_base(json, kOlmoe);
-  if (c.hidden_size % c.num_heads != 0 || c.head_dim != c.hidden_size / c.num_heads) {  // the norm of the queries is as wide as the model
+  // The norm of the queries is as wide as the model.
+  if (c.hidden_size % c.num_heads != 0 || c.head_dim != c.hidden_size / c.num_heads) {
     json.fail("head_dim", std::to_string(c.head_dim) + " is not hidden_size / num_attention_heads (" +
                               std::to_string(c.hidden_size) + " / " + std::to_string(c.num_heads) + ")");
   }

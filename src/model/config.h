@@ -42,7 +42,7 @@ struct LayerConfig {
   int64_t intermediate_size = 0;         // of the dense MLP, or of the fixed MLP beside the experts; 0: none
   int64_t expert_intermediate_size = 0;  // of each routed expert
   ResidualKind residual = ResidualKind::kNone;
-  RouterConfig router = {};              // num_experts == 0: a dense layer
+  RouterConfig router = {};  // num_experts == 0: a dense layer
 
   bool is_moe() const { return router.num_experts > 0; }
 };
@@ -65,7 +65,7 @@ struct ModelConfig {
   bool gated_mlp = true;
   bool attention_bias = false;  // of the q, k and v projections
   bool attention_output_bias = false;
-  bool mlp_bias = false;        // of dense MLPs and experts
+  bool mlp_bias = false;  // of dense MLPs and experts
   bool tie_word_embeddings = true;
   float initializer_range = 0.02f;
   std::vector<LayerConfig> layers;
