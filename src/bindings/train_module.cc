@@ -53,13 +53,14 @@ nb::dict to_dict(const StepMetrics& m) {
 class Model {
  public:
   Model(const std::string& config_json, const std::string& dtype, uint64_t seed)
-      : model_(ModelConfig::from_json(config_json, "model"), dtype == "bf16" ? at::kBFloat16 : at::kFloat, seed) {}
+      : model_(ModelConfig::from_json(config_json, "model"), parameter_type(dtype), seed) {}
 
   void load(const std::string& path) { model_.load(SafetensorsSource(path)); }
 
   nb::dict parameters() const {
     nb::dict d;
-    for (const Parameter& p : model_.parameters()) d[p.name.c_str()] = to_numpy<float>(p.tensor.detach().to(at::kFloat, false, true));
+    for (const Parameter& p : model_.parameters())
+      d[p.name.c_str()] = to_numpy<float>(p.tensor.detach().to(at::kFloat, false, true));
     return d;
   }
 
@@ -146,7 +147,8 @@ NB_MODULE(_train, m) {
       .def(
           "__init__",
           [](Trainer* self, const std::string& model_config_json, const std::string& settings_json) {
-            new (self) Trainer(ModelConfig::from_json(model_config_json, "model"), RunSettings::from_json(settings_json));
+            new (self)
+                Trainer(ModelConfig::from_json(model_config_json, "model"), RunSettings::from_json(settings_json));
           },
           "model_config_json"_a, "settings_json"_a)
       .def("resume", &Trainer::resume)
@@ -159,7 +161,8 @@ NB_MODULE(_train, m) {
       .def_prop_ro("total_steps", &Trainer::total_steps)
       .def_prop_ro("train_seconds", [](const Trainer& t) { return t.state().train_seconds; });
   nb::class_<Model>(m, "Model")
-      .def(nb::init<const std::string&, const std::string&, uint64_t>(), "model_config_json"_a, "dtype"_a = "fp32", "seed"_a = 0)
+      .def(nb::init<const std::string&, const std::string&, uint64_t>(), "model_config_json"_a, "dtype"_a = "fp32",
+           "seed"_a = 0)
       .def("load", &Model::load, "path"_a)
       .def("parameters", &Model::parameters)
       .def("loss_and_gradients", &Model::loss_and_gradients, "tokens"_a, "balance_loss"_a = 0.01, "z_loss"_a = 0.0,

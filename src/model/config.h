@@ -60,7 +60,7 @@ struct ModelConfig {
   PositionKind positions = PositionKind::kRope;
   double rope_theta = 10000.0;
   QkNorm qk_norm = QkNorm::kNone;
-  float clip_qkv = 0.0f;  // clamp q, k, v to [-clip, clip] after the projection (OLMoE); 0: off
+  float clip_qkv = 0.0f;  // clamp q, k, v to [-clip, clip] after the projection and the q and k norms (OLMoE); 0: off
   Activation activation = Activation::kSilu;
   bool gated_mlp = true;
   bool attention_bias = false;  // of the q, k and v projections

@@ -52,9 +52,10 @@ double AdamW::step(double learning_rate) {
   }
   for (const Group& group : groups_) {
     const std::vector<at::Tensor> steps(group.members.size(), at::scalar_tensor(num_steps_, at::kFloat));
-    at::_fused_adamw_(select(masters_, group.members), select(gradients_, group.members), select(exp_avg_, group.members),
-                      select(exp_avg_sq_, group.members), /*max_exp_avg_sqs=*/{}, steps, learning_rate, settings_.beta1,
-                      settings_.beta2, group.weight_decay, settings_.eps, /*amsgrad=*/false, /*maximize=*/false);
+    at::_fused_adamw_(select(masters_, group.members), select(gradients_, group.members),
+                      select(exp_avg_, group.members), select(exp_avg_sq_, group.members), /*max_exp_avg_sqs=*/{},
+                      steps, learning_rate, settings_.beta1, settings_.beta2, group.weight_decay, settings_.eps,
+                      /*amsgrad=*/false, /*maximize=*/false);
   }
   for (at::Tensor& gradient : gradients_) gradient.reset();
   publish_masters();

@@ -64,5 +64,4 @@ at::Tensor causal_attention(const at::Tensor& q, const at::Tensor& k, const at::
   return out.transpose(1, 2).reshape({q.size(0), q.size(1)});
 }
 
-
 }  // namespace coterie

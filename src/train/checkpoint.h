@@ -15,8 +15,8 @@ namespace coterie {
 
 // Where a run stands. Data order and random choices follow from `step` alone.
 struct TrainState {
-  int64_t step = 0;           // finished optimizer steps
-  double train_seconds = 0;   // spent in steps, all sittings together
+  int64_t step = 0;          // finished optimizer steps
+  double train_seconds = 0;  // spent in steps, all sittings together
 };
 
 // Returns the checkpoint's path. Keeps the newest `keep` and removes older ones.

@@ -42,16 +42,18 @@ std::string teacher_name(const std::string& name, const std::vector<int64_t>& ke
 
 Distiller::Distiller(const DistillSettings& settings, const ModelConfig& student, at::ScalarType dtype,
                      int64_t total_steps)
-    : settings_(settings), teacher_(load_teacher(settings.teacher, dtype)), stop_step_(settings.stop_step(total_steps)) {
+    : settings_(settings),
+      teacher_(load_teacher(settings.teacher, dtype)),
+      stop_step_(settings.stop_step(total_steps)) {
   const ModelConfig& teacher = teacher_.config();
   if (teacher.vocab_size != student.vocab_size) {
-    throw InvalidArgument("distill.teacher: " + settings.teacher + " has vocab_size " + std::to_string(teacher.vocab_size) +
-                          ", the student " + std::to_string(student.vocab_size));
+    throw InvalidArgument("distill.teacher: " + settings.teacher + " has vocab_size " +
+                          std::to_string(teacher.vocab_size) + ", the student " + std::to_string(student.vocab_size));
   }
   const auto kept = kept_layers(teacher.num_layers(), settings.drop_layers);
   if (settings.student_from_teacher && static_cast<int64_t>(kept.size()) != student.num_layers()) {
-    throw InvalidArgument("distill.drop_layers: leaves " + std::to_string(kept.size()) + " layers of the teacher, the student has " +
-                          std::to_string(student.num_layers()));
+    throw InvalidArgument("distill.drop_layers: leaves " + std::to_string(kept.size()) +
+                          " layers of the teacher, the student has " + std::to_string(student.num_layers()));
   }
 }
 
@@ -74,8 +76,8 @@ void Distiller::initialize(const LanguageModel& student) const {
     const std::string name = teacher_name(parameter.name, kept);
     const auto found = source.find(name);
     if (found == source.end() || found->second.sizes() != parameter.tensor.sizes()) {
-      throw InvalidArgument("distill.drop_layers: " + parameter.name + " of the student has no tensor of its shape in the teacher (" +
-                            name + ")");
+      throw InvalidArgument("distill.drop_layers: " + parameter.name +
+                            " of the student has no tensor of its shape in the teacher (" + name + ")");
     }
     at::Tensor(parameter.tensor).copy_(found->second);
   }

@@ -82,8 +82,10 @@ struct ExpertsOp : torch::autograd::Function<ExpertsOp> {
     ExpertsState state{shape, std::move(dispatch), {}};
     const at::Tensor out = at::empty_like(x, at::MemoryFormat::Contiguous);
     const ExpertTensors tensors{up, up_bias.value_or(at::Tensor()), down, down_bias.value_or(at::Tensor())};
-    experts_forward(shape, weights_of(tensors), *state.dispatch, const_matrix(x), matrix(out), &state.context, torch_pool());
-    context->save_for_backward({x, weights_TK.value_or(at::Tensor()), up, tensors.up_bias_EU, down, tensors.down_bias_ED});
+    experts_forward(shape, weights_of(tensors), *state.dispatch, const_matrix(x), matrix(out), &state.context,
+                    torch_pool());
+    context->save_for_backward(
+        {x, weights_TK.value_or(at::Tensor()), up, tensors.up_bias_EU, down, tensors.down_bias_ED});
     hold(context, std::move(state));
     return out;
   }
@@ -125,8 +127,7 @@ struct ExpertsOp : torch::autograd::Function<ExpertsOp> {
 
 Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const int32_t* priority_T) {
   const at::Tensor logits = logits_TE.contiguous();
-  auto routing =
-      std::make_shared<Routing>(route(config, logits.const_data_ptr<float>(), logits.size(0), priority_T));
+  auto routing = std::make_shared<Routing>(route(config, logits.const_data_ptr<float>(), logits.size(0), priority_T));
   return {RouteOp::apply(logits, config, routing), routing};
 }
 

@@ -24,7 +24,11 @@ class HeadPass {
  public:
   HeadPass(const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets, const TeacherSignal* teacher,
            bool with_gradients)
-      : hidden_(hidden), head_(head), targets_(targets), teacher_(teacher), packed_head_(const_matrix(head), torch_pool()) {
+      : hidden_(hidden),
+        head_(head),
+        targets_(targets),
+        teacher_(teacher),
+        packed_head_(const_matrix(head), torch_pool()) {
     if (teacher) packed_teacher_ = PackedMatrix(const_matrix(teacher->head_VD), torch_pool());
     if (!with_gradients) return;
     packed_head_transposed_ = PackedMatrix(const_matrix(head).transposed(), torch_pool());
@@ -61,10 +65,15 @@ class HeadPass {
     if (teacher_) add_teacher(first, count, logits, grad);
     if (!grad.defined()) return;
     grad.mul_(1.0 / static_cast<double>(hidden_.size(0)));
-    gemm({.a = const_matrix(grad), .packed_b = &packed_head_transposed_, .c = matrix(grad_hidden.narrow(0, first, count))},
+    gemm({.a = const_matrix(grad),
+          .packed_b = &packed_head_transposed_,
+          .c = matrix(grad_hidden.narrow(0, first, count))},
          torch_pool());
-    gemm({.a = const_matrix(grad).transposed(), .b = const_matrix(x).transposed(), .c = matrix(grad_head),
-          .accumulate = first > 0}, torch_pool());
+    gemm({.a = const_matrix(grad).transposed(),
+          .b = const_matrix(x).transposed(),
+          .c = matrix(grad_head),
+          .accumulate = first > 0},
+         torch_pool());
   }
 
   // d/dlogits of alpha tau^2 KL(p || q) with p, q the softmaxes of teacher and student at
@@ -124,8 +133,8 @@ HeadLoss head_loss(const at::Tensor& hidden_TD, const at::Tensor& head_VD, const
   result.kl = pass.kl;
   double loss = pass.cross_entropy;
   if (teacher) loss += teacher->alpha * teacher->temperature * teacher->temperature * pass.kl;
-  result.loss = with_gradients ? HeadLossOp::apply(hidden, head_VD, pass, loss)
-                               : at::scalar_tensor(loss, hidden.options());
+  result.loss =
+      with_gradients ? HeadLossOp::apply(hidden, head_VD, pass, loss) : at::scalar_tensor(loss, hidden.options());
   return result;
 }
 

@@ -69,6 +69,12 @@ void add_to(at::Tensor& total, const at::Tensor& term) { total = total.defined()
 
 }  // namespace
 
+at::ScalarType parameter_type(const std::string& dtype) {
+  if (dtype == "fp32") return at::kFloat;
+  if (dtype == "bf16") return at::kBFloat16;
+  throw InvalidArgument("dtype: '" + dtype + "' is neither fp32 nor bf16");
+}
+
 LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed) : config_(config) {
   config_.validate("model");
   for (const TensorSpec& spec : logical_tensors(config_)) {
@@ -83,7 +89,8 @@ LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, ui
 void LanguageModel::load(const TensorSource& source) {
   c10::NoGradGuard no_grad;
   for (const StoredTensor& stored : source.tensors()) {
-    if (!index_.count(stored.name)) throw InvalidArgument(source.path() + ": " + stored.name + ": not a tensor of this model");
+    if (!index_.count(stored.name))
+      throw InvalidArgument(source.path() + ": " + stored.name + ": not a tensor of this model");
   }
   for (const Parameter& parameter : parameters_) {
     const StoredTensor* stored = source.find(parameter.name);
@@ -111,7 +118,8 @@ LanguageModel::Projection LanguageModel::projection_named(const std::string& pre
 }
 
 ExpertTensors LanguageModel::experts_named(const std::string& prefix) const {
-  return {get(prefix + ".up.weight"), get(prefix + ".up.bias"), get(prefix + ".down.weight"), get(prefix + ".down.bias")};
+  return {get(prefix + ".up.weight"), get(prefix + ".up.bias"), get(prefix + ".down.weight"),
+          get(prefix + ".down.bias")};
 }
 
 LanguageModel::Layer LanguageModel::layer_named(int64_t index) const {

@@ -18,6 +18,9 @@ namespace coterie {
 
 class TensorSource;
 
+// "fp32" or "bf16"; InvalidArgument for another name.
+at::ScalarType parameter_type(const std::string& dtype);
+
 struct Parameter {
   std::string name;
   at::Tensor tensor;  // a leaf; matrices in the model's dtype, everything else fp32

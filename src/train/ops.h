@@ -37,7 +37,7 @@ Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, con
 // gradient (a dense MLP is one expert that every token visits).
 struct ExpertTensors {
   at::Tensor up_EUD;
-  at::Tensor up_bias_EU;    // undefined without biases
+  at::Tensor up_bias_EU;  // undefined without biases
   at::Tensor down_EDF;
   at::Tensor down_bias_ED;  // undefined without biases
 };
@@ -57,7 +57,7 @@ struct TeacherSignal {
 struct HeadLoss {
   at::Tensor loss;  // differentiable scalar
   double cross_entropy = 0;
-  double kl = 0;    // of temperature tau, not scaled
+  double kl = 0;  // of temperature tau, not scaled
 };
 HeadLoss head_loss(const at::Tensor& hidden_TD, const at::Tensor& head_VD, const at::Tensor& targets_T,
                    const TeacherSignal* teacher);

@@ -82,8 +82,8 @@ struct ExpertCase {
 };
 
 // Every token through each of its experts, one by one.
-at::Tensor slow_experts(const ExpertShape& shape, const Routing& routing, const at::Tensor& x, const at::Tensor& weights,
-                        const ExpertTensors& t) {
+at::Tensor slow_experts(const ExpertShape& shape, const Routing& routing, const at::Tensor& x,
+                        const at::Tensor& weights, const ExpertTensors& t) {
   std::vector<at::Tensor> rows;
   for (int64_t i = 0; i < x.size(0); ++i) {
     at::Tensor sum = at::zeros({x.size(1)});
@@ -106,8 +106,11 @@ at::Tensor slow_experts(const ExpertShape& shape, const Routing& routing, const 
 TEST(ExpertsOp, EqualsTheSlowLoopWithRouting) {
   for (const ExpertCase& c : {ExpertCase{1, 1, 9, true, false}, ExpertCase{7, 3, 33, true, true},
                               ExpertCase{4, 1, 17, false, true}, ExpertCase{64, 2, 5, true, false}}) {
-    const ExpertShape shape{.num_experts = c.num_experts, .hidden_size = 19, .intermediate_size = 13,
-                            .activation = Activation::kSilu, .gated = c.gated};
+    const ExpertShape shape{.num_experts = c.num_experts,
+                            .hidden_size = 19,
+                            .intermediate_size = 13,
+                            .activation = Activation::kSilu,
+                            .gated = c.gated};
     const at::Tensor x = random_leaf({c.num_tokens, 19}, 1), logits = random_leaf({c.num_tokens, c.num_experts}, 2);
     ExpertTensors t{.up_EUD = random_leaf({c.num_experts, shape.up_rows(), 19}, 3),
                     .down_EDF = random_leaf({c.num_experts, 19, 13}, 4)};
@@ -119,16 +122,21 @@ TEST(ExpertsOp, EqualsTheSlowLoopWithRouting) {
     }
     for (float capacity : {0.0f, 1.0f}) {
       // A single normalised weight is the constant 1: nothing to compare its zero gradient with.
-      const RouterConfig router{.num_experts = c.num_experts, .top_k = c.top_k, .normalize = c.top_k > 1,
-                                .capacity_factor = capacity, .min_capacity = 1};
+      const RouterConfig router{.num_experts = c.num_experts,
+                                .top_k = c.top_k,
+                                .normalize = c.top_k > 1,
+                                .capacity_factor = capacity,
+                                .min_capacity = 1};
       std::shared_ptr<Routing> routing = route_tokens(router, logits).routing;
       const auto ours = [&] {
         const Routed routed = route_tokens(router, logits);
-        return apply_experts(shape, std::make_shared<const Dispatch>(make_dispatch(*routed.routing)), x, routed.weights_TK, t);
+        return apply_experts(shape, std::make_shared<const Dispatch>(make_dispatch(*routed.routing)), x,
+                             routed.weights_TK, t);
       };
       const auto oracle = [&] {
         const at::Tensor probs = at::softmax(logits, 1);
-        const at::Tensor ids = at::from_blob(routing->expert_ids_TK.data(), {c.num_tokens, c.top_k}, at::kInt).to(at::kLong);
+        const at::Tensor ids =
+            at::from_blob(routing->expert_ids_TK.data(), {c.num_tokens, c.top_k}, at::kInt).to(at::kLong);
         const at::Tensor chosen = probs.gather(1, ids);
         return slow_experts(shape, *routing, x, c.top_k > 1 ? chosen / chosen.sum(1, true) : chosen, t);
       };
@@ -142,8 +150,8 @@ TEST(HeadLoss, EqualsAtenWithAndWithoutTeacher) {
   const at::Tensor x = random_leaf({kTokens, 24}, 1), w = random_leaf({101, 24}, 2, 0.3);
   at::manual_seed(3);
   const at::Tensor targets = at::randint(0, 101, {kTokens}, at::kLong);
-  const TeacherSignal teacher{.hidden_TD = at::randn({kTokens, 16}), .head_VD = at::randn({101, 16}) * 0.3, .alpha = 0.7,
-                              .temperature = 2.0};
+  const TeacherSignal teacher{
+      .hidden_TD = at::randn({kTokens, 16}), .head_VD = at::randn({101, 16}) * 0.3, .alpha = 0.7, .temperature = 2.0};
   for (const TeacherSignal* signal : {static_cast<const TeacherSignal*>(nullptr), &teacher}) {
     const auto oracle = [&] {
       const at::Tensor logits = at::linear(x, w);

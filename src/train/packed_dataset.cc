@@ -53,7 +53,8 @@ void PackedDataset::copy_window(int64_t window, int64_t* out) const {
 
 at::Tensor PackedDataset::training_batch(int64_t first, int64_t count) const {
   at::Tensor batch = at::empty({count, sequence_length_ + 1}, at::kLong);
-  for (int64_t i = 0; i < count; ++i) copy_window(window_at(first + i), batch.mutable_data_ptr<int64_t>() + i * batch.size(1));
+  for (int64_t i = 0; i < count; ++i)
+    copy_window(window_at(first + i), batch.mutable_data_ptr<int64_t>() + i * batch.size(1));
   return batch;
 }
 

@@ -17,34 +17,34 @@ struct DataSettings {
 
 struct TrainSettings {
   std::string output_dir;
-  int64_t tokens = 0;           // trained on in all; rounded up to whole steps
-  int64_t batch_size = 0;       // sequences per optimizer step
+  int64_t tokens = 0;                       // trained on in all; rounded up to whole steps
+  int64_t batch_size = 0;                   // sequences per optimizer step
   int64_t gradient_accumulation_steps = 1;  // batch_size / this many sequences go through the model at once
   double learning_rate = 0;
   double min_learning_rate = 0;
-  int64_t warmup_tokens = 0;    // linear
-  int64_t decay_tokens = 0;     // cosine, from the start of training; constant minimum afterwards
-  double weight_decay = 0;      // matrices only
+  int64_t warmup_tokens = 0;  // linear
+  int64_t decay_tokens = 0;   // cosine, from the start of training; constant minimum afterwards
+  double weight_decay = 0;    // matrices only
   double beta1 = 0.9;
   double beta2 = 0.95;
   double eps = 1e-8;
-  double max_grad_norm = 1.0;   // 0: no clipping
-  double balance_loss = 0.01;   // coefficient of the sum over MoE layers
+  double max_grad_norm = 1.0;  // 0: no clipping
+  double balance_loss = 0.01;  // coefficient of the sum over MoE layers
   double z_loss = 0.0;
-  std::string dtype = "fp32";   // "fp32" or "bf16" (fp32 master weights)
+  std::string dtype = "fp32";  // "fp32" or "bf16" (fp32 master weights)
   uint64_t seed = 0;
-  int64_t threads = 0;          // 0: as many as the process may use
-  int64_t eval_tokens = 0;      // 0: the whole validation split
+  int64_t threads = 0;      // 0: as many as the process may use
+  int64_t eval_tokens = 0;  // 0: the whole validation split
   int64_t keep_checkpoints = 2;
 
   int64_t total_steps(int64_t sequence_length) const;
 };
 
 struct DistillSettings {
-  std::string teacher;          // directory of an exported model
+  std::string teacher;  // directory of an exported model
   double alpha = 1.0;
   double temperature = 1.0;
-  double stop_at = 1.0;         // KL is off from this step on (above 1), or from this fraction of the steps on
+  double stop_at = 1.0;  // KL is off from this step on (above 1), or from this fraction of the steps on
   bool student_from_teacher = true;
   std::vector<int64_t> drop_layers;  // layers of the teacher that the student leaves out
 

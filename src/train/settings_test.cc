@@ -10,7 +10,8 @@ namespace coterie {
 namespace {
 
 TEST(LearningRate, WarmsUpThenFallsAlongACosine) {
-  const TrainSettings settings{.learning_rate = 1.0, .min_learning_rate = 0.1, .warmup_tokens = 100, .decay_tokens = 1100};
+  const TrainSettings settings{
+      .learning_rate = 1.0, .min_learning_rate = 0.1, .warmup_tokens = 100, .decay_tokens = 1100};
   EXPECT_DOUBLE_EQ(learning_rate_at(settings, 50), 0.5);
   EXPECT_DOUBLE_EQ(learning_rate_at(settings, 100), 1.0);
   EXPECT_DOUBLE_EQ(learning_rate_at(settings, 600), 0.55);
@@ -19,7 +20,8 @@ TEST(LearningRate, WarmsUpThenFallsAlongACosine) {
 }
 
 TEST(LearningRate, StartsAtTheTopWithoutWarmUp) {
-  EXPECT_NEAR(learning_rate_at({.learning_rate = 1.0, .min_learning_rate = 0.0, .decay_tokens = 1 << 20}, 1), 1.0, 1e-6);
+  EXPECT_NEAR(learning_rate_at({.learning_rate = 1.0, .min_learning_rate = 0.0, .decay_tokens = 1 << 20}, 1), 1.0,
+              1e-6);
 }
 
 TEST(DistillSettings, StopsAtAFractionOrAStep) {
@@ -40,7 +42,8 @@ void expect_refused(const std::string& text, const std::string& message) {
 TEST(RunSettings, NamesWhatIsWrong) {
   expect_refused("[]", "settings: not a JSON object");
   expect_refused(R"({"train": {}})", "data: missing");
-  expect_refused(R"({"data": {"path": "x", "sequence_length": "long"}})", "data.sequence_length: wrong type (\"long\")");
+  expect_refused(R"({"data": {"path": "x", "sequence_length": "long"}})",
+                 "data.sequence_length: wrong type (\"long\")");
   expect_refused(R"({"data": {"path": "x", "sequence_length": 0}})", "data.sequence_length: must be positive (0)");
   expect_refused(R"({"data": {"path": "x", "sequence_length": 1, "lenght": 2}})", "data.lenght: unknown key (2)");
 }

@@ -16,8 +16,6 @@
 namespace coterie {
 namespace {
 
-at::ScalarType scalar_type(const std::string& dtype) { return dtype == "bf16" ? at::kBFloat16 : at::kFloat; }
-
 // A step allocates and frees the same large tensors again and again. glibc would hand each back to the
 // kernel and fault it in anew, page by page, which costs more than many of our kernels; keep them.
 void keep_freed_memory() {
@@ -31,9 +29,10 @@ RunSettings prepared(const RunSettings& settings) {
   return settings;
 }
 
-std::optional<Distiller> make_distiller(const RunSettings& settings, const LanguageModel& student, int64_t total_steps) {
+std::optional<Distiller> make_distiller(const RunSettings& settings, const LanguageModel& student,
+                                        int64_t total_steps) {
   if (!settings.distill) return std::nullopt;
-  Distiller distiller(*settings.distill, student.config(), scalar_type(settings.train.dtype), total_steps);
+  Distiller distiller(*settings.distill, student.config(), parameter_type(settings.train.dtype), total_steps);
   distiller.initialize(student);
   return distiller;
 }
@@ -76,7 +75,7 @@ struct Trainer::Tally {
 Trainer::Trainer(const ModelConfig& config, const RunSettings& settings)
     : settings_(prepared(settings)),
       total_steps_(settings.train.total_steps(settings.data.sequence_length)),
-      model_(config, scalar_type(settings.train.dtype), settings.train.seed),
+      model_(config, parameter_type(settings.train.dtype), settings.train.seed),
       train_data_(settings.data.path, "train", settings.data.sequence_length, settings.train.seed),
       valid_data_(settings.data.path, "valid", settings.data.sequence_length, settings.train.seed),
       distiller_(make_distiller(settings_, model_, total_steps_)),
@@ -87,7 +86,8 @@ Trainer::Trainer(const ModelConfig& config, const RunSettings& settings)
   }
   if (settings.data.sequence_length > config.max_position_embeddings) {
     throw InvalidArgument("data.sequence_length: " + std::to_string(settings.data.sequence_length) +
-                          " exceeds model.max_position_embeddings (" + std::to_string(config.max_position_embeddings) + ")");
+                          " exceeds model.max_position_embeddings (" + std::to_string(config.max_position_embeddings) +
+                          ")");
   }
 }
 
@@ -119,12 +119,12 @@ void Trainer::micro_batch(int64_t index, Tally& tally) {
   const at::Tensor windows = train_data_.training_batch(state_.step * train.batch_size + index * count, count);
   const at::Tensor inputs = inputs_of(windows);
   const uint64_t forward_index = static_cast<uint64_t>(state_.step * train.gradient_accumulation_steps + index);
-  const ForwardResult result =
-      model_.forward(inputs, {.training = true, .seed = train.seed, .step = forward_index});
+  const ForwardResult result = model_.forward(inputs, {.training = true, .seed = train.seed, .step = forward_index});
   const auto teacher = distiller_ ? distiller_->signal(inputs, state_.step) : std::nullopt;
   const HeadLoss head = head_loss(result.hidden_TD, model_.head(), targets_of(windows), teacher ? &*teacher : nullptr);
   at::Tensor loss = head.loss;
-  if (result.balance_loss.defined()) loss = loss + train.balance_loss * result.balance_loss + train.z_loss * result.z_loss;
+  if (result.balance_loss.defined())
+    loss = loss + train.balance_loss * result.balance_loss + train.z_loss * result.z_loss;
   const double share = 1.0 / static_cast<double>(train.gradient_accumulation_steps);
   (loss * share).backward();
   optimizer_.accumulate_gradients();
@@ -147,16 +147,19 @@ EvalMetrics Trainer::evaluate() const {
     const at::Tensor windows = valid_data_.windows(first, std::min(batch, num_windows - first));
     const ForwardResult result = model_.forward(inputs_of(windows), {.training = false});
     const at::Tensor targets = targets_of(windows);
-    sum += head_loss(result.hidden_TD, model_.head(), targets, nullptr).cross_entropy * static_cast<double>(targets.size(0));
+    sum += head_loss(result.hidden_TD, model_.head(), targets, nullptr).cross_entropy *
+           static_cast<double>(targets.size(0));
   }
   EvalMetrics metrics{.tokens = num_windows * length, .loss = sum / static_cast<double>(num_windows * length)};
   const PackedTokens& tokens = valid_data_.tokens();
-  metrics.loss_per_byte = metrics.loss * static_cast<double>(tokens.num_tokens()) / static_cast<double>(tokens.num_bytes());
+  metrics.loss_per_byte =
+      metrics.loss * static_cast<double>(tokens.num_tokens()) / static_cast<double>(tokens.num_bytes());
   return metrics;
 }
 
 std::string Trainer::save() const {
-  return save_checkpoint(settings_.train.output_dir, model_.config(), optimizer_, state_, settings_.train.keep_checkpoints);
+  return save_checkpoint(settings_.train.output_dir, model_.config(), optimizer_, state_,
+                         settings_.train.keep_checkpoints);
 }
 
 void Trainer::export_model(const std::string& directory) const { export_language_model(model_, directory); }

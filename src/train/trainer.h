@@ -21,22 +21,22 @@
 namespace coterie {
 
 struct StepMetrics {
-  int64_t step = 0;            // finished steps
-  int64_t tokens = 0;          // trained on so far
-  double loss = 0;             // cross-entropy, nats per token, mean of the step
-  double balance_loss = 0;     // sum over MoE layers, before its coefficient
-  double kl_loss = 0;          // 0 without a teacher
-  double grad_norm = 0;        // before clipping
+  int64_t step = 0;         // finished steps
+  int64_t tokens = 0;       // trained on so far
+  double loss = 0;          // cross-entropy, nats per token, mean of the step
+  double balance_loss = 0;  // sum over MoE layers, before its coefficient
+  double kl_loss = 0;       // 0 without a teacher
+  double grad_norm = 0;     // before clipping
   double learning_rate = 0;
   double seconds = 0;
-  double dropped = 0;          // share of the routed choices that found no place
+  double dropped = 0;                  // share of the routed choices that found no place
   std::vector<double> expert_balance;  // per MoE layer: load of the fullest expert over the mean load
 };
 
 struct EvalMetrics {
-  int64_t tokens = 0;          // predicted
-  double loss = 0;             // nats per token
-  double loss_per_byte = 0;    // nats per byte of text: does not depend on the tokenizer
+  int64_t tokens = 0;        // predicted
+  double loss = 0;           // nats per token
+  double loss_per_byte = 0;  // nats per byte of text: does not depend on the tokenizer
 };
 
 class Trainer {

@@ -44,9 +44,18 @@ class TrainerTest : public testing::Test {
   RunSettings settings(const std::string& name, const std::string& dtype = "fp32") const {
     RunSettings s;
     s.data = {(dir_ / "data").string(), 16};
-    s.train = {.output_dir = (dir_ / name).string(), .tokens = 12 * 4 * 16, .batch_size = 4, .gradient_accumulation_steps = 2,
-               .learning_rate = 1e-2, .min_learning_rate = 1e-3, .warmup_tokens = 64, .decay_tokens = 12 * 64,
-               .weight_decay = 0.1, .dtype = dtype, .seed = 7, .threads = 2};
+    s.train = {.output_dir = (dir_ / name).string(),
+               .tokens = 12 * 4 * 16,
+               .batch_size = 4,
+               .gradient_accumulation_steps = 2,
+               .learning_rate = 1e-2,
+               .min_learning_rate = 1e-3,
+               .warmup_tokens = 64,
+               .decay_tokens = 12 * 64,
+               .weight_decay = 0.1,
+               .dtype = dtype,
+               .seed = 7,
+               .threads = 2};
     return s;
   }
 

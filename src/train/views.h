@@ -18,7 +18,8 @@ inline DType dtype_of(const at::Tensor& tensor) {
 
 inline ConstMatrix const_matrix(const at::Tensor& tensor) {
   COTERIE_CHECK(tensor.dim() == 2, "a matrix has two axes");
-  return {tensor.const_data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+  return {tensor.const_data_ptr(), dtype_of(tensor), tensor.size(0),
+          tensor.size(1),          tensor.stride(0), tensor.stride(1)};
 }
 
 inline Matrix matrix(const at::Tensor& tensor) {
