@@ -25,5 +25,7 @@ function(coterie_library name)
     target_link_libraries(${name}_tests PRIVATE coterie_${name} GTest::gtest GTest::gtest_main)
     coterie_warnings(${name}_tests)
     add_test(NAME ${name} COMMAND ${name}_tests WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+    # torch's threads sleep rather than spin, so that a busy machine does not stretch the tests.
+    set_tests_properties(${name} PROPERTIES ENVIRONMENT OMP_WAIT_POLICY=passive)
   endif()
 endfunction()
