@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {"dense": "dense", "moe": "MoE", "pr_moe": "PR-MoE", "mos": "PR-MoE + MoS"}
+MODELS = {"dense": "dense", "moe": "MoE", "pr_moe": "PR-MoE", "mos": "MoS"}
 CONFIGS = Path("configs/demo")
 DATA = Path("data/demo")
 OUT = Path("runs/demo")
@@ -93,7 +93,7 @@ def serve(name: str, trained: dict[str, Any]) -> tuple[dict[str, Any], float]:
 
 def write_summary(summary: dict[str, dict[str, Any]]) -> None:
     """summary.json, and the same figures as a table on the terminal and in table.md."""
-    header = ["model", "parameters", "active", "validation loss", "training tokens/s", "decode tokens/s", "MB on disk"]
+    header = ["model", "params", "active", "valid loss", "train tok/s", "decode tok/s", "MB"]
     rows = [
         [
             MODELS[name],
