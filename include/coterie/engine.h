@@ -16,22 +16,22 @@
 namespace coterie {
 
 struct EngineOptions {
-  std::string dtype = "fp32";    // of weights and KV cache: "fp32" or "bf16"
-  int threads = 0;               // 0: as many as the process may use
-  int64_t max_model_len = 0;     // tokens of prompt and output together; 0: the model's own limit
+  std::string dtype = "fp32";  // of weights and KV cache: "fp32" or "bf16"
+  int threads = 0;             // 0: as many as the process may use
+  int64_t max_model_len = 0;   // tokens of prompt and output together; 0: the model's own limit
 };
 
 // How the next token is chosen. The defaults are greedy.
 struct SamplingParams {
   int64_t max_new_tokens = 128;
-  float temperature = 0.0f;      // 0: greedy
-  int64_t top_k = 0;             // keep the k likeliest; 0: all
-  float top_p = 1.0f;            // keep the likeliest that together reach top_p; 1: all
-  uint64_t seed = 0;             // equal seeds give equal tokens
+  float temperature = 0.0f;             // 0: greedy
+  int64_t top_k = 0;                    // keep the k likeliest; 0: all
+  float top_p = 1.0f;                   // keep the likeliest that together reach top_p; 1: all
+  uint64_t seed = 0;                    // equal seeds give equal tokens
   std::vector<int64_t> stop_token_ids;  // beside the model's own end tokens
   bool ignore_eos = false;
 
-  void validate() const;         // InvalidArgument: "top_p: 1.5 is not in (0, 1]"
+  void validate() const;  // InvalidArgument: "top_p: 1.5 is not in (0, 1]"
 };
 
 struct Request {

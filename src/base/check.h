@@ -5,10 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#define COTERIE_CHECK(condition, message)                                                \
-  do {                                                                                   \
-    if (!(condition)) {                                                                  \
-      throw std::logic_error(std::string(__FILE__ ":") + std::to_string(__LINE__) +      \
-                             ": " #condition ": " + (message));                          \
-    }                                                                                    \
+#define COTERIE_CHECK(condition, message)                                                                              \
+  do {                                                                                                                 \
+    if (!(condition)) {                                                                                                \
+      throw std::logic_error(std::string(__FILE__ ":") + std::to_string(__LINE__) + ": " #condition ": " + (message)); \
+    }                                                                                                                  \
   } while (false)

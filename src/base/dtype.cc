@@ -16,7 +16,7 @@ struct Entry {
   std::string_view name;
 };
 constexpr Entry kEntries[] = {
-    {DType::kF32, 4, "fp32"}, {DType::kBF16, 2, "bf16"}, {DType::kF16, 2, "fp16"}, {DType::kI8, 1, "int8"},
+    {DType::kF32, 4, "fp32"}, {DType::kBF16, 2, "bf16"}, {DType::kF16, 2, "fp16"},  {DType::kI8, 1, "int8"},
     {DType::kU8, 1, "uint8"}, {DType::kI32, 4, "int32"}, {DType::kI64, 8, "int64"},
 };
 

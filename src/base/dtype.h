@@ -10,9 +10,9 @@ namespace coterie {
 
 enum class DType : uint8_t { kF32, kBF16, kF16, kI8, kU8, kI32, kI64 };
 
-size_t dtype_size(DType dtype);                   // bytes per element
-std::string_view dtype_name(DType dtype);         // "fp32", "bf16", ...
-DType dtype_from_name(std::string_view name);     // InvalidArgument for another name
+size_t dtype_size(DType dtype);                // bytes per element
+std::string_view dtype_name(DType dtype);      // "fp32", "bf16", ...
+DType dtype_from_name(std::string_view name);  // InvalidArgument for another name
 
 struct BFloat16 {
   uint16_t bits;
