@@ -103,10 +103,10 @@ def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[
 
 def make_trainer(config: ResolvedConfig) -> Any:
     """A `coterie._train.Trainer`; torch is loaded first, since the extension uses its libraries."""
-    # torch's OpenMP threads spin between two pieces of work by default. When anything else wants a
+    # torch's OpenMP threads spin for long between two pieces of work by default. When anything else wants a
     # processor, they spin against each other for the rest: a step then takes five times as long.
-    # Sleeping costs next to nothing. Read when torch is loaded; whoever has set it keeps it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A spin of at most about a millisecond bounds that. Read when torch is loaded; whoever has set it keeps it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         import torch  # noqa: F401
     except ImportError:
