@@ -14,6 +14,11 @@ if(COTERIE_TRAIN)
       ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)
     target_link_libraries(coterie_torch INTERFACE
       ${torch_dir}/lib/libtorch_cpu.so ${torch_dir}/lib/libc10.so)
+    # at::parallel_for is a header: without OpenMP it silently runs on one thread. Only torch's own
+    # copy of the runtime knows torch's threads.
+    file(GLOB torch_openmp ${torch_dir}/lib/libgomp*.so*)
+    target_compile_options(coterie_torch INTERFACE -fopenmp)
+    target_link_libraries(coterie_torch INTERFACE ${torch_openmp})
     target_link_options(coterie_torch INTERFACE "LINKER:--no-as-needed")
     # In the build tree CMake finds the libraries by their full path; in a wheel coterie/ and torch/ are
     # neighbours in site-packages.

@@ -6,7 +6,12 @@
 #include "train/ops.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
+
+#include <atomic>
+
+#include "train/torch_pool.h"
 
 namespace coterie {
 namespace {
@@ -45,6 +50,22 @@ void expect_same(const std::vector<at::Tensor>& leaves, const F& ours, const G& 
   const auto actual = gradients(leaves, ours);
   const auto expected = gradients(leaves, oracle);
   for (size_t i = 0; i < actual.size(); ++i) expect_close(actual[i], expected[i], std::to_string(i).c_str());
+}
+
+TEST(TorchPool, RunsOnAllThreadsAtOnce) {
+  const int before = at::get_num_threads();
+  at::set_num_threads(2);
+  std::atomic<int> arrived{0};
+  std::atomic<bool> met{false};
+  // Each task waits for the other, so that one thread alone cannot finish both.
+  torch_pool().run(2, [&](int64_t, int) {
+    ++arrived;
+    for (int64_t spin = 0; spin < 1'000'000'000 && arrived < 2; ++spin)
+      std::atomic_signal_fence(std::memory_order_seq_cst);
+    if (arrived == 2) met = true;
+  });
+  at::set_num_threads(before);
+  EXPECT_TRUE(met);
 }
 
 TEST(LinearOp, EqualsAten) {
