@@ -184,3 +184,24 @@ def test_serving_commands_load_no_torch(model: Path):
 def test_importing_the_package_loads_nothing_else():
     code = "import sys, coterie; assert not {'torch', 'numpy', 'coterie._engine'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_reader_that_has_enough_ends_the_command(model: Path) -> None:
+    command = f"{sys.executable} -m coterie inspect {model} --json | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_generation_config_names_the_end_tokens(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from coterie import LLM, SamplingParams
+
+    greedy = SamplingParams(max_tokens=8)
+    free = LLM(model).generate([1, 2, 3], greedy)[0].outputs[0].token_ids
+    settings = model / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [free[2]]}))
+    stopped = LLM(model).generate([1, 2, 3], greedy)[0].outputs[0]
+    assert stopped.token_ids == free[: free.index(free[2]) + 1]
+    assert stopped.finish_reason == "stop"
+    settings.write_text(json.dumps({"eos_token_id": "end"}))
+    assert main(["inspect", str(model)]) == 2
+    assert "generation_config.json: eos_token_id" in capsys.readouterr().err

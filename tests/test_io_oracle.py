@@ -194,3 +194,10 @@ def test_messages_reach_python(tmp_path: Path) -> None:
         _engine.stored_tensors(str(path))
     with pytest.raises(_engine.InvalidArgument, match="absent.gguf: No such file or directory"):
         _engine.gguf_metadata(str(tmp_path / "absent.gguf"))
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = Path(write_gguf(tmp_path / "w.gguf", np.zeros((1, 32), np.float32), GGMLQuantizationType.F32))
+    path.write_bytes(path.read_bytes().replace(b"llama", b"ll\xffma", 1))
+    with pytest.raises(_engine.CorruptFile, match="w.gguf: metadata 'general.architecture': text that is not UTF-8"):
+        _engine.gguf_metadata(str(path))

@@ -11,7 +11,9 @@
 
 #include "bindings/errors.h"
 #include "coterie/engine.h"
+#include "coterie/error.h"
 #include "io/gguf.h"
+#include "io/printable.h"
 #include "kernels/kernel_table.h"
 #include "model/export.h"
 #include "model/stored_model.h"
@@ -137,7 +139,13 @@ nb::ndarray<nb::numpy, float> read_tensor(const std::string& path, const std::st
 nb::dict gguf_metadata(const std::string& path) {
   const GgufSource source(path);
   nb::dict result;
-  for (const auto& [key, value] : source.metadata()) result[key.c_str()] = nb::cast(value);
+  for (const auto& [key, value] : source.metadata()) {
+    try {
+      result[key.c_str()] = nb::cast(value);
+    } catch (const nb::python_error&) {
+      throw CorruptFile(path + ": metadata " + printable(key) + ": text that is not UTF-8");
+    }
+  }
   return result;
 }
 

@@ -4,9 +4,12 @@
 #include <filesystem>
 
 #include "coterie/error.h"
+#include "io/atomic_file.h"
 #include "io/gguf.h"
+#include "io/json.h"
 #include "io/safetensors.h"
 #include "model/architectures.h"
+#include "model/config_reader.h"
 #include "model/gguf_model.h"
 
 namespace coterie {
@@ -20,6 +23,19 @@ std::string config_path(const std::string& directory) {
   return (std::filesystem::path(directory) / "config.json").string();
 }
 
+// The end tokens of generation_config.json, where that file names any, go before those of config.json:
+// models tuned for chat often name the end of a turn only there.
+ModelConfig config_of_directory(const std::string& directory) {
+  ModelConfig config = ModelConfig::from_file(config_path(directory));
+  const auto path = std::filesystem::path(directory) / "generation_config.json";
+  if (!std::filesystem::exists(path)) return config;
+  const nlohmann::json object = parse_json(read_text_file(path.string()), path.string());
+  const auto ids = read_token_ids(ConfigReader(object, path.string()), "eos_token_id");
+  if (!ids.empty()) config.eos_token_ids = ids;
+  config.validate(path.string());
+  return config;
+}
+
 }  // namespace
 
 bool is_gguf_path(const std::string& path) { return path.ends_with(".gguf"); }
@@ -31,7 +47,7 @@ std::unique_ptr<TensorSource> open_tensors(const std::string& path) {
 
 ModelConfig read_model_config(const std::string& path) {
   if (is_gguf_path(path)) return config_from_gguf(GgufSource(path));
-  return ModelConfig::from_file(config_path(path));
+  return config_of_directory(path);
 }
 
 bool StoredModel::all_bf16() const {
@@ -45,7 +61,7 @@ StoredModel::StoredModel(const std::string& path) {
     view_ = std::make_unique<GgufLlamaSource>(*file, config_);
     file_ = std::move(file);
   } else {
-    config_ = ModelConfig::from_file(config_path(path));
+    config_ = config_of_directory(path);
     file_ = std::make_unique<SafetensorsSource>(path);
   }
   const Architecture& architecture = architecture_named(config_.architecture, path);

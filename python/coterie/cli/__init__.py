@@ -44,7 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     try:
         arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        return int(app(arguments, prog_name="coterie", standalone_mode=False) or 0)
+        # Not app(...): that turns a closed pipe into exit code 1 before we see it.
+        with typer.main.get_command(app).make_context("coterie", arguments) as context:
+            return int(context.command.invoke(context) or 0)
+    except typer.Exit as ended:  # after --help
+        return ended.exit_code
     except Interrupted as interruption:
         print(f"coterie: {interruption}; continue with --resume", file=sys.stderr)
         return 130
