@@ -206,6 +206,7 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
   } else {
     a_panels = plan.a_panels + plan.a_units(0, first_a);
   }
+  plan.b.kernels->begin_products();
   const int64_t group = plan.b.group(), panel_units = plan.b.panel_units();
   for (int64_t group_b = first_b; group_b < last_b; group_b += group) {
     const int64_t end_b = std::min(group_b + group, last_b);
@@ -221,6 +222,7 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
       }
     }
   }
+  plan.b.kernels->end_products();
 }
 
 // All state of one call; kept by the calling thread so that its memory is reused.
@@ -272,7 +274,7 @@ class GroupedGemm {
     }
     own_b_units_ = padded_row_units(own_b_units_);  // keeps the threads' parts on cache lines of their own
     const int64_t own_units = (own_a_units_ + own_b_units_) * num_threads;
-    workspace_.reserve(bytes + unit_bytes(own_units));
+    workspace_.reserve(bytes + unit_bytes(own_units) + unit_bytes(kBehindPanelsA));
     own_memory_ = take(own_units);
     for (Plan& plan : plans_) {
       if (!plan.own_a) plan.a_panels = take(plan.all_a_units());

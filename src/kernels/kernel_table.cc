@@ -23,10 +23,14 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
+bool has_amx() {
+  return has_avx512() && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && may_use_tiles();
+}
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool always() { return true; }
 
 const Implementation kImplementations[] = {
+    {&kAmxKernels, has_amx},
     {&kAvx512Kernels, has_avx512},
     {&kAvx2Kernels, has_avx2},
     {&kGenericKernels, always},
@@ -38,7 +42,7 @@ const KernelTable* forced_kernels(std::string_view name) {
     if (implementation.runs_here()) return implementation.table;
     throw InvalidArgument("COTERIE_ISA: this CPU does not run '" + std::string(name) + "'");
   }
-  throw InvalidArgument("COTERIE_ISA: '" + std::string(name) + "' is not one of generic, avx2, avx512");
+  throw InvalidArgument("COTERIE_ISA: '" + std::string(name) + "' is not one of generic, avx2, avx512, amx");
 }
 
 const KernelTable* choose_kernels() {

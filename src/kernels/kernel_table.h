@@ -2,7 +2,7 @@
 // chosen. Every function runs on one thread, on raw pointers, allocates nothing and cannot fail; the
 // files beside this one check arguments, cut the work into tasks and call through the table.
 //
-// The best table that the CPU runs is chosen at first use. COTERIE_ISA=generic|avx2|avx512 forces one.
+// The best table that the CPU runs is chosen at first use. COTERIE_ISA=generic|avx2|avx512|amx forces one.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,9 @@ namespace coterie {
 // A chunk is 16 units (one cache line) of a row of A; a panel of A with m rows is [chunks][m][16].
 // A panel of B is [units][2 * width]: 2 vectors of columns side by side.
 inline constexpr int64_t kChunkUnits = 16;
-inline constexpr int kMaxPanelRows = 12;
+inline constexpr int kMaxPanelRows = 32;
+// multiply may read this far behind the last panel of A.
+inline constexpr int64_t kBehindPanelsA = 15 * kChunkUnits;
 inline constexpr int64_t kMaxPanelColumns = 32;
 
 inline int64_t units_of(DType dtype, int64_t K) { return dtype == DType::kBF16 ? (K + 1) / 2 : K; }
@@ -106,12 +108,16 @@ struct KernelTable {
   // Panels [first, last) of B. N counts the columns of C; B has 2N rows when gated.
   void (*pack_b)(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last,
                  uint32_t* memory);
-  // tile[rows][2 * width] = A panel * B panel; [type][rows - 1].
+  // tile[rows][2 * width] = A panel * B panel; [type][rows - 1]. tile has room for kMaxPanelRows rows.
   void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile);
+  // A thread's multiplications stand between these two; they set up and let go what the CPU needs for them.
+  void (*begin_products)();
+  void (*end_products)();
   void (*store_tile)(const TileStore& store);
   // For benches: `steps` rounds of peak_flops() operations on registers alone, the limit of multiply.
   float (*register_peak[2])(int64_t steps);
-  int64_t peak_flops(DType type) const { return int64_t{kPeakSums} * width * (type == DType::kBF16 ? 4 : 2); }
+  int64_t register_peak_flops[2];
+  int64_t peak_flops(DType type) const { return register_peak_flops[type == DType::kBF16]; }
 
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t D, float* out);
   // grad_weight_sum += the row's part of the weight's gradient.
@@ -155,6 +161,8 @@ class ScopedKernels {
   const KernelTable* previous_;
 };
 
-extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels;
+extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+
+bool may_use_tiles();  // asks the operating system for AMX
 
 }  // namespace coterie

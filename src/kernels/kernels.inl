@@ -21,9 +21,12 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.pack_b = pack_b;
   fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
   fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
+  table.begin_products = table.end_products = [] {};
   table.store_tile = store_tile;
   table.register_peak[0] = register_peak<false>;
   table.register_peak[1] = register_peak<true>;
+  table.register_peak_flops[0] = int64_t{kPeakSums} * kWidth * 2;
+  table.register_peak_flops[1] = int64_t{kPeakSums} * kWidth * 4;
   table.rms_norm_row = rms_norm_row;
   table.rms_norm_backward_row = rms_norm_backward_row;
   table.layer_norm_row = layer_norm_row;
