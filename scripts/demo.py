@@ -35,7 +35,7 @@ def main() -> int:
     begun = time.monotonic()
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     heading("1. Train a tokenizer and pack the corpus")
-    coterie("data", "shakespeare", "--out", DATA)
+    coterie("data", "shakespeare", "--out", DATA, "--vocab-size", 1024)
     figures: dict[str, dict[str, Any]] = {}
     for number, (name, title) in enumerate(MODELS.items(), start=2):
         heading(f"{number}. {'Distill' if name == 'mos' else 'Train'} {title}")
