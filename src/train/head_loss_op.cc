@@ -71,6 +71,7 @@ class HeadPass {
          torch_pool());
     gemm({.a = const_matrix(grad).transposed(),
           .b = const_matrix(x).transposed(),
+          .as_bf16 = head_.scalar_type() == at::kBFloat16,
           .c = matrix(grad_head),
           .accumulate = first > 0},
          torch_pool());

@@ -33,7 +33,10 @@ struct LinearOp : torch::autograd::Function<LinearOp> {
     }
     if (saved[1].requires_grad()) {
       grad_weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
-      gemm({.a = const_matrix(grad).transposed(), .b = const_matrix(x).transposed(), .c = matrix(grad_weight)},
+      gemm({.a = const_matrix(grad).transposed(),
+            .b = const_matrix(x).transposed(),
+            .as_bf16 = weight.scalar_type() == at::kBFloat16,
+            .c = matrix(grad_weight)},
            torch_pool());
     }
     if (saved[2].defined() && saved[2].requires_grad()) grad_bias = grad.sum(0);
