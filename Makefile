@@ -1,4 +1,4 @@
-PYTHON := .venv/bin/python
+VENV_PYTHON := .venv/bin/python
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.inl')
 PYTHON_DIRS := python scripts tests
 
@@ -9,17 +9,17 @@ setup:
 
 # The main job: real text in; a trained, distilled and served mixture of experts out. runs/demo/
 demo: setup
-	@$(PYTHON) scripts/demo.py
+	@$(VENV_PYTHON) scripts/demo.py
 
 test: setup
 	ctest --test-dir build/dev --output-on-failure
-	$(PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest
 
 lint: setup
 	@.venv/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	@.venv/bin/ruff check $(PYTHON_DIRS)
 	@.venv/bin/ruff format --check $(PYTHON_DIRS)
-	@$(PYTHON) scripts/check_layering.py
+	@$(VENV_PYTHON) scripts/check_layering.py
 
 bench: setup
 	@for bench in build/dev/benches/*_bench; do $$bench || exit 1; done
