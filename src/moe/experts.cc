@@ -120,7 +120,7 @@ void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, con
   check_shapes(shape, dispatch, x_TD, out_TD);
   const ExpertSource source = {nullptr, &weights};
   const int64_t R = dispatch.num_rows(), D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
-  const DType dtype = x_TD.dtype;
+  const DType dtype = weights.dtype;
   const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
   Workspace& workspace = forward_workspace();
   workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)));

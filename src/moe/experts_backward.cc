@@ -32,7 +32,7 @@ struct Backward {
   const KernelTable& kernels = active_kernels();
   const int64_t E = shape.num_experts, D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
   const int64_t R = dispatch.num_rows();
-  const DType dtype = x_TD.dtype;  // of all activations and their gradients
+  const DType dtype = weights.dtype;  // of what lies between the products
   const ConstMatrix up_ERows = row_major(weights.up_EUD, weights.dtype, E* U, D);
   const ConstMatrix down_ERows = row_major(weights.down_EDF, weights.dtype, E* D, F);
   const ConstMatrix pre_RU = row_major(context.pre_activation_RU.data(), dtype, R, U);
@@ -55,7 +55,7 @@ struct Backward {
     if (wants_weighted()) weigh_gradients();
     multiply_gradients();
     if (gradients.grad_x_TD) {
-      combine(dispatch, grad_x_RD, /*unweighted=*/true, row_major(gradients.grad_x_TD, dtype, x_TD.rows, D), pool);
+      combine(dispatch, grad_x_RD, /*unweighted=*/true, row_major(gradients.grad_x_TD, x_TD.dtype, x_TD.rows, D), pool);
     }
     if (gradients.grad_up_bias_EU) sum_rows(grad_pre_RU, gradients.grad_up_bias_EU);
     if (gradients.grad_down_bias_ED) sum_rows(weighted_RD, gradients.grad_down_bias_ED);
@@ -148,7 +148,6 @@ struct Backward {
         GemmProblem& p = problems.emplace_back();
         p.a = ConstMatrix(weighted_RD).row_range(first, count).transposed();
         p.b = inner_RF.row_range(first, count).transposed();
-        p.as_bf16 = weights.dtype == DType::kBF16;
         p.c = row_major(gradients.grad_down_EDF, weights.dtype, E * D, F).row_range(e * D, D);
       }
     }
