@@ -148,7 +148,7 @@ struct Layer {
     config.num_experts = E;
     config.top_k = K;
     Tensor logits(DType::kF32, T * E);
-    dispatch = make_dispatch(route(config, logits.memory.as<float>(), T));
+    dispatch = make_dispatch(route(config, logits.memory.as<float>(), T, {}, pool()));
     grad_weight_R.resize(dispatch.token_R.size());
   }
   double forward_flops() const { return 2.0 * static_cast<double>(dispatch.num_rows() * D * (shape.up_rows() + F)); }

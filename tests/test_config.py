@@ -19,6 +19,7 @@ num_hidden_layers = 2
 num_attention_heads = 4
 intermediate_size = 128
 num_experts = [0, 4]
+top_k = 3
 residual = "sum"
 
 [model.router]
@@ -51,14 +52,23 @@ def test_resolves_to_the_models_config_and_the_trainers_settings(path: Path):
     resolved = configuration.load(path).resolve()
     router = {
         "score_function": "softmax",
+        "chooser": "tokens",
+        "num_groups": 1,
+        "top_k_groups": 1,
+        "group_score": "max",
         "normalize": True,
+        "normalize_over": "chosen",
         "routed_scaling": 1.0,
+        "choice_noise": "none",
+        "jitter": 0.0,
         "capacity_factor": 0.0,
+        "eval_capacity_factor": 0.0,
         "min_capacity": 4,
+        "drop_policy": "random",
     }
     moe_layer = {
         "num_experts": 4,
-        "top_k": 1,
+        "top_k": 3,
         "expert_intermediate_size": 128,
         "intermediate_size": 128,
         "residual": "sum",
@@ -122,6 +132,26 @@ def test_overrides_are_toml_or_bare_text_and_the_last_one_wins(path: Path):
         ("model.residual=plus", 'model.residual: must be one of none, sum, learned, shared_gate ("plus")'),
         ("model.top_k=5", "model.top_k: exceeds num_experts of layer 1, 4 (5)"),
         ("model.num_experts=[4]", "model.num_experts: has 1 entries for 2 layers (num_hidden_layers) ([4])"),
+        ("model.router.jitter=1.0", "model.router.jitter: must be below 1 (1.0)"),
+        ("model.router.num_groups=3", "model.router.num_groups: does not divide num_experts of layer 1, 4 (3)"),
+        ("model.router.top_k_groups=2", "model.router.top_k_groups: exceeds num_groups, 1 (2)"),
+        (
+            "model.router={num_groups = 2, top_k_groups = 1}",
+            "model.router.top_k_groups: leaves 2 experts for top_k of layer 1, 3 (1)",
+        ),
+        (
+            'model.router={num_groups = 4, top_k_groups = 4, group_score = "top2"}',
+            'model.router.group_score: needs two experts in a group, layer 1 has one ("top2")',
+        ),
+        (
+            "model.router.choice_noise=second_expert",
+            'model.router.choice_noise: needs top_k = 2, layer 1 has 3 ("second_expert")',
+        ),
+        ("model.router.chooser=experts", 'model.router.chooser: needs a capacity_factor above 0 ("experts")'),
+        (
+            'model.router={chooser = "experts", capacity_factor = 1, choice_noise = "rsample"}',
+            'model.router.chooser: does not go with choice_noise, "rsample" ("experts")',
+        ),
         ("model.hidden_size=66", "model.hidden_size: is not a multiple of num_attention_heads, 4; set head_dim (66)"),
         ("model.num_key_value_heads=3", "model.num_key_value_heads: does not divide num_attention_heads, 4 (3)"),
         ("model.head_dim=15", "model.head_dim: must be even for rotary positions (15)"),

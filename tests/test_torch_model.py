@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coterie.torch import CoterieConfig, CoterieForCausalLM, Router, RouterConfig
+from coterie.torch import CoterieConfig, CoterieForCausalLM, Router, RouterConfig, RouterDraws
 
 NAMES = ["coterie_pyramid", "coterie_gpt_style"]
 
@@ -67,11 +67,50 @@ def test_first_choices_claim_places_before_second_ones() -> None:
     # Tokens 0..2 want expert 0 first and 1 second, token 3 the reverse; an expert takes 2.
     logits = torch.tensor([[3.0, 2.0, 0.0, 0.0]] * 3 + [[2.0, 3.0, 0.0, 0.0]])
     router = router_of_logits(logits, top_k=2, capacity_factor=1.0, min_capacity=1)
-    kept = router(torch.eye(4)).kept_TK.tolist()
+    kept = router(torch.eye(4), RouterDraws(order_T=torch.arange(4))).kept_TK.tolist()
     assert kept == [[True, True], [True, False], [False, False], [True, False]]
-    backwards = router(torch.eye(4), torch.tensor([3, 2, 1, 0])).kept_TK.tolist()
+    backwards = router(torch.eye(4), RouterDraws(order_T=torch.tensor([3, 2, 1, 0]))).kept_TK.tolist()
     assert backwards == [[False, False], [True, False], [True, True], [True, False]]
     assert router.eval()(torch.eye(4)).kept_TK.all(), "capacity is for training"
+
+
+def test_groups_by_hand() -> None:
+    # Groups (0, 1), (2, 3), (4, 5): the first has the best expert, the second the best pair.
+    logits = torch.tensor([[0.9, 0.0, 0.8, 0.7, 0.1, 0.2]])
+    by_max = router_of_logits(logits, top_k=2, num_groups=3)(torch.eye(1))
+    assert by_max.expert_ids_TK.tolist() == [[0, 1]]
+    by_pair = router_of_logits(logits, top_k=2, num_groups=3, group_score="top2")(torch.eye(1))
+    assert by_pair.expert_ids_TK.tolist() == [[2, 3]]
+    two = router_of_logits(logits, top_k=3, num_groups=3, top_k_groups=2)(torch.eye(1))
+    assert two.expert_ids_TK.tolist() == [[0, 2, 3]]
+
+
+def test_probability_keeps_the_highest_scores() -> None:
+    logits = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    router = router_of_logits(logits, top_k=1, capacity_factor=1.0, min_capacity=1, drop_policy="probability")
+    assert router(torch.eye(4)).kept_TK.flatten().tolist() == [False, True, False, True]
+
+
+def test_experts_choose_by_hand() -> None:
+    # Each of 2 experts takes its best 2 of 4 tokens; token 3 is taken by nobody.
+    logits = torch.tensor([[2.0, 1.0], [3.0, 0.0], [0.0, 4.0], [1.0, 0.5]])
+    router = router_of_logits(
+        logits, top_k=1, score_function="sigmoid", chooser="experts", capacity_factor=1.0, min_capacity=1
+    )
+    routing = router(torch.eye(4))
+    assert routing.kept_TK.tolist() == [[True, True], [True, False], [False, True], [False, False]]
+    torch.testing.assert_close(routing.weights_TK, logits.sigmoid() * routing.kept_TK)
+    assert router.eval()(torch.eye(4)).expert_ids_TK.flatten().tolist() == [0, 0, 1, 0], "tokens choose in evaluation"
+
+
+def test_noise_is_for_training_and_for_the_choice() -> None:
+    logits = torch.zeros(200, 4)
+    router = router_of_logits(logits, top_k=1, choice_noise="rsample")
+    torch.manual_seed(0)
+    routing = router(torch.eye(200))
+    assert routing.expert_ids_TK.unique().tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(routing.weights_TK, torch.full((200, 1), 0.25))
+    assert router.eval()(torch.eye(200)).expert_ids_TK.unique().tolist() == [0]
 
 
 def test_balance_loss_by_hand() -> None:
@@ -79,8 +118,8 @@ def test_balance_loss_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
     p = logits.softmax(-1).mean(0)
     routing = router_of_logits(logits, top_k=1)(torch.eye(3))
-    torch.testing.assert_close(routing.balance_loss, 2 * (2 / 3 * p[0] + 1 / 3 * p[1]))
-    torch.testing.assert_close(routing.z_loss, logits.logsumexp(-1).square().mean())
+    torch.testing.assert_close(routing.balance_loss(), 2 * (2 / 3 * p[0] + 1 / 3 * p[1]))
+    torch.testing.assert_close(routing.z_loss(), logits.logsumexp(-1).square().mean())
 
 
 @pytest.mark.parametrize(
@@ -92,6 +131,10 @@ def test_balance_loss_by_hand() -> None:
         ({"layers": [{"num_experts": 2, "top_k": 3}]}, r"top_k \(3\) exceeds num_experts \(2\)"),
         ({"layers": [{"experts": 2}]}, r"layers\[0\]: unknown key 'experts'"),
         ({"layers": [{"num_experts": 2, "router": {"noise": 1}}]}, r"layers\[0\].router: unknown key 'noise'"),
+        ({"layers": [{"num_experts": 2, "router": {"jitter": 1}}]}, r"\[router\] jitter \(1\) is not in \[0, 1\)"),
+        ({"layers": [{"num_experts": 2, "router": {"drop_policy": "x"}}]}, r"\[router\] drop_policy \(x\) is not one"),
+        ({"layers": [{"num_experts": 2, "router": {"num_groups": 3}}]}, r"\[router\] num_groups \(3\) does not divide"),
+        ({"layers": [{"num_experts": 2, "router": {"chooser": "experts"}}]}, r"\[router\] chooser \(experts\) needs"),
     ],
 )
 def test_impossible_configurations_are_named(changes: dict[str, object], message: str) -> None:

@@ -50,10 +50,19 @@ class RouterSection:
     """[model.router]: how tokens choose experts, the same in every MoE layer."""
 
     score_function: str = _key("softmax", choices=("softmax", "sigmoid"))
+    chooser: str = _key("tokens", choices=("tokens", "experts"))
+    num_groups: int = _key(1, least=1)
+    top_k_groups: int = _key(1, least=1)
+    group_score: str = _key("max", choices=("max", "top2"))
     normalize: bool = _key(False)
+    normalize_over: str = _key("chosen", choices=("chosen", "kept"))
     routed_scaling: float = _key(1.0, above=0)
+    choice_noise: str = _key("none", choices=("none", "rsample", "second_expert"))
+    jitter: float = _key(0.0, least=0, below=1)
     capacity_factor: float = _key(0.0, least=0)
+    eval_capacity_factor: float = _key(0.0, least=0)
     min_capacity: int = _key(4, least=1)
+    drop_policy: str = _key("random", choices=("random", "position", "probability"))
 
 
 @dataclass
@@ -115,6 +124,8 @@ class TrainSection:
     eps: float = _key(1e-8, above=0)
     max_grad_norm: float = _key(1.0, least=0)
     balance_loss: float = _key(0.01, least=0)
+    balance_loss_choices: str = _key("all", choices=("all", "first"))
+    balance_loss_scope: str = _key("micro_batch", choices=("micro_batch", "global_batch"))
     z_loss: float = _key(0.0, least=0)
     dtype: str = _key("fp32", choices=("fp32", "bf16"))
     seed: int = _key(0, least=0)
@@ -423,6 +434,33 @@ def _check_layers(config: Config) -> None:
         if 0 < num_experts < top_k:
             message = f"exceeds num_experts of layer {index}, {num_experts}"
             raise config.error("model.top_k", message, top_k)
+        if num_experts > 0:
+            _check_router(config, index, num_experts, top_k)
+
+
+def _check_router(config: Config, index: int, num_experts: int, top_k: int) -> None:
+    """The rules of RouterConfig::validate in src/moe/router_config.cc, for one layer."""
+    router = config.model.router
+    groups, best = router.num_groups, router.top_k_groups
+    size = num_experts // groups
+    of_layer = f"num_experts of layer {index}, {num_experts}"
+
+    def require(condition: bool, key: str, message: str) -> None:
+        if not condition:
+            raise config.error(f"model.router.{key}", message, getattr(router, key))
+
+    require(num_experts % groups == 0, "num_groups", f"does not divide {of_layer}")
+    require(best <= groups, "top_k_groups", f"exceeds num_groups, {groups}")
+    require(top_k <= best * size, "top_k_groups", f"leaves {best * size} experts for top_k of layer {index}, {top_k}")
+    if groups > 1 and router.group_score == "top2":
+        require(size >= 2, "group_score", f"needs two experts in a group, layer {index} has one")
+    if router.choice_noise == "second_expert":
+        require(top_k == 2, "choice_noise", f"needs top_k = 2, layer {index} has {top_k}")
+    if router.chooser == "experts":
+        require(router.capacity_factor > 0, "chooser", "needs a capacity_factor above 0")
+        require(groups == 1, "chooser", f"does not go with num_groups, {groups}")
+        require(router.choice_noise == "none", "chooser", f'does not go with choice_noise, "{router.choice_noise}"')
+        require(num_experts <= 256, "chooser", f"is for at most 256 experts, layer {index} has {num_experts}")
 
 
 def _check_train(config: Config) -> None:

@@ -34,6 +34,16 @@ at::Tensor from_numpy(const Tokens& tokens) {
   return at::from_blob(const_cast<int32_t*>(tokens.data()), {rows, cols}, at::kInt).to(at::kLong);
 }
 
+nb::dict to_dict(const LoadStats& load) {
+  nb::dict d;
+  d["tokens_per_expert"] = load.tokens_per_expert_E;
+  d["entropy"] = load.entropy;
+  d["max_violation"] = load.max_violation;
+  d["dropped"] = load.dropped;
+  d["dead_experts"] = load.dead_experts;
+  return d;
+}
+
 nb::dict to_dict(const StepMetrics& m) {
   nb::dict d;
   d["step"] = m.step;
@@ -45,7 +55,13 @@ nb::dict to_dict(const StepMetrics& m) {
   d["learning_rate"] = m.learning_rate;
   d["seconds"] = m.seconds;
   d["dropped"] = m.dropped;
-  d["expert_balance"] = m.expert_balance;
+  nb::list expert_balance, layers;
+  for (const LoadStats& load : m.loads) {
+    expert_balance.append(load.balance);
+    layers.append(to_dict(load));
+  }
+  d["expert_balance"] = expert_balance;
+  d["moe_layers"] = layers;
   return d;
 }
 
@@ -65,18 +81,26 @@ class Model {
   }
 
   // Losses of a training forward pass, and the gradient of ce + balance_loss * balance + z_loss * z.
-  nb::tuple loss_and_gradients(const Tokens& tokens, double balance_loss, double z_loss, uint64_t seed, uint64_t step) {
+  nb::tuple loss_and_gradients(const Tokens& tokens, double balance_loss, double z_loss, uint64_t seed, uint64_t step,
+                               const std::string& balance_loss_choices) {
     const at::Tensor windows = from_numpy(tokens);
     nb::dict losses, gradients;
     const at::Tensor inputs = windows.narrow(1, 0, windows.size(1) - 1).contiguous();
     const at::Tensor targets = windows.narrow(1, 1, windows.size(1) - 1).reshape({-1});
-    const ForwardResult result = model_.forward(inputs, {.training = true, .seed = seed, .step = step});
+    const ForwardResult result =
+        model_.forward(inputs, {.training = true,
+                                .seed = seed,
+                                .step = step,
+                                .balance_choices = balance_choices_from_name(balance_loss_choices)});
     const HeadLoss head = head_loss(result.hidden_TD, model_.head(), targets, nullptr);
     at::Tensor loss = head.loss;
     losses["loss"] = head.cross_entropy;
     if (result.balance_loss.defined()) {
-      loss = loss + balance_loss * result.balance_loss + z_loss * result.z_loss;
+      loss = loss + balance_loss * result.balance_loss;
       losses["balance_loss"] = result.balance_loss.item<double>();
+    }
+    if (result.z_loss.defined()) {
+      loss = loss + z_loss * result.z_loss;
       losses["z_loss"] = result.z_loss.item<double>();
     }
     {
@@ -99,10 +123,13 @@ class Model {
     return to_numpy<float>(logits.view({inputs.size(0), inputs.size(1), -1}));
   }
 
-  std::vector<nb::ndarray<nb::numpy, int32_t>> expert_ids(const Tokens& tokens) const {
+  // The choices of every MoE layer [T, K], dropped ones too.
+  std::vector<nb::ndarray<nb::numpy, int32_t>> expert_ids(const Tokens& tokens, bool training, uint64_t seed,
+                                                          uint64_t step) const {
     c10::NoGradGuard no_grad;
     std::vector<nb::ndarray<nb::numpy, int32_t>> out;
-    for (const auto& routing : model_.forward(from_numpy(tokens), {.training = false}).routings) {
+    const ForwardOptions options{.training = training, .seed = seed, .step = step};
+    for (const auto& routing : model_.forward(from_numpy(tokens), options).routings) {
       const at::Tensor ids = at::empty({routing->num_tokens, routing->top_k}, at::kInt);
       std::copy(routing->expert_ids_TK.begin(), routing->expert_ids_TK.end(), ids.mutable_data_ptr<int32_t>());
       out.push_back(to_numpy<int32_t>(ids));
@@ -166,7 +193,7 @@ NB_MODULE(_train, m) {
       .def("load", &Model::load, "path"_a)
       .def("parameters", &Model::parameters)
       .def("loss_and_gradients", &Model::loss_and_gradients, "tokens"_a, "balance_loss"_a = 0.01, "z_loss"_a = 0.0,
-           "seed"_a = 0, "step"_a = 0)
+           "seed"_a = 0, "step"_a = 0, "balance_loss_choices"_a = "all")
       .def("logits", &Model::logits, "tokens"_a)
-      .def("expert_ids", &Model::expert_ids, "tokens"_a);
+      .def("expert_ids", &Model::expert_ids, "tokens"_a, "training"_a = false, "seed"_a = 0, "step"_a = 0);
 }

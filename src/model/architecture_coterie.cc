@@ -20,6 +20,14 @@ constexpr Names<ResidualKind, 4> kResiduals = {{{"none", ResidualKind::kNone},
                                                 {"shared_gate", ResidualKind::kSharedGate}}};
 constexpr Names<ScoreFunction, 2> kScores = {
     {{"softmax", ScoreFunction::kSoftmax}, {"sigmoid", ScoreFunction::kSigmoid}}};
+constexpr Names<Chooser, 2> kChoosers = {{{"tokens", Chooser::kTokens}, {"experts", Chooser::kExperts}}};
+constexpr Names<GroupScore, 2> kGroupScores = {{{"max", GroupScore::kMax}, {"top2", GroupScore::kTopTwo}}};
+constexpr Names<NormalizeOver, 2> kNormalizeOver = {
+    {{"chosen", NormalizeOver::kChosen}, {"kept", NormalizeOver::kKept}}};
+constexpr Names<ChoiceNoise, 3> kNoises = {
+    {{"none", ChoiceNoise::kNone}, {"rsample", ChoiceNoise::kRSample}, {"second_expert", ChoiceNoise::kSecondExpert}}};
+constexpr Names<DropPolicy, 3> kDropPolicies = {
+    {{"random", DropPolicy::kRandom}, {"position", DropPolicy::kPosition}, {"probability", DropPolicy::kProbability}}};
 
 template <typename Enum, size_t N>
 Enum read_enum(const ConfigReader& json, const std::string& key, const Names<Enum, N>& names) {
@@ -32,12 +40,35 @@ Enum read_enum(const ConfigReader& json, const std::string& key, const Names<Enu
   json.fail(key, "'" + text + "' is not one of " + known);
 }
 
+float read_float(const ConfigReader& json, const std::string& key, float fallback) {
+  return static_cast<float>(json.number(key, fallback));
+}
+
 template <typename Enum, size_t N>
 const char* enum_name(Enum value, const Names<Enum, N>& names) {
   for (const auto& [name, candidate] : names) {
     if (candidate == value) return name;
   }
   return "";
+}
+
+// Everything of a router but its sizes, which the layer gives.
+void read_router(const ConfigReader& json, RouterConfig& router) {
+  router.score_function = read_enum(json, "score_function", kScores);
+  router.chooser = read_enum(json, "chooser", kChoosers);
+  router.num_groups = json.integer("num_groups", router.num_groups);
+  router.top_k_groups = json.integer("top_k_groups", router.top_k_groups);
+  router.group_score = read_enum(json, "group_score", kGroupScores);
+  router.normalize = json.boolean("normalize", router.normalize);
+  router.normalize_over = read_enum(json, "normalize_over", kNormalizeOver);
+  router.routed_scaling = read_float(json, "routed_scaling", router.routed_scaling);
+  router.choice_noise = read_enum(json, "choice_noise", kNoises);
+  router.jitter = read_float(json, "jitter", router.jitter);
+  router.capacity_factor = read_float(json, "capacity_factor", router.capacity_factor);
+  router.eval_capacity_factor = read_float(json, "eval_capacity_factor", router.eval_capacity_factor);
+  router.min_capacity = json.integer("min_capacity", router.min_capacity);
+  router.drop_policy = read_enum(json, "drop_policy", kDropPolicies);
+  json.refuse_unknown();
 }
 
 LayerConfig read_layer(const ConfigReader& json) {
@@ -51,15 +82,7 @@ LayerConfig read_layer(const ConfigReader& json) {
   layer.router.top_k = json.integer("top_k", 1);
   layer.expert_intermediate_size = json.integer("expert_intermediate_size");
   layer.residual = read_enum(json, "residual", kResiduals);
-  if (json.has("router")) {
-    const ConfigReader router = json.object("router");
-    layer.router.score_function = read_enum(router, "score_function", kScores);
-    layer.router.normalize = router.boolean("normalize", layer.router.normalize);
-    layer.router.routed_scaling = static_cast<float>(router.number("routed_scaling", layer.router.routed_scaling));
-    layer.router.capacity_factor = static_cast<float>(router.number("capacity_factor", layer.router.capacity_factor));
-    layer.router.min_capacity = router.integer("min_capacity", layer.router.min_capacity);
-    router.refuse_unknown();
-  }
+  if (json.has("router")) read_router(json.object("router"), layer.router);
   json.refuse_unknown();
   return layer;
 }
@@ -130,6 +153,23 @@ ModelConfig read_config(const ConfigReader& json) {
   return c;
 }
 
+Json router_json(const RouterConfig& router) {
+  return {{"score_function", enum_name(router.score_function, kScores)},
+          {"chooser", enum_name(router.chooser, kChoosers)},
+          {"num_groups", router.num_groups},
+          {"top_k_groups", router.top_k_groups},
+          {"group_score", enum_name(router.group_score, kGroupScores)},
+          {"normalize", router.normalize},
+          {"normalize_over", enum_name(router.normalize_over, kNormalizeOver)},
+          {"routed_scaling", shortest_decimal(router.routed_scaling)},
+          {"choice_noise", enum_name(router.choice_noise, kNoises)},
+          {"jitter", shortest_decimal(router.jitter)},
+          {"capacity_factor", shortest_decimal(router.capacity_factor)},
+          {"eval_capacity_factor", shortest_decimal(router.eval_capacity_factor)},
+          {"min_capacity", router.min_capacity},
+          {"drop_policy", enum_name(router.drop_policy, kDropPolicies)}};
+}
+
 Json layer_json(const LayerConfig& layer) {
   if (!layer.is_moe()) return {{"num_experts", 0}, {"intermediate_size", layer.intermediate_size}};
   Json json = {{"num_experts", layer.router.num_experts},
@@ -137,11 +177,7 @@ Json layer_json(const LayerConfig& layer) {
                {"expert_intermediate_size", layer.expert_intermediate_size},
                {"residual", enum_name(layer.residual, kResiduals)}};
   if (layer.residual != ResidualKind::kNone) json["intermediate_size"] = layer.intermediate_size;
-  json["router"] = {{"score_function", enum_name(layer.router.score_function, kScores)},
-                    {"normalize", layer.router.normalize},
-                    {"routed_scaling", shortest_decimal(layer.router.routed_scaling)},
-                    {"capacity_factor", shortest_decimal(layer.router.capacity_factor)},
-                    {"min_capacity", layer.router.min_capacity}};
+  json["router"] = router_json(layer.router);
   return json;
 }
 

@@ -61,6 +61,11 @@ class Validator {
     number(field + "router.routed_scaling", l.router.routed_scaling);
     number(field + "router.capacity_factor", l.router.capacity_factor, true);
     size(field + "router.min_capacity", l.router.min_capacity);
+    try {
+      l.router.validate();
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument(source_ + ": " + field.substr(0, field.size() - 1) + ": " + error.what());
+    }
     if (l.residual == ResidualKind::kNone) {
       if (l.intermediate_size != 0) {
         fail(field + "intermediate_size", std::to_string(l.intermediate_size) + " given, but residual is \"none\"");

@@ -55,8 +55,16 @@ TEST(ModelConfig, RefusesOneLineNamingFileFieldAndValue) {
             "config.json: layers[0].top_k: 9 is not in [1, 8], the number of experts");
   EXPECT_EQ(refusal(ours(R"({"num_experts": 8, "expert_intermediate_size": 4, "intermediate_size": 4})")),
             "config.json: layers[0].intermediate_size: 4 given, but residual is \"none\"");
-  EXPECT_EQ(refusal(ours(R"({"num_experts": 8, "expert_intermediate_size": 4, "router": {"jitter": 0.1}})")),
-            "config.json: layers[0].router.jitter: unknown key (0.1)");
+  const auto router = [](const std::string& keys) {
+    return refusal(ours(R"({"num_experts": 8, "expert_intermediate_size": 4, "router": {)" + keys + "}}"));
+  };
+  EXPECT_EQ(router(R"("noise": 0.1)"), "config.json: layers[0].router.noise: unknown key (0.1)");
+  EXPECT_EQ(router(R"("drop_policy": "first")"),
+            "config.json: layers[0].router.drop_policy: 'first' is not one of random, position, probability");
+  EXPECT_EQ(router(R"("chooser": "experts")"),
+            "config.json: layers[0]: [router] chooser (experts) needs a capacity_factor above 0");
+  EXPECT_EQ(router(R"("num_groups": 3)"),
+            "config.json: layers[0]: [router] num_groups (3) does not divide num_experts (8)");
 }
 
 TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
@@ -117,17 +125,36 @@ TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
   c.eos_token_ids = {4, 5};
   LayerConfig moe;
   moe.intermediate_size = 30, moe.expert_intermediate_size = 18, moe.residual = ResidualKind::kLearned;
-  moe.router = {.num_experts = 7,
-                .top_k = 3,
+  moe.router = {.num_experts = 12,
+                .top_k = 2,
                 .score_function = ScoreFunction::kSigmoid,
+                .num_groups = 4,
+                .top_k_groups = 3,
+                .group_score = GroupScore::kTopTwo,
                 .normalize = true,
+                .normalize_over = NormalizeOver::kKept,
                 .routed_scaling = 2.5f,
+                .choice_noise = ChoiceNoise::kSecondExpert,
+                .jitter = 0.01f,
                 .capacity_factor = 1.25f,
-                .min_capacity = 2};
-  c.layers = {LayerConfig{.intermediate_size = 40}, moe};
+                .eval_capacity_factor = 2.0f,
+                .min_capacity = 2,
+                .drop_policy = DropPolicy::kProbability};
+  LayerConfig experts_choose{.expert_intermediate_size = 8};
+  experts_choose.router = {.num_experts = 4, .chooser = Chooser::kExperts, .capacity_factor = 1.0f};
+  c.layers = {LayerConfig{.intermediate_size = 40}, moe, experts_choose};
   const std::string json = c.to_json();
   const ModelConfig read = ModelConfig::from_json(json, "config.json");
   EXPECT_EQ(read.to_json(), json);
+  const RouterConfig &router = read.layers[1].router, &wanted = moe.router;
+  EXPECT_EQ(read.layers[2].router.chooser, Chooser::kExperts);
+  EXPECT_EQ(router.group_score, wanted.group_score);
+  EXPECT_EQ(router.normalize_over, wanted.normalize_over);
+  EXPECT_EQ(router.choice_noise, wanted.choice_noise);
+  EXPECT_EQ(router.drop_policy, wanted.drop_policy);
+  EXPECT_EQ(router.top_k_groups, 3);
+  EXPECT_EQ(router.jitter, 0.01f);
+  EXPECT_EQ(router.eval_capacity_factor, 2.0f);
   EXPECT_NE(json.find("\"norm_eps\": 1e-06"), std::string::npos) << json;
   EXPECT_NE(json.find("\"capacity_factor\": 1.25"), std::string::npos) << json;
   EXPECT_NE(json.find("\"eos_token_id\": [\n    4,\n    5\n  ]"), std::string::npos) << json;

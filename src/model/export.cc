@@ -17,8 +17,15 @@ namespace {
 // What a model computes, as JSON: the configuration without what matters in training alone.
 Json meaning(ModelConfig config) {
   for (LayerConfig& layer : config.layers) {
-    layer.router.capacity_factor = 0;
-    layer.router.min_capacity = RouterConfig().min_capacity;
+    RouterConfig& router = layer.router;
+    router.chooser = Chooser::kTokens;
+    router.normalize_over = NormalizeOver::kChosen;  // nothing is dropped
+    router.choice_noise = ChoiceNoise::kNone;
+    router.jitter = router.capacity_factor = router.eval_capacity_factor = 0;
+    router.min_capacity = RouterConfig().min_capacity;
+    router.drop_policy = RouterConfig().drop_policy;
+    if (router.top_k_groups == router.num_groups) router.num_groups = router.top_k_groups = 1;  // all experts
+    if (router.num_groups == 1) router.group_score = RouterConfig().group_score;
   }
   return Json::parse(config.to_json());
 }

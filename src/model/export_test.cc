@@ -74,12 +74,18 @@ TEST_F(ExportTest, AutoFindsTheArchitectureThatFits) {
   EXPECT_EQ(round_trip(small_config(), "auto"), "CoterieForCausalLM");
 }
 
-TEST_F(ExportTest, CapacityIsNoReasonToStayAtHome) {
+TEST_F(ExportTest, TrainingIsNoReasonToStayAtHome) {
   ModelConfig c = small_moe(false);
   for (LayerConfig& layer : c.layers) {
-    layer.router.normalize = true, layer.router.capacity_factor = 1.5f, layer.router.min_capacity = 8;
+    RouterConfig& router = layer.router;
+    router.normalize = true, router.normalize_over = NormalizeOver::kKept;
+    router.capacity_factor = 1.5f, router.eval_capacity_factor = 2.0f, router.min_capacity = 8;
+    router.drop_policy = DropPolicy::kProbability, router.jitter = 0.01f, router.choice_noise = ChoiceNoise::kRSample;
+    router.num_groups = router.top_k_groups = router.num_experts;  // every group is chosen
   }
   EXPECT_EQ(round_trip(c, "auto"), "MixtralForCausalLM");
+  for (LayerConfig& layer : c.layers) layer.router.top_k_groups = layer.router.top_k;
+  EXPECT_EQ(round_trip(c, "auto"), "CoterieForCausalLM");
 }
 
 TEST_F(ExportTest, RefusalNamesWhatCannotBeSaid) {

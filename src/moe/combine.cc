@@ -7,12 +7,6 @@
 #include "kernels/parallel_rows.h"
 
 namespace coterie {
-namespace {
-
-constexpr int64_t kMostChoices = 256;  // of one token; models in use have at most 22
-
-}  // namespace
-
 void combine(const Dispatch& dispatch, const float* rows_RD, bool unweighted, const Matrix& out_TD, ThreadPool& pool) {
   const KernelTable& kernels = active_kernels();
   const int64_t T = dispatch.num_tokens, D = out_TD.cols;

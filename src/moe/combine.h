@@ -7,6 +7,8 @@
 
 namespace coterie {
 
+inline constexpr int64_t kMostChoices = 256;  // of one token; models in use have at most 22
+
 // out[t] = sum over the choices of t of weight * rows[its row], in the order of the choices and in fp32;
 // zeros when all were dropped. With unweighted, every weight counts as 1.
 void combine(const Dispatch& dispatch, const float* rows_RD, bool unweighted, const Matrix& out_TD, ThreadPool& pool);

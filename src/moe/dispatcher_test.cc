@@ -9,6 +9,7 @@ namespace {
 
 TEST(Dispatcher, GroupsKeptChoicesByExpertInTokenOrder) {
   std::mt19937 random(13);
+  NativeThreadPool pool(2);
   for (float capacity_factor : {0.0f, 0.5f}) {
     RouterConfig config;
     config.num_experts = 5;
@@ -17,7 +18,7 @@ TEST(Dispatcher, GroupsKeptChoicesByExpertInTokenOrder) {
     config.min_capacity = 1;
     const int64_t T = 41;
     const std::vector<float> logits = random_floats(T * 5, random);
-    const Routing routing = route(config, logits.data(), T);
+    const Routing routing = route(config, logits.data(), T, {.training = true}, pool);
     const Dispatch dispatch = make_dispatch(routing);
     int64_t row = 0;
     for (int32_t e = 0; e < 5; ++e) {
@@ -44,7 +45,8 @@ TEST(Dispatcher, GroupsKeptChoicesByExpertInTokenOrder) {
 TEST(Dispatcher, NoTokens) {
   RouterConfig config;
   config.num_experts = 3;
-  const Dispatch dispatch = make_dispatch(route(config, nullptr, 0));
+  NativeThreadPool pool(1);
+  const Dispatch dispatch = make_dispatch(route(config, nullptr, 0, {}, pool));
   EXPECT_EQ(dispatch.num_rows(), 0);
   EXPECT_EQ(dispatch.offset_E1, std::vector<int64_t>(4));
   EXPECT_EQ(dense_dispatch(0).num_rows(), 0);

@@ -111,7 +111,8 @@ Dispatch make_case_dispatch(const Case& c, std::mt19937& random) {
   std::vector<float> logits = random_floats(c.T * c.E, random);
   for (int64_t t = 0; t < c.T && c.one_expert; ++t) logits[t * c.E + 1] = 50.0f;
   for (int64_t t = 0; t < c.T; ++t) logits[t * c.E] -= 1e3f;  // nobody goes to expert 0
-  return make_dispatch(route(config, logits.data(), c.T));
+  NativeThreadPool pool(1);
+  return make_dispatch(route(config, logits.data(), c.T, {.training = true}, pool));
 }
 
 struct Fixture {

@@ -2,23 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
+#include <limits>
+#include <numeric>
 
 #include "base/check.h"
-#include "coterie/error.h"
 #include "kernels/kernel_table.h"
+#include "kernels/parallel_rows.h"
+#include "moe/capacity.h"
+#include "moe/top_choices.h"
 
 namespace coterie {
 namespace {
 
 constexpr float kLeastSum = 1e-20f;  // keeps a sum of zero scores from dividing by zero
-
-std::string value_text(double value) {
-  std::string text = std::to_string(value);
-  while (text.back() == '0') text.pop_back();
-  if (text.back() == '.') text.pop_back();
-  return text;
-}
 
 void score_row(const RouterConfig& config, const float* logits_E, float* scores_E) {
   const int64_t E = config.num_experts;
@@ -29,61 +25,115 @@ void score_row(const RouterConfig& config, const float* logits_E, float* scores_
   for (int64_t e = 0; e < E; ++e) scores_E[e] = 1.0f / (1.0f + std::exp(-logits_E[e]));
 }
 
-// Any number passes a NaN, and a NaN passes nobody: broken logits still give K different experts.
-bool passes(float score, float other) { return score > other || (std::isnan(other) && !std::isnan(score)); }
+// Chooses a token's experts. Holds the buffers of one thread.
+class TokenChoice {
+ public:
+  TokenChoice(const RouterConfig& config, const RouteOptions& options)
+      : config_(config),
+        options_(options),
+        noise_(options.training ? config.choice_noise : ChoiceNoise::kNone),
+        values_E_(static_cast<size_t>(config.num_experts)),
+        noisy_E_(noise_ == ChoiceNoise::kNone ? 0 : static_cast<size_t>(config.num_experts)),
+        group_values_G_(static_cast<size_t>(config.num_groups)),
+        groups_(static_cast<size_t>(config.top_k_groups)),
+        top_experts_(config.top_k),
+        top_groups_(config.top_k_groups) {}
 
-// The K highest scores, highest first; of equal ones the lower id first. K is small: a sorted list
-// with insertion from below.
-void choose_experts(const float* scores_E, int64_t E, int64_t K, int32_t* ids_K) {
-  int64_t count = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    if (count == K && !passes(scores_E[e], scores_E[ids_K[K - 1]])) continue;
-    int64_t place = count < K ? count++ : K - 1;
-    for (; place > 0 && passes(scores_E[e], scores_E[ids_K[place - 1]]); --place) ids_K[place] = ids_K[place - 1];
-    ids_K[place] = static_cast<int32_t>(e);
+  void choose(int64_t t, const float* logits_E, const float* scores_E, int32_t* ids_K) {
+    if (noise_ != ChoiceNoise::kNone) score_with_noise(t, logits_E);
+    value_experts(noise_ == ChoiceNoise::kRSample ? noisy_E_.data() : scores_E);
+    choose_groups();
+    choose_experts(ids_K);
+    if (noise_ == ChoiceNoise::kSecondExpert) choose_second(ids_K);
   }
-}
 
-void weigh_choices(const RouterConfig& config, const float* scores_E, const int32_t* ids_K, float* weights_K) {
-  float sum = 0.0f;
-  for (int64_t k = 0; k < config.top_k; ++k) {
-    weights_K[k] = scores_E[ids_K[k]];
-    sum += weights_K[k];
+ private:
+  void score_with_noise(int64_t t, const float* logits_E) {
+    gumbel_noise(options_.key, t, config_.num_experts, noisy_E_.data());
+    for (int64_t e = 0; e < config_.num_experts; ++e) noisy_E_[e] += logits_E[e];
+    score_row(config_, noisy_E_.data(), noisy_E_.data());
   }
-  const float divisor = config.normalize ? sum + kLeastSum : 1.0f;
-  for (int64_t k = 0; k < config.top_k; ++k) weights_K[k] = weights_K[k] / divisor * config.routed_scaling;
-}
 
-// Places are claimed choice by choice, each in the order of priority.
-void assign_places(Routing& routing, int64_t capacity, const int32_t* priority_T) {
-  const int64_t T = routing.num_tokens, K = routing.top_k;
-  for (int64_t k = 0; k < K; ++k) {
-    for (int64_t i = 0; i < T; ++i) {
-      const int64_t choice = (priority_T ? priority_T[i] : i) * K + k;
-      int64_t& taken = routing.tokens_per_expert_E[routing.expert_ids_TK[choice]];
-      if (taken < capacity) {
-        ++taken;
-      } else {
-        routing.kept_TK[choice] = 0;
-        routing.weights_TK[choice] = 0.0f;
-      }
+  void value_experts(const float* scores_E) {
+    const float* bias_E = options_.choice_bias_E;
+    for (int64_t e = 0; e < config_.num_experts; ++e) {
+      values_E_[e] = ordered(bias_E ? scores_E[e] + bias_E[e] : scores_E[e]);
     }
   }
+
+  void choose_groups() {
+    if (config_.num_groups == 1) return;
+    for (int64_t g = 0; g < config_.num_groups; ++g) group_values_G_[g] = ordered(value_of_group(g));
+    top_groups_.start(groups_.data());
+    top_groups_.offer(group_values_G_.data(), 0, config_.num_groups);
+    std::sort(groups_.begin(), groups_.end());  // so that of equal experts the lower one is met first
+  }
+
+  float value_of_group(int64_t g) const {
+    const int64_t size = config_.experts_per_group();
+    float best = -std::numeric_limits<float>::infinity(), second = best;
+    for (int64_t e = g * size; e < (g + 1) * size; ++e) {
+      second = std::max(second, std::min(best, values_E_[e]));
+      best = std::max(best, values_E_[e]);
+    }
+    return config_.group_score == GroupScore::kMax ? best : best + second;
+  }
+
+  void choose_experts(int32_t* ids_K) {
+    const int64_t size = config_.experts_per_group();
+    top_experts_.start(ids_K);
+    for (const int32_t g : groups_) top_experts_.offer(values_E_.data(), g * size, (g + 1) * size);
+  }
+
+  // The best by noise that is not the first.
+  void choose_second(int32_t* ids_2) {
+    int32_t noisy_2[2];
+    value_experts(noisy_E_.data());
+    choose_experts(noisy_2);
+    ids_2[1] = noisy_2[0] == ids_2[0] ? noisy_2[1] : noisy_2[0];
+  }
+
+  const RouterConfig& config_;
+  const RouteOptions& options_;
+  ChoiceNoise noise_;
+  std::vector<float> values_E_, noisy_E_, group_values_G_;
+  std::vector<int32_t> groups_;  // without groups: one, of all experts
+  TopChoices top_experts_, top_groups_;
+};
+
+void weigh_choices(const RouterConfig& config, int64_t K, const float* scores_E, const int32_t* ids_K,
+                   const uint8_t* kept_K, float* weights_K) {
+  float chosen = 0.0f, kept = 0.0f;
+  for (int64_t k = 0; k < K; ++k) {
+    weights_K[k] = scores_E[ids_K[k]];
+    chosen += weights_K[k];
+    if (kept_K[k]) kept += weights_K[k];
+  }
+  float divisor = 1.0f;
+  if (config.normalize) {
+    divisor = config.sums_kept() ? std::max(kept, std::numeric_limits<float>::epsilon()) : chosen + kLeastSum;
+  }
+  for (int64_t k = 0; k < K; ++k) weights_K[k] = kept_K[k] ? weights_K[k] / divisor * config.routed_scaling : 0.0f;
 }
 
 // Gradient of the loss with respect to the scores of one token, added to grad_scores_E.
-void weights_backward(const RouterConfig& config, const float* scores_E, const int32_t* ids_K, const uint8_t* kept_K,
-                      const float* grad_weights_K, double* grad_scores_E) {
-  const int64_t K = config.top_k;
-  double sum = kLeastSum, weighted = 0.0;
+void weights_backward(const RouterConfig& config, int64_t K, const float* scores_E, const int32_t* ids_K,
+                      const uint8_t* kept_K, const float* grad_weights_K, double* grad_scores_E) {
+  double sum = 0.0, weighted = 0.0;
   for (int64_t k = 0; k < K; ++k) {
-    sum += scores_E[ids_K[k]];
+    if (kept_K[k] || !config.sums_kept()) sum += scores_E[ids_K[k]];
     if (kept_K[k]) weighted += static_cast<double>(grad_weights_K[k]) * scores_E[ids_K[k]];
   }
+  constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
+  const bool constant = config.sums_kept() && sum < kEpsilon;  // then the divisor is the epsilon itself
+  const double divisor = constant ? kEpsilon : sum + (config.sums_kept() ? 0.0 : kLeastSum);
   for (int64_t k = 0; k < K; ++k) {
-    const double own = kept_K[k] ? grad_weights_K[k] : 0.0;
-    // w_k = s_k / sum: a dropped choice still has its part in the sum.
-    const double grad = config.normalize ? own / sum - weighted / (sum * sum) : own;
+    double grad = kept_K[k] ? grad_weights_K[k] : 0.0;
+    if (config.normalize) {
+      // w_k = s_k / sum: with the sum over the chosen, a dropped choice still has its part in it.
+      const bool in_sum = !constant && (kept_K[k] || !config.sums_kept());
+      grad = grad / divisor - (in_sum ? weighted / (divisor * divisor) : 0.0);
+    }
     grad_scores_E[ids_K[k]] += grad * config.routed_scaling;
   }
 }
@@ -102,77 +152,67 @@ void scores_backward(const RouterConfig& config, const float* scores_E, const do
   }
 }
 
-}  // namespace
-
-int64_t RouterConfig::capacity(int64_t num_tokens) const {
-  if (capacity_factor == 0.0f) return num_tokens;
-  // In fp32, where 1.1f * 10 is 11: in double it is a little more, and its ceiling 12.
-  const float even = static_cast<float>(num_tokens * top_k) / static_cast<float>(num_experts);
-  return std::max(static_cast<int64_t>(std::ceil(capacity_factor * even)), min_capacity);
-}
-
-void RouterConfig::validate() const {
-  if (num_experts < 1) throw InvalidArgument("[router] num_experts (" + std::to_string(num_experts) + ") is below 1");
-  if (top_k < 1) throw InvalidArgument("[router] top_k (" + std::to_string(top_k) + ") is below 1");
-  if (top_k > num_experts) {
-    throw InvalidArgument("[router] top_k (" + std::to_string(top_k) + ") exceeds num_experts (" +
-                          std::to_string(num_experts) + ")");
-  }
-  if (!(capacity_factor >= 0.0f) || std::isinf(capacity_factor)) {
-    throw InvalidArgument("[router] capacity_factor (" + value_text(capacity_factor) +
-                          ") is not 0 or a positive number");
-  }
-  if (min_capacity < 0)
-    throw InvalidArgument("[router] min_capacity (" + std::to_string(min_capacity) + ") is negative");
-  if (!std::isfinite(routed_scaling)) {
-    throw InvalidArgument("[router] routed_scaling (" + value_text(routed_scaling) + ") is not finite");
-  }
-}
-
-ScoreFunction score_function_from_name(std::string_view name) {
-  if (name == "softmax") return ScoreFunction::kSoftmax;
-  if (name == "sigmoid") return ScoreFunction::kSigmoid;
-  throw InvalidArgument("score_function: '" + std::string(name) + "' is not one of softmax, sigmoid");
-}
-
-std::string_view score_function_name(ScoreFunction function) {
-  return function == ScoreFunction::kSoftmax ? "softmax" : "sigmoid";
-}
-
-Routing route(const RouterConfig& config, const float* logits_TE, int64_t num_tokens, const int32_t* priority_T) {
-  const int64_t T = num_tokens, E = config.num_experts, K = config.top_k;
-  COTERIE_CHECK(K >= 1 && K <= E, "the configuration was not validated");
+Routing empty_routing(int64_t T, int64_t E, int64_t K) {
   Routing routing;
   routing.num_tokens = T;
   routing.num_experts = E;
   routing.top_k = K;
   routing.expert_ids_TK.resize(static_cast<size_t>(T * K));
   routing.weights_TK.resize(static_cast<size_t>(T * K));
-  routing.kept_TK.assign(static_cast<size_t>(T * K), 1);
-  routing.tokens_per_expert_E.assign(static_cast<size_t>(E), 0);
+  routing.kept_TK.resize(static_cast<size_t>(T * K));
+  routing.tokens_per_expert_E.resize(static_cast<size_t>(E));
   routing.scores_TE.resize(static_cast<size_t>(T * E));
-  for (int64_t t = 0; t < T; ++t) {
-    float* scores_E = routing.scores_TE.data() + t * E;
-    int32_t* ids_K = routing.expert_ids_TK.data() + t * K;
-    score_row(config, logits_TE + t * E, scores_E);
-    choose_experts(scores_E, E, K, ids_K);
-    weigh_choices(config, scores_E, ids_K, routing.weights_TK.data() + t * K);
+  return routing;
+}
+
+}  // namespace
+
+Routing route(const RouterConfig& config, const float* logits_TE, int64_t num_tokens, const RouteOptions& options,
+              ThreadPool& pool) {
+  const bool experts_choose = options.training && config.chooser == Chooser::kExperts;
+  const int64_t T = num_tokens, E = config.num_experts, K = experts_choose ? E : config.top_k;
+  COTERIE_CHECK(K >= 1 && K <= E && E % config.num_groups == 0, "the configuration was not validated");
+  Routing routing = empty_routing(T, E, K);
+  const int64_t cost = 8 * E;  // a score costs about as much as 8 elements of simple arithmetic
+  parallel_row_ranges(T, cost, pool, [&](int64_t first, int64_t last) {
+    TokenChoice choice(config, options);
+    for (int64_t t = first; t < last; ++t) {
+      float* scores_E = routing.scores_TE.data() + t * E;
+      int32_t* ids_K = routing.expert_ids_TK.data() + t * K;
+      score_row(config, logits_TE + t * E, scores_E);
+      if (experts_choose) {
+        std::iota(ids_K, ids_K + K, 0);
+      } else {
+        choice.choose(t, logits_TE + t * E, scores_E, ids_K);
+      }
+    }
+  });
+  const int64_t capacity = config.capacity(T, options.training);
+  if (experts_choose) {
+    let_experts_choose(capacity, routing, pool);
+  } else {
+    drop_over_capacity(config.drop_policy, capacity, options.key, routing, pool);
   }
-  assign_places(routing, config.capacity(T), priority_T);
+  parallel_rows(T, 2 * K, pool, [&](int64_t t) {
+    weigh_choices(config, K, routing.scores_TE.data() + t * E, routing.expert_ids_TK.data() + t * K,
+                  routing.kept_TK.data() + t * K, routing.weights_TK.data() + t * K);
+  });
   return routing;
 }
 
 void route_backward(const RouterConfig& config, const Routing& routing, const float* grad_weights_TK,
-                    const float* grad_scores_TE, float* grad_logits_TE) {
-  const int64_t E = config.num_experts, K = config.top_k;
-  std::vector<double> grad_scores_E(static_cast<size_t>(E));
-  for (int64_t t = 0; t < routing.num_tokens; ++t) {
-    const float* scores_E = routing.scores_TE.data() + t * E;
-    for (int64_t e = 0; e < E; ++e) grad_scores_E[e] = grad_scores_TE ? grad_scores_TE[t * E + e] : 0.0;
-    weights_backward(config, scores_E, routing.expert_ids_TK.data() + t * K, routing.kept_TK.data() + t * K,
-                     grad_weights_TK + t * K, grad_scores_E.data());
-    scores_backward(config, scores_E, grad_scores_E.data(), grad_logits_TE + t * E);
-  }
+                    const float* grad_scores_TE, float* grad_logits_TE, ThreadPool& pool) {
+  const int64_t E = routing.num_experts, K = routing.top_k;
+  parallel_row_ranges(routing.num_tokens, 4 * E, pool, [&](int64_t first, int64_t last) {
+    std::vector<double> grad_scores_E(static_cast<size_t>(E));
+    for (int64_t t = first; t < last; ++t) {
+      const float* scores_E = routing.scores_TE.data() + t * E;
+      for (int64_t e = 0; e < E; ++e) grad_scores_E[e] = grad_scores_TE ? grad_scores_TE[t * E + e] : 0.0;
+      weights_backward(config, K, scores_E, routing.expert_ids_TK.data() + t * K, routing.kept_TK.data() + t * K,
+                       grad_weights_TK + t * K, grad_scores_E.data());
+      scores_backward(config, scores_E, grad_scores_E.data(), grad_logits_TE + t * E);
+    }
+  });
 }
 
 }  // namespace coterie

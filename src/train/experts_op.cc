@@ -39,7 +39,7 @@ struct RouteState {
 struct RouteOp : torch::autograd::Function<RouteOp> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& logits, const RouterConfig& config,
                             std::shared_ptr<Routing> routing) {
-    const at::Tensor weights = at::empty({logits.size(0), config.top_k}, logits.options());
+    const at::Tensor weights = at::empty({logits.size(0), routing->top_k}, logits.options());
     std::copy(routing->weights_TK.begin(), routing->weights_TK.end(), weights.mutable_data_ptr<float>());
     hold(context, RouteState{config, std::move(routing)});
     return weights;
@@ -50,7 +50,7 @@ struct RouteOp : torch::autograd::Function<RouteOp> {
     const at::Tensor grad = grads[0].contiguous();
     const at::Tensor grad_logits = at::empty({grad.size(0), state.config.num_experts}, grad.options());
     route_backward(state.config, *state.routing, grad.const_data_ptr<float>(), nullptr,
-                   grad_logits.mutable_data_ptr<float>());
+                   grad_logits.mutable_data_ptr<float>(), torch_pool());
     return {grad_logits, at::Tensor(), at::Tensor()};
   }
 };
@@ -125,9 +125,10 @@ struct ExpertsOp : torch::autograd::Function<ExpertsOp> {
 
 }  // namespace
 
-Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const int32_t* priority_T) {
+Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const RouteOptions& options) {
   const at::Tensor logits = logits_TE.contiguous();
-  auto routing = std::make_shared<Routing>(route(config, logits.const_data_ptr<float>(), logits.size(0), priority_T));
+  auto routing =
+      std::make_shared<Routing>(route(config, logits.const_data_ptr<float>(), logits.size(0), options, torch_pool()));
   return {RouteOp::apply(logits, config, routing), routing};
 }
 

@@ -6,12 +6,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "base/philox.h"
 #include "coterie/error.h"
 #include "io/tensor_source.h"
+#include "kernels/parallel_rows.h"
 #include "model/tensors.h"
+#include "train/torch_pool.h"
 
 namespace coterie {
 namespace {
@@ -42,27 +43,14 @@ at::Tensor initial_values(const TensorSpec& spec, const ModelConfig& config, uin
   return at::empty(spec.shape, at::kFloat).normal_(0.0, initial_std(spec.name, config), generator);
 }
 
-// The order in which tokens claim places where capacity is limited: a random permutation of the T
-// tokens, a pure function of (seed, step, token, layer). DeepSpeed-MoE calls it random token selection.
-std::vector<int32_t> random_priority(int64_t num_tokens, int64_t layer, const ForwardOptions& options) {
-  std::vector<int32_t> order(static_cast<size_t>(num_tokens));
-  std::iota(order.begin(), order.end(), 0);
-  std::vector<uint32_t> keys(order.size());
-  for (size_t t = 0; t < keys.size(); ++t) {
-    keys[t] = philox(options.seed, options.step << 16 | static_cast<uint64_t>(layer), t)[0];
-  }
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });
-  return order;
-}
-
-// Switch Transformer eq. 4, for any top-k: E * sum_e f_e p_e, f_e the share of all choices that went
-// to expert e (before dropping; not differentiated), p_e the mean softmax probability of e.
-at::Tensor balance_loss(const at::Tensor& logits_TE, const Routing& routing) {
-  std::vector<float> share_E(static_cast<size_t>(routing.num_experts), 0.0f);
-  for (int32_t e : routing.expert_ids_TK) share_E[e] += 1.0f;
-  const at::Tensor f = at::from_blob(share_E.data(), {routing.num_experts}, at::kFloat).clone();
-  const double choices = static_cast<double>(routing.expert_ids_TK.size());
-  return (at::softmax(logits_TE, 1).mean(0) * f).sum() * (static_cast<double>(routing.num_experts) / choices);
+// x times the router's random factors of these tokens; the gradient passes through the product.
+at::Tensor jittered(const at::Tensor& x_TD, float epsilon, const RandomKey& key) {
+  const at::Tensor factors_TD = at::empty_like(x_TD, at::MemoryFormat::Contiguous);
+  const int64_t D = x_TD.size(1);
+  float* factors = factors_TD.mutable_data_ptr<float>();
+  parallel_rows(x_TD.size(0), 8 * D, torch_pool(),
+                [&](int64_t t) { jitter_factors(key, t, D, epsilon, factors + t * D); });
+  return x_TD * factors_TD;
 }
 
 void add_to(at::Tensor& total, const at::Tensor& term) { total = total.defined() ? total + term : term; }
@@ -223,20 +211,28 @@ at::Tensor LanguageModel::feed_forward(const LayerConfig& layer_config, const La
 
 at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x,
                                  int64_t index, const ForwardOptions& options, ForwardResult& result) const {
-  RouterConfig router = layer_config.router;
-  std::vector<int32_t> priority_T;
-  if (!options.training) router.capacity_factor = 0.0f;
-  if (router.capacity_factor > 0) priority_T = random_priority(x.size(0), index, options);
-  const at::Tensor logits = linear(x, layer.router, at::Tensor());
-  const Routed chosen = route_tokens(router, logits, priority_T.empty() ? nullptr : priority_T.data());
+  const RouterConfig& router = layer_config.router;
+  const RandomKey key{.seed = options.seed, .step = options.step, .layer = index, .first_token = options.first_token};
+  const bool jitter = options.training && router.jitter > 0;
+  const at::Tensor logits = linear(jitter ? jittered(x, router.jitter, key) : x, layer.router, at::Tensor());
+  const Routed chosen = route_tokens(router, logits, {.training = options.training, .key = key});
   result.routings.push_back(chosen.routing);
-  if (options.training) {
-    add_to(result.balance_loss, balance_loss(logits, *chosen.routing));
-    add_to(result.z_loss, at::logsumexp(logits, {1}).square().mean());
-  }
+  if (options.training) add_router_losses(router, logits, *chosen.routing, options, result);
   return apply_experts(shape_of(router.num_experts, layer_config.expert_intermediate_size),
                        std::make_shared<const Dispatch>(make_dispatch(*chosen.routing)), x, chosen.weights_TK,
                        layer.experts);
+}
+
+void LanguageModel::add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing,
+                                      const ForwardOptions& options, ForwardResult& result) const {
+  add_to(result.z_loss, z_loss(logits_TE));
+  if (router.chooser == Chooser::kExperts) return;  // their load is even already
+  BalanceCounts of_this_pass;
+  BalanceCounts& counts = options.balance_counts ? *options.balance_counts : of_this_pass;
+  const size_t layer = result.routings.size() - 1;
+  if (counts.size() <= layer) counts.resize(layer + 1);
+  count_choices(routing, options.balance_choices, counts[layer]);
+  add_to(result.balance_loss, balance_loss(logits_TE, counts[layer]));
 }
 
 }  // namespace coterie

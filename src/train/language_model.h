@@ -13,6 +13,7 @@
 #include "model/config.h"
 #include "moe/router.h"
 #include "train/ops.h"
+#include "train/router_losses.h"
 
 namespace coterie {
 
@@ -26,18 +27,24 @@ struct Parameter {
   at::Tensor tensor;  // a leaf; matrices in the model's dtype, everything else fp32
 };
 
+// The load of each MoE layer's experts that the balance loss is about.
+using BalanceCounts = std::vector<std::vector<int64_t>>;
+
 // What a forward pass needs to know beside the tokens. Random choices are a pure function of
-// (seed, step, token, layer).
+// (seed, step, layer, global token index).
 struct ForwardOptions {
-  bool training = false;  // capacity and dropping apply in training only
+  bool training = false;  // see RouteOptions
   uint64_t seed = 0;
   uint64_t step = 0;
+  int64_t first_token = 0;  // global index of the batch's first token within the step
+  BalanceChoices balance_choices = BalanceChoices::kAll;
+  BalanceCounts* balance_counts = nullptr;  // of earlier passes, added to by this one; null: of this one alone
 };
 
 struct ForwardResult {
-  at::Tensor hidden_TD;     // after the final norm
-  at::Tensor balance_loss;  // sum over MoE layers; undefined without any
-  at::Tensor z_loss;
+  at::Tensor hidden_TD;                            // after the final norm
+  at::Tensor balance_loss;                         // sum over the MoE layers whose tokens choose; undefined without any
+  at::Tensor z_loss;                               // sum over MoE layers; undefined without any
   std::vector<std::shared_ptr<Routing>> routings;  // one per MoE layer
 };
 
@@ -88,6 +95,8 @@ class LanguageModel {
                           const ForwardOptions& options, ForwardResult& result) const;
   at::Tensor routed(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x, int64_t index,
                     const ForwardOptions& options, ForwardResult& result) const;
+  void add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing,
+                         const ForwardOptions& options, ForwardResult& result) const;
   ExpertShape shape_of(int64_t num_experts, int64_t intermediate_size) const;
 
   ModelConfig config_;

@@ -31,7 +31,7 @@ struct Routed {
   at::Tensor weights_TK;             // differentiable
   std::shared_ptr<Routing> routing;  // the choices, and the same weights
 };
-Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const int32_t* priority_T = nullptr);
+Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const RouteOptions& options);
 
 // sum over a token's choices of weight * expert(x). `weights_TK` undefined: weights of 1 without
 // gradient (a dense MLP is one expert that every token visits).

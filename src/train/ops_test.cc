@@ -148,9 +148,9 @@ TEST(ExpertsOp, EqualsTheSlowLoopWithRouting) {
                                 .normalize = c.top_k > 1,
                                 .capacity_factor = capacity,
                                 .min_capacity = 1};
-      std::shared_ptr<Routing> routing = route_tokens(router, logits).routing;
+      std::shared_ptr<Routing> routing = route_tokens(router, logits, {.training = true}).routing;
       const auto ours = [&] {
-        const Routed routed = route_tokens(router, logits);
+        const Routed routed = route_tokens(router, logits, {.training = true});
         return apply_experts(shape, std::make_shared<const Dispatch>(make_dispatch(*routed.routing)), x,
                              routed.weights_TK, t);
       };

@@ -78,6 +78,9 @@ TrainSettings parse_train(const Json& root) {
   section.take("eps", train.eps);
   section.take("max_grad_norm", train.max_grad_norm);
   section.take("balance_loss", train.balance_loss);
+  std::string balance_loss_choices;
+  section.take("balance_loss_choices", balance_loss_choices);
+  section.take("balance_loss_scope", train.balance_loss_scope);
   section.take("z_loss", train.z_loss);
   section.take("dtype", train.dtype);
   section.take("seed", train.seed);
@@ -93,6 +96,11 @@ TrainSettings parse_train(const Json& root) {
   section.check(train.learning_rate > 0, "learning_rate", "must be positive");
   section.check(train.threads >= 0, "threads", "must not be negative");
   section.check(train.keep_checkpoints > 0, "keep_checkpoints", "must be positive");
+  section.check(balance_loss_choices == "all" || balance_loss_choices == "first", "balance_loss_choices",
+                "must be all or first");
+  section.check(train.balance_loss_scope == "micro_batch" || train.balance_loss_scope == "global_batch",
+                "balance_loss_scope", "must be micro_batch or global_batch");
+  train.balance_loss_choices = balance_choices_from_name(balance_loss_choices);
   section.check(train.dtype == "fp32" || train.dtype == "bf16", "dtype", "must be fp32 or bf16");
   return train;
 }

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "train/router_losses.h"
+
 namespace coterie {
 
 struct DataSettings {
@@ -30,6 +32,8 @@ struct TrainSettings {
   double eps = 1e-8;
   double max_grad_norm = 1.0;  // 0: no clipping
   double balance_loss = 0.01;  // coefficient of the sum over MoE layers
+  BalanceChoices balance_loss_choices = BalanceChoices::kAll;
+  std::string balance_loss_scope = "micro_batch";  // or "global_batch": the load of the step so far
   double z_loss = 0.0;
   std::string dtype = "fp32";  // "fp32" or "bf16" (fp32 master weights)
   uint64_t seed = 0;

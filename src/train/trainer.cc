@@ -43,32 +43,24 @@ at::Tensor targets_of(const at::Tensor& windows) { return windows.narrow(1, 1, w
 }  // namespace
 
 struct Trainer::Tally {
-  StepMetrics metrics;
-  std::vector<std::vector<int64_t>> load_LE;  // kept choices per MoE layer and expert
-  int64_t choices = 0;
-  int64_t kept = 0;
-
-  void add(const std::vector<std::shared_ptr<Routing>>& routings) {
-    load_LE.resize(routings.size());
-    for (size_t layer = 0; layer < routings.size(); ++layer) {
-      load_LE[layer].resize(static_cast<size_t>(routings[layer]->num_experts));
-      choices += static_cast<int64_t>(routings[layer]->expert_ids_TK.size());
-      for (size_t e = 0; e < load_LE[layer].size(); ++e) {
-        load_LE[layer][e] += routings[layer]->tokens_per_expert_E[e];
-        kept += routings[layer]->tokens_per_expert_E[e];
-      }
+  explicit Tally(const ModelConfig& config) {
+    for (const LayerConfig& layer : config.layers) {
+      if (layer.is_moe()) loads.emplace_back(layer.router);
     }
   }
 
+  StepMetrics metrics;
+  std::vector<LoadCounter> loads;  // per MoE layer
+  BalanceCounts balance_counts;
+
   void finish() {
-    if (choices > 0) metrics.dropped = 1.0 - static_cast<double>(kept) / static_cast<double>(choices);
-    for (const std::vector<int64_t>& load_E : load_LE) {
-      int64_t sum = 0;
-      for (int64_t load : load_E) sum += load;
-      const double mean = static_cast<double>(sum) / static_cast<double>(load_E.size());
-      const double fullest = static_cast<double>(*std::max_element(load_E.begin(), load_E.end()));
-      metrics.expert_balance.push_back(sum > 0 ? fullest / mean : 0.0);
+    int64_t chosen = 0, kept = 0;
+    for (const LoadCounter& load : loads) {
+      metrics.loads.push_back(load.stats());
+      chosen += load.num_chosen();
+      kept += load.num_kept();
     }
+    if (chosen > 0) metrics.dropped = 1.0 - static_cast<double>(kept) / static_cast<double>(chosen);
   }
 };
 
@@ -100,7 +92,7 @@ bool Trainer::resume() {
 StepMetrics Trainer::step() {
   const auto start = std::chrono::steady_clock::now();
   const int64_t tokens_per_step = settings_.train.batch_size * settings_.data.sequence_length;
-  Tally tally;
+  Tally tally(model_.config());
   for (int64_t i = 0; i < settings_.train.gradient_accumulation_steps; ++i) micro_batch(i, tally);
   StepMetrics& metrics = tally.metrics;
   tally.finish();
@@ -118,20 +110,26 @@ void Trainer::micro_batch(int64_t index, Tally& tally) {
   const int64_t count = train.batch_size / train.gradient_accumulation_steps;
   const at::Tensor windows = train_data_.training_batch(state_.step * train.batch_size + index * count, count);
   const at::Tensor inputs = inputs_of(windows);
-  const uint64_t forward_index = static_cast<uint64_t>(state_.step * train.gradient_accumulation_steps + index);
-  const ForwardResult result = model_.forward(inputs, {.training = true, .seed = train.seed, .step = forward_index});
+  const bool whole_batch = train.balance_loss_scope == "global_batch";
+  const ForwardResult result =
+      model_.forward(inputs, {.training = true,
+                              .seed = train.seed,
+                              .step = static_cast<uint64_t>(state_.step),
+                              .first_token = index * inputs.numel(),
+                              .balance_choices = train.balance_loss_choices,
+                              .balance_counts = whole_batch ? &tally.balance_counts : nullptr});
   const auto teacher = distiller_ ? distiller_->signal(inputs, state_.step) : std::nullopt;
   const HeadLoss head = head_loss(result.hidden_TD, model_.head(), targets_of(windows), teacher ? &*teacher : nullptr);
   at::Tensor loss = head.loss;
-  if (result.balance_loss.defined())
-    loss = loss + train.balance_loss * result.balance_loss + train.z_loss * result.z_loss;
+  if (result.balance_loss.defined()) loss = loss + train.balance_loss * result.balance_loss;
+  if (result.z_loss.defined()) loss = loss + train.z_loss * result.z_loss;
   const double share = 1.0 / static_cast<double>(train.gradient_accumulation_steps);
   (loss * share).backward();
   optimizer_.accumulate_gradients();
   tally.metrics.loss += share * head.cross_entropy;
   tally.metrics.kl_loss += share * head.kl;
   if (result.balance_loss.defined()) tally.metrics.balance_loss += share * result.balance_loss.item<double>();
-  tally.add(result.routings);
+  for (size_t layer = 0; layer < tally.loads.size(); ++layer) tally.loads[layer].add(*result.routings[layer]);
 }
 
 EvalMetrics Trainer::evaluate() const {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "moe/load.h"
 #include "train/adamw.h"
 #include "train/checkpoint.h"
 #include "train/distiller.h"
@@ -29,8 +30,8 @@ struct StepMetrics {
   double grad_norm = 0;     // before clipping
   double learning_rate = 0;
   double seconds = 0;
-  double dropped = 0;                  // share of the routed choices that found no place
-  std::vector<double> expert_balance;  // per MoE layer: load of the fullest expert over the mean load
+  double dropped = 0;            // share of the routed choices that found no place
+  std::vector<LoadStats> loads;  // per MoE layer
 };
 
 struct EvalMetrics {

@@ -6,9 +6,9 @@ installed, so that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie
 
 from importlib.util import find_spec
 
-from coterie.torch.moe import Experts, LayerConfig, Router, RouterConfig, Routing
+from coterie.torch.moe import Experts, LayerConfig, Router, RouterConfig, RouterDraws, Routing
 
-__all__ = ["Experts", "LayerConfig", "Router", "RouterConfig", "Routing"]
+__all__ = ["Experts", "LayerConfig", "Router", "RouterConfig", "RouterDraws", "Routing"]
 
 if find_spec("transformers") is not None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -8,7 +8,7 @@ G key/value heads, d head_dim, V vocabulary, T = B * S.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from coterie.torch.configuration import CoterieConfig
-from coterie.torch.moe import MLP, ExpertLinear, Experts, LayerConfig, Router, Routing
+from coterie.torch.moe import MLP, ExpertLinear, Experts, LayerConfig, Router, RouterDraws, Routing
 
 
 class RMSNorm(nn.Module):
@@ -104,7 +104,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = make_norm(config)
         self.router = self.experts = self.mlp = self.mix = None
         if layer.num_experts:
-            self.router = Router(D, layer.num_experts, layer.top_k, layer.router)
+            # Outside of training the whole model is dropless, as the engine is.
+            self.router = Router(D, layer.num_experts, layer.top_k, replace(layer.router, eval_capacity_factor=0.0))
             self.experts = Experts(layer.num_experts, D, layer.expert_intermediate_size, *mlp)
         if not layer.num_experts or layer.residual != "none":
             self.mlp = MLP(D, layer.intermediate_size, *mlp)
@@ -119,17 +120,17 @@ class DecoderLayer(nn.Module):
         positions_BS: Tensor,
         mask_B1SP: Tensor,
         cache: Cache | None = None,
-        priority_T: Tensor | None = None,
+        draws: RouterDraws | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.attention(self.input_norm(x_BSD), positions_BS, mask_B1SP, cache)
-        y_TD, routing = self.feed_forward(self.post_attention_norm(x_BSD).flatten(0, 1), priority_T)
+        y_TD, routing = self.feed_forward(self.post_attention_norm(x_BSD).flatten(0, 1), draws)
         return x_BSD + y_TD.view_as(x_BSD), routing
 
-    def feed_forward(self, x_TD: Tensor, priority_T: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def feed_forward(self, x_TD: Tensor, draws: RouterDraws | None = None) -> tuple[Tensor, Routing | None]:
         """The dense MLP, or the experts with what stands beside them (see LayerConfig)."""
         if self.router is None:
             return self.mlp(x_TD), None
-        routing = self.router(x_TD, priority_T)
+        routing = self.router(x_TD, draws)
         y_TD = self.experts(x_TD, routing)
         if self.residual == "sum":
             y_TD = self.mlp(x_TD) + y_TD
@@ -183,7 +184,7 @@ class CoterieModel(CoteriePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        priorities: Sequence[Tensor] | None = None,
+        draws: Sequence[RouterDraws] | None = None,
     ) -> tuple[Tensor, Cache | None, list[Routing]]:
         """Hidden states [B, S, D], the cache, and the routing of every MoE layer."""
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -199,11 +200,11 @@ class CoterieModel(CoteriePreTrainedModel):
         if self.config.position_embedding_type == "learned":
             x_BSD = x_BSD + self.embed_positions(positions_BS)
 
-        next_priority = iter(priorities or ())
+        next_draws = iter(draws or ())
         routings = []
         for layer in self.layers:
-            priority_T = None if layer.router is None else next(next_priority, None)
-            x_BSD, routing = layer(x_BSD, positions_BS, mask_B1SP, past_key_values, priority_T)
+            layer_draws = None if layer.router is None else next(next_draws, None)
+            x_BSD, routing = layer(x_BSD, positions_BS, mask_B1SP, past_key_values, layer_draws)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x_BSD), past_key_values, routings
@@ -240,6 +241,8 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):
     balance_loss_coef, z_loss_coef
         Factors of the router's two losses in the training loss. They belong to a run and not to the
         model, so they are not in its configuration.
+    balance_loss_choices
+        Whose balance: "all" choices, or the "first" ones.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -250,6 +253,7 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.balance_loss_coef = 0.0
         self.z_loss_coef = 0.0
+        self.balance_loss_choices = "all"
         self.post_init()
 
     def forward(
@@ -263,7 +267,7 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        priorities: Sequence[Tensor] | None = None,
+        draws: Sequence[RouterDraws] | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> CoterieOutput:
@@ -281,16 +285,16 @@ class CoterieForCausalLM(CoteriePreTrainedModel, GenerationMixin):
             [B, S], shifted already: position s is scored on shift_labels[:, s].
         logits_to_keep
             Compute logits of the last so many positions only; 0 is all.
-        priorities
-            Per MoE layer a permutation of the B * S tokens, see Router.
+        draws
+            The random choices of each MoE layer, where they are not to be drawn anew.
         """
         x_BSD, cache, routings = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, priorities
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, draws
         )
         output = CoterieOutput(logits=self.lm_head(x_BSD[:, -logits_to_keep:]), past_key_values=cache)
         if routings:
-            output.balance_loss = sum(routing.balance_loss for routing in routings)
-            output.z_loss = sum(routing.z_loss for routing in routings)
+            output.balance_loss = sum(routing.balance_loss(self.balance_loss_choices) for routing in routings)
+            output.z_loss = sum(routing.z_loss() for routing in routings)
             output.expert_ids = tuple(routing.expert_ids_TK for routing in routings)
         if shift_labels is None and labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

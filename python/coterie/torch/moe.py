@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RESIDUAL_KINDS = ("none", "sum", "learned", "shared_gate")
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
+ROUTER_CHOICES = {
+    "score_function": ("softmax", "sigmoid"),
+    "chooser": ("tokens", "experts"),
+    "group_score": ("max", "top2"),
+    "normalize_over": ("chosen", "kept"),
+    "choice_noise": ("none", "rsample", "second_expert"),
+    "drop_policy": ("random", "position", "probability"),
+}
+MOST_EXPERTS_THAT_CHOOSE = 256
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -43,31 +51,92 @@ class RouterConfig:
     ----------
     score_function
         "softmax" or "sigmoid" of the router's logits.
+    chooser
+        "tokens": each token its ``top_k`` experts. "experts": while training, each expert the
+        ``capacity`` tokens that score it highest (Zhou et al. 2022).
+    num_groups, top_k_groups, group_score
+        The experts are cut into groups, and a token chooses within its best ``top_k_groups``. A group
+        is worth its best score ("max", DeepSeek-V2) or the sum of its two best ("top2", DeepSeek-V3).
     normalize
-        Divide the weights of the chosen K by their sum.
+        Divide a token's weights by their sum.
+    normalize_over
+        The sum is over all K that were "chosen", or over those that were "kept", not dropped (at least
+        the fp32 epsilon). Where experts choose, always over the kept ones.
     routed_scaling
         Factor on the weights, last of all.
-    capacity_factor
-        0 is dropless. Otherwise an expert takes at most ``capacity`` tokens while training.
+    choice_noise
+        Gumbel noise on the logits while training, for the choice alone: for every choice ("rsample") or
+        for the second of two ("second_expert", GShard).
+    jitter
+        While training the router's input is multiplied by factors uniform in 1 - jitter to 1 + jitter.
+    capacity_factor, eval_capacity_factor
+        0 is dropless. Otherwise an expert takes at most ``capacity`` tokens, while training or not.
     min_capacity
         The floor of ``capacity``.
+    drop_policy
+        Who gets a full expert's places: "random" and "position": all first choices before any second,
+        in each the tokens in a random order or in theirs; "probability": the highest scores.
     """
 
     score_function: str = "softmax"
+    chooser: str = "tokens"
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score: str = "max"
     normalize: bool = False
+    normalize_over: str = "chosen"
     routed_scaling: float = 1.0
+    choice_noise: str = "none"
+    jitter: float = 0.0
     capacity_factor: float = 0.0
+    eval_capacity_factor: float = 0.0
     min_capacity: int = 4
+    drop_policy: str = "random"
 
     def __post_init__(self) -> None:
-        if self.score_function not in SCORE_FUNCTIONS:
-            raise ValueError(f"[router] score_function ({self.score_function}) is not one of {SCORE_FUNCTIONS}")
+        for name, allowed in ROUTER_CHOICES.items():
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"is not one of {allowed}")
+        _require(0 <= self.jitter < 1, "jitter", self.jitter, "is not in [0, 1)")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, value, "is not 0 or a positive number")
+        if self.chooser == "experts":
+            _require(self.capacity_factor > 0, "chooser", "experts", "needs a capacity_factor above 0")
+            for name, wanted in (("num_groups", 1), ("choice_noise", "none")):
+                value = getattr(self, name)
+                _require(value == wanted, "chooser", "experts", f"does not go with {name} ({value})")
 
-    def capacity(self, num_tokens: int, num_experts: int, top_k: int) -> int:
+    def check_sizes(self, num_experts: int, top_k: int) -> None:
+        """Raise ValueError when experts, choices and groups do not fit together."""
+        _require(top_k >= 1, "top_k", top_k, "is below 1")
+        _require(top_k <= num_experts, "top_k", top_k, f"exceeds num_experts ({num_experts})")
+        groups, best = self.num_groups, self.top_k_groups
+        _require(groups >= 1, "num_groups", groups, "is below 1")
+        _require(num_experts % groups == 0, "num_groups", groups, f"does not divide num_experts ({num_experts})")
+        _require(1 <= best <= groups, "top_k_groups", best, f"is not in [1, num_groups ({groups})]")
+        size = num_experts // groups
+        _require(top_k <= best * size, "top_k", top_k, f"exceeds the {best * size} experts in {best} groups")
+        if groups > 1 and self.group_score == "top2":
+            _require(size >= 2, "group_score", "top2", f"needs two experts in a group, num_groups ({groups})")
+        if self.choice_noise == "second_expert":
+            _require(top_k == 2, "choice_noise", "second_expert", f"needs top_k 2, not {top_k}")
+        if self.chooser == "experts":
+            most = MOST_EXPERTS_THAT_CHOOSE
+            _require(num_experts <= most, "chooser", "experts", f"allows num_experts up to {most}, not {num_experts}")
+
+    def capacity(self, num_tokens: int, num_experts: int, top_k: int, training: bool) -> int:
         """Tokens that one expert may take out of ``num_tokens``."""
-        if self.capacity_factor <= 0:
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor == 0:
             return num_tokens
-        return max(math.ceil(self.capacity_factor * num_tokens * top_k / num_experts), self.min_capacity)
+        # In fp32, where 1.1 * 10 is 11: in fp64 it is a little more, and its ceiling 12.
+        even = torch.tensor(float(num_tokens * top_k)) / num_experts
+        return max(math.ceil(torch.tensor(factor) * even), self.min_capacity)
+
+
+def _require(condition: bool, name: str, value: object, what: str) -> None:
+    if not condition:
+        raise ValueError(f"[router] {name} ({value}) {what}")
 
 
 @dataclass
@@ -92,8 +161,8 @@ class LayerConfig:
     def __post_init__(self) -> None:
         if self.residual not in RESIDUAL_KINDS:
             raise ValueError(f"residual ({self.residual}) is not one of {RESIDUAL_KINDS}")
-        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"[router] top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
+        if self.num_experts:
+            self.router.check_sizes(self.num_experts, self.top_k)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "layer") -> "LayerConfig":
@@ -106,80 +175,173 @@ class LayerConfig:
 class Routing:
     """Which experts each token goes to, and with which weight.
 
-    A choice that was dropped (over capacity) keeps its id in ``expert_ids_TK`` and has weight 0.
+    A choice that was dropped (over capacity) keeps its id in ``expert_ids_TK`` and has weight 0. Where
+    experts chose, K is E, choice k is expert k, and kept are those that took the token.
     """
 
     expert_ids_TK: Tensor
     weights_TK: Tensor
     kept_TK: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
+    logits_TE: Tensor
+    experts_chose: bool = False
+
+    def balance_loss(self, choices: str = "all") -> Tensor:
+        """``E * sum_e f_e p_e`` (Switch Transformer eq. 4; DeepSpeed's form for K > 1).
+
+        f_e is the share of the choices, before any is dropped, that go to expert e (no gradient); p_e
+        the mean softmax probability of e. It is 1 when both are uniform, and 0 where experts chose:
+        their load is even already.
+
+        Parameters
+        ----------
+        choices
+            "all", or "first": of the first choices alone, as GShard counts.
+        """
+        if self.experts_chose:
+            return self.logits_TE.new_zeros(())
+        num_experts = self.logits_TE.shape[-1]
+        counted = self.expert_ids_TK if choices == "all" else self.expert_ids_TK[:, :1]
+        share_E = F.one_hot(counted, num_experts).float().mean(dim=(0, 1))
+        probability_E = self.logits_TE.softmax(-1).mean(0)
+        return num_experts * (share_E * probability_E).sum()
+
+    def z_loss(self) -> Tensor:
+        """The mean square of logsumexp of the logits (ST-MoE eq. 5)."""
+        return self.logits_TE.logsumexp(-1).square().mean()
+
+
+@dataclass
+class RouterDraws:
+    """Random choices of one router; what is None is drawn from torch's generator.
+
+    Parameters
+    ----------
+    order_T
+        A permutation of the tokens: in this order they claim places, where drop_policy is "random".
+    gumbel_TE
+        The noise of choice_noise.
+    jitter_TD
+        The factors of jitter.
+    """
+
+    order_T: Tensor | None = None
+    gumbel_TE: Tensor | None = None
+    jitter_TD: Tensor | None = None
 
 
 class Router(nn.Module):
-    """logits -> scores -> top-k -> weights, in fp32 whatever the model's dtype is."""
+    """logits -> scores -> choices -> weights, in fp32 whatever the model's dtype is."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, config: RouterConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
 
-    def forward(self, x_TD: Tensor, priority_T: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, draws: RouterDraws | None = None) -> Routing:
         """Route T tokens.
 
         Parameters
         ----------
         x_TD
             The tokens.
-        priority_T
-            A permutation of the tokens: the order in which they claim places when experts are full.
-            By position when left out.
+        draws
+            The random choices, which matter in training mode and for dropping alone.
         """
-        config = self.config
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
-        scores_TE = logits_TE.softmax(-1) if config.score_function == "softmax" else logits_TE.sigmoid()
-        # A stable sort gives equal scores to the lower expert id; torch.topk promises no order.
-        expert_ids_TK = scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        config, draws = self.config, draws or RouterDraws()
+        experts_choose = self.training and config.chooser == "experts"
+        logits_TE = F.linear(self._jittered(x_TD.float(), draws), self.weight.float())
+        scores_TE = self._scores(logits_TE)
+        if experts_choose:
+            expert_ids_TK = torch.arange(self.num_experts, device=x_TD.device).expand_as(scores_TE)
+            kept_TK = self._taken(scores_TE)
+        else:
+            expert_ids_TK = self._choose(logits_TE, scores_TE, draws)
+            kept_TK = self._claim_places(expert_ids_TK, scores_TE, draws)
         weights_TK = scores_TE.gather(1, expert_ids_TK)
-        if config.normalize:
+        if config.normalize and (config.normalize_over == "kept" or config.chooser == "experts"):
+            kept_sum_T1 = (weights_TK * kept_TK).sum(-1, keepdim=True)
+            weights_TK = weights_TK / kept_sum_T1.clamp(min=torch.finfo(torch.float32).eps)
+        elif config.normalize:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        weights_TK = weights_TK * config.routed_scaling
-        kept_TK = self._claim_places(expert_ids_TK, priority_T)
-        return Routing(
-            expert_ids_TK=expert_ids_TK,
-            weights_TK=weights_TK * kept_TK,
-            kept_TK=kept_TK,
-            balance_loss=balance_loss(logits_TE, expert_ids_TK),
-            z_loss=logits_TE.logsumexp(-1).square().mean(),
-        )
+        weights_TK = weights_TK * config.routed_scaling * kept_TK
+        return Routing(expert_ids_TK, weights_TK, kept_TK, logits_TE, experts_choose)
 
-    def _claim_places(self, expert_ids_TK: Tensor, priority_T: Tensor | None) -> Tensor:
-        """True where the chosen expert still had a place: all first choices go before any second."""
-        num_tokens, num_experts = expert_ids_TK.shape[0], self.weight.shape[0]
-        if not self.training or self.config.capacity_factor <= 0:
+    def _jittered(self, x_TD: Tensor, draws: RouterDraws) -> Tensor:
+        epsilon = self.config.jitter
+        if not self.training or epsilon == 0:
+            return x_TD
+        if draws.jitter_TD is not None:
+            return x_TD * draws.jitter_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - epsilon, 1 + epsilon)
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.softmax(-1) if self.config.score_function == "softmax" else logits_TE.sigmoid()
+
+    @torch.no_grad()
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor, draws: RouterDraws) -> Tensor:
+        """The experts of each token [T, K], best first."""
+        noise = self.config.choice_noise if self.training else "none"
+        noisy_TE = scores_TE
+        if noise != "none":
+            gumbel_TE = draws.gumbel_TE
+            if gumbel_TE is None:
+                gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
+            noisy_TE = self._scores(logits_TE + gumbel_TE)
+        allowed_TE = self._in_best_groups(noisy_TE if noise == "rsample" else scores_TE)
+        if noise != "second_expert":
+            return _best_first(noisy_TE, allowed_TE)[:, : self.top_k]
+        first_T1 = _best_first(scores_TE, allowed_TE)[:, :1]
+        allowed_TE = allowed_TE.scatter(1, first_T1, False)
+        return torch.cat((first_T1, _best_first(noisy_TE, allowed_TE)[:, :1]), dim=1)
+
+    def _in_best_groups(self, values_TE: Tensor) -> Tensor:
+        """True for the experts of the best groups, of equal groups the lower."""
+        config = self.config
+        values_TGe = values_TE.unflatten(1, (config.num_groups, -1))
+        best = 1 if config.group_score == "max" or config.num_groups == 1 else 2
+        group_values_TG = values_TGe.topk(best, dim=-1).values.sum(-1)
+        groups_Tg = group_values_TG.sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k_groups]
+        allowed_TG = torch.zeros_like(group_values_TG, dtype=torch.bool).scatter(1, groups_Tg, True)
+        return allowed_TG[..., None].expand_as(values_TGe).flatten(1)
+
+    def _claim_places(self, expert_ids_TK: Tensor, scores_TE: Tensor, draws: RouterDraws) -> Tensor:
+        """True where the chosen expert still had a place."""
+        num_tokens, policy = expert_ids_TK.shape[0], self.config.drop_policy
+        capacity = self.config.capacity(num_tokens, self.num_experts, self.top_k, self.training)
+        if capacity >= num_tokens:
             return torch.ones_like(expert_ids_TK, dtype=torch.bool)
-        capacity = self.config.capacity(num_tokens, num_experts, self.top_k)
-        if priority_T is None:
-            priority_T = torch.arange(num_tokens, device=expert_ids_TK.device)
-        claims_KT = expert_ids_TK[priority_T].T
-        claimed_E = F.one_hot(claims_KT.flatten(), num_experts).cumsum(0)
+        if policy == "probability":
+            kept_TK = torch.zeros_like(expert_ids_TK, dtype=torch.bool)
+            for expert in range(self.num_experts):
+                token, choice = torch.where(expert_ids_TK == expert)
+                best = scores_TE[token, expert].sort(descending=True, stable=True).indices[:capacity]
+                kept_TK[token[best], choice[best]] = True
+            return kept_TK
+        order_T = torch.arange(num_tokens, device=expert_ids_TK.device)
+        if policy == "random":
+            order_T = torch.randperm(num_tokens).to(order_T) if draws.order_T is None else draws.order_T
+        claims_KT = expert_ids_TK[order_T].T
+        claimed_E = F.one_hot(claims_KT.flatten(), self.num_experts).cumsum(0)
         place_KT = claimed_E.gather(1, claims_KT.flatten()[:, None]).view_as(claims_KT) - 1
         kept_TK = torch.empty_like(expert_ids_TK, dtype=torch.bool)
-        kept_TK[priority_T] = place_KT.T < capacity
+        kept_TK[order_T] = place_KT.T < capacity
         return kept_TK
 
+    def _taken(self, scores_TE: Tensor) -> Tensor:
+        """True where the expert is among those whose best tokens include this one."""
+        num_tokens = scores_TE.shape[0]
+        capacity = self.config.capacity(num_tokens, self.num_experts, self.top_k, self.training)
+        tokens_CE = scores_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
+        return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, tokens_CE, True)
 
-def balance_loss(logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    """``E * sum_e f_e p_e`` (Switch Transformer eq. 4; DeepSpeed's form for K > 1).
 
-    f_e is the share of all choices, before any is dropped, that go to expert e (no gradient); p_e the
-    mean softmax probability of e. It is 1 when both are uniform.
-    """
-    num_experts = logits_TE.shape[-1]
-    share_E = F.one_hot(expert_ids_TK, num_experts).float().mean(dim=(0, 1))
-    probability_E = logits_TE.softmax(-1).mean(0)
-    return num_experts * (share_E * probability_E).sum()
+def _best_first(values_TE: Tensor, allowed_TE: Tensor) -> Tensor:
+    """Expert ids by falling value, those that are not allowed last; of equal ones the lower id first."""
+    # A stable sort, since torch.topk promises no order.
+    masked_TE = values_TE.masked_fill(~allowed_TE, -math.inf)
+    return masked_TE.sort(dim=-1, descending=True, stable=True).indices
 
 
 class MLP(nn.Module):
