@@ -218,6 +218,33 @@ BENCHMARK(BM_ExpertsBackward)->Apply(training_shapes)->Unit(benchmark::kMillisec
 BENCHMARK(BM_ExpertsStep)->Apply(peer_shapes)->Unit(benchmark::kMillisecond)->UseRealTime();
 BENCHMARK(BM_ExpertsPacked)->Apply(serving_shapes)->Unit(benchmark::kMillisecond)->UseRealTime();
 
+// Routing forward and backward: [T, E, K, G groups, capacity factor in percent]
+void BM_Route(benchmark::State& state) {
+  const int64_t T = state.range(0), E = state.range(1);
+  const RouterConfig config{.num_experts = E,
+                            .top_k = state.range(2),
+                            .num_groups = state.range(3),
+                            .top_k_groups = (state.range(3) + 1) / 2,
+                            .normalize = true,
+                            .capacity_factor = static_cast<float>(state.range(4)) / 100.0f};
+  Tensor logits(DType::kF32, T * E), grad(DType::kF32, T * config.top_k), grad_logits(DType::kF32, T * E);
+  for (auto _ : state) {
+    const Routing routing = route(config, logits.memory.as<float>(), T, {.training = true}, pool());
+    route_backward(config, routing, grad.memory.as<float>(), nullptr, grad_logits.memory.as<float>(), pool());
+  }
+  state.SetItemsProcessed(state.iterations() * T);
+}
+BENCHMARK(BM_Route)
+    ->ArgNames({"T", "E", "K", "G", "capacity"})
+    ->Args({4096, 8, 1, 1, 0})
+    ->Args({4096, 8, 2, 1, 100})
+    ->Args({4096, 64, 8, 1, 0})
+    ->Args({4096, 64, 8, 1, 100})
+    ->Args({4096, 256, 8, 8, 0})
+    ->Args({4096, 256, 16, 1, 0})
+    ->Unit(benchmark::kMicrosecond)
+    ->UseRealTime();
+
 // [T new, S total, H, G, d, bf16 cache]
 void BM_Attention(benchmark::State& state) {
   const int64_t T = state.range(0), S = state.range(1), H = state.range(2), G = state.range(3), d = state.range(4);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -82,7 +83,12 @@ def test_training_learns_and_writes_its_log(place: Path):
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert [row["step"] for row in evaluations] == [8, 16, STEPS]
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
-    assert len(steps[0]["expert_balance"]) == 2
+    assert len(steps[0]["expert_balance"]) == len(steps[0]["moe_layers"]) == 2
+    load = steps[0]["moe_layers"][1]
+    assert sum(load["tokens_per_expert"]) == BATCH * SEQUENCE * (1 - load["dropped"])
+    assert 0 < load["entropy"] <= math.log(len(load["tokens_per_expert"])) + 1e-12
+    assert load["max_violation"] >= 0
+    assert load["dead_experts"] == load["tokens_per_expert"].count(0)
     summary = summary_of(place)
     assert summary["step"] == STEPS
     assert summary["tokens"] == STEPS * BATCH * SEQUENCE

@@ -4,7 +4,9 @@ A run's directory holds
 
 - `run.json`: the resolved model and settings;
 - `metrics.jsonl`: one JSON object per step (`"kind": "step"`) and per evaluation (`"kind": "eval"`),
-  each with `train_seconds`, the time spent in steps so far;
+  each with `train_seconds`, the time spent in steps so far; a step's `moe_layers` has for every MoE layer
+  `tokens_per_expert` (kept), `dropped` (a share), and of the choices before dropping `entropy` (nats),
+  `max_violation` (fullest expert over the mean, minus 1) and `dead_experts`;
 - `checkpoints/`: what `--resume` continues from, bit for bit;
 - `model/`: the finished model, exported with its tokenizer;
 - `events.out.tfevents.*`: for TensorBoard, when asked for.

@@ -121,6 +121,58 @@ TEST_F(TrainerTest, GradientAccumulationChangesNothingButRounding) {
   EXPECT_NEAR(a.step().loss, b.step().loss, 1e-4);
 }
 
+TEST_F(TrainerTest, RandomChoicesDontDependOnAccumulation) {
+  ModelConfig config = tiny_config();
+  RouterConfig& router = config.layers[1].router;
+  router.capacity_factor = 0;  // places are counted per micro-batch
+  router.jitter = 0.2f, router.choice_noise = ChoiceNoise::kRSample;
+  RunSettings one = settings("one"), two = settings("two");
+  one.train.balance_loss = two.train.balance_loss = 0;
+  one.train.gradient_accumulation_steps = 1;
+  Trainer a(config, one), b(config, two);
+  const StepMetrics of_a = a.step(), of_b = b.step();
+  EXPECT_EQ(of_a.loads[0].tokens_per_expert_E, of_b.loads[0].tokens_per_expert_E);
+  EXPECT_NEAR(of_a.grad_norm, of_b.grad_norm, 1e-4);  // as above
+  router.choice_noise = ChoiceNoise::kNone;
+  EXPECT_NE(Trainer(config, one).step().loads[0].tokens_per_expert_E, of_a.loads[0].tokens_per_expert_E);
+}
+
+// With the load of the whole batch, the last part's loss is E * sum f p with f of all parts.
+TEST_F(TrainerTest, BalanceOverTheGlobalBatch) {
+  RunSettings micro = settings("micro"), global = settings("global");
+  global.train.balance_loss_scope = "global_batch";
+  const double of_parts = Trainer(tiny_config(), micro).step().balance_loss;
+  const double of_batch = Trainer(tiny_config(), global).step().balance_loss;
+  EXPECT_NE(of_parts, of_batch);
+  micro.train.gradient_accumulation_steps = global.train.gradient_accumulation_steps = 1;
+  EXPECT_EQ(Trainer(tiny_config(), micro).step().balance_loss, Trainer(tiny_config(), global).step().balance_loss);
+}
+
+TEST_F(TrainerTest, CountsTheLoadOfEveryMoeLayer) {
+  ModelConfig config = tiny_config();
+  config.layers.push_back(config.layers[1]);
+  config.layers[2].router = {.num_experts = 8, .chooser = Chooser::kExperts, .capacity_factor = 1.0f};
+  const StepMetrics metrics = Trainer(config, settings("load")).step();
+  ASSERT_EQ(metrics.loads.size(), 2u);
+  int64_t kept = 0;
+  for (int64_t tokens : metrics.loads[0].tokens_per_expert_E) kept += tokens;
+  EXPECT_NEAR(metrics.loads[0].dropped, 1.0 - static_cast<double>(kept) / 64, 1e-12);
+  EXPECT_GT(metrics.loads[0].dropped, 0);
+  // Two parts of 32 tokens, of which each expert takes 32 / 8.
+  EXPECT_EQ(metrics.loads[1].tokens_per_expert_E, std::vector<int64_t>(8, 8));
+  EXPECT_EQ(metrics.loads[1].max_violation, 0);
+  EXPECT_NEAR(metrics.dropped, (64.0 - static_cast<double>(kept)) / 128, 1e-12);
+}
+
+TEST_F(TrainerTest, EvaluationHasItsOwnCapacity) {
+  ModelConfig config = tiny_config();
+  const double dropless = Trainer(config, settings("eval")).evaluate().loss;
+  config.layers[1].router.capacity_factor = 0.5f;  // of training
+  EXPECT_EQ(Trainer(config, settings("eval")).evaluate().loss, dropless);
+  config.layers[1].router.eval_capacity_factor = 0.25f;
+  EXPECT_NE(Trainer(config, settings("eval")).evaluate().loss, dropless);
+}
+
 TEST_F(TrainerTest, KeepsTheNewestCheckpoints) {
   Trainer trainer(tiny_config(), settings("keep"));
   for (int i = 0; i < 4; ++i) {
