@@ -56,6 +56,7 @@ def test_resolves_to_the_models_config_and_the_trainers_settings(path: Path):
         "num_groups": 1,
         "top_k_groups": 1,
         "group_score": "max",
+        "choice_bias": False,
         "normalize": True,
         "normalize_over": "chosen",
         "routed_scaling": 1.0,

@@ -13,7 +13,7 @@ from coterie import _engine, _train
 BATCH, LENGTH = 4, 96
 
 
-@pytest.mark.parametrize("name", ["coterie_pyramid", "coterie_gpt_style"])
+@pytest.mark.parametrize("name", ["coterie_pyramid", "coterie_gpt_style", "coterie_deepseek_style"])
 def test_every_token_meets_the_same_experts(name: str, tmp_path: Path) -> None:
     model = tiny_models.build(name)
     tokens = np.array(tiny_models.prompt(BATCH * LENGTH, seed=21), dtype=np.int32).reshape(BATCH, LENGTH)

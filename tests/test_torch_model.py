@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.torch import CoterieConfig, CoterieForCausalLM, Router, RouterConfig, RouterDraws
 
-NAMES = ["coterie_pyramid", "coterie_gpt_style"]
+NAMES = ["coterie_pyramid", "coterie_gpt_style", "coterie_deepseek_style"]
 
 
 def tokens(length: int = 20) -> torch.Tensor:
@@ -25,6 +25,14 @@ def test_saved_and_opened_again(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(opened(tokens()).logits, model(tokens()).logits)
     assert AutoConfig.from_pretrained(tmp_path).layer_configs() == model.config.layer_configs()
+
+
+def test_choice_biases_stay_fp32(tmp_path: Path) -> None:
+    model = tiny_models.build("coterie_deepseek_style")
+    opened = AutoModelForCausalLM.from_pretrained(tiny_models.save(model, tmp_path), dtype=torch.bfloat16)
+    router = opened.model.layers[1].router
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.choice_bias, model.model.layers[1].router.choice_bias)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,6 +119,14 @@ def test_noise_is_for_training_and_for_the_choice() -> None:
     assert routing.expert_ids_TK.unique().tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(routing.weights_TK, torch.full((200, 1), 0.25))
     assert router.eval()(torch.eye(200)).expert_ids_TK.unique().tolist() == [0]
+
+
+def test_bias_chooses_and_does_not_weigh() -> None:
+    router = router_of_logits(torch.zeros(1, 3), top_k=1, score_function="sigmoid", choice_bias=True)
+    router.choice_bias[2] = 0.1
+    routing = router(torch.eye(1))
+    assert routing.expert_ids_TK.tolist() == [[2]]
+    assert routing.weights_TK.tolist() == [[0.5]]
 
 
 def test_balance_loss_by_hand() -> None:

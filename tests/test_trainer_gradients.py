@@ -149,6 +149,19 @@ def scale_of(gradients: dict[str, np.ndarray], name: str) -> float:
 ROUTERS = {
     "groups-max": (2, 0.0, {"num_groups": 4, "top_k_groups": 2, "score_function": "sigmoid"}),
     "groups-top2": (1, 0.75, {"num_groups": 2, "group_score": "top2"}),
+    "choice-bias": (2, 0.75, {"choice_bias": True, "score_function": "sigmoid", "normalize_over": "kept"}),
+    "choice-bias-everything": (
+        2,
+        0.75,
+        {
+            "choice_bias": True,
+            "num_groups": 2,
+            "top_k_groups": 1,
+            "group_score": "top2",
+            "choice_noise": "second_expert",
+            "drop_policy": "probability",
+        },
+    ),
     "kept": (2, 0.75, {"normalize_over": "kept"}),
     "kept-position": (2, 0.75, {"normalize_over": "kept", "drop_policy": "position"}),
     "kept-probability": (3, 0.75, {"normalize_over": "kept", "drop_policy": "probability"}),

@@ -115,6 +115,23 @@ def coterie_gpt_style() -> PreTrainedModel:
     return CoterieForCausalLM(config)
 
 
+def coterie_deepseek_style() -> PreTrainedModel:
+    """Groups of experts, sigmoid scores and a bias for the choice, in front of a fixed MLP."""
+    router = {"score_function": "sigmoid", "normalize": True, "routed_scaling": 2.5, "choice_bias": True}
+    groups = {"num_groups": 4, "top_k_groups": 2}
+    moe = {"num_experts": 16, "top_k": 3, "expert_intermediate_size": 20}
+    config = coterie_config(
+        layers=[
+            {"num_experts": 0, "intermediate_size": 56},
+            {**moe, "residual": "sum", "intermediate_size": 36, "router": {**router, **groups, "group_score": "top2"}},
+            {**moe, "residual": "sum", "intermediate_size": 36, "router": {**router, **groups}},
+            {**moe, "num_experts": 7, "top_k": 2, "router": router},
+            {**moe, "router": {**groups, "group_score": "top2"}},
+        ]
+    )
+    return CoterieForCausalLM(config)
+
+
 # Seeds for which no greedy continuation of the tests comes near a tie (they check it).
 BUILDERS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     "llama": (llama, 5),
@@ -126,6 +143,7 @@ BUILDERS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     "gpt2": (gpt2, 7),
     "coterie_pyramid": (coterie_pyramid, 0),
     "coterie_gpt_style": (coterie_gpt_style, 5),
+    "coterie_deepseek_style": (coterie_deepseek_style, 0),
 }
 
 
@@ -138,6 +156,9 @@ def seeded(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms lie around 1, biases around 0
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("choice_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.mul_(2.0)

@@ -54,6 +54,7 @@ class RouterSection:
     num_groups: int = _key(1, least=1)
     top_k_groups: int = _key(1, least=1)
     group_score: str = _key("max", choices=("max", "top2"))
+    choice_bias: bool = _key(False)
     normalize: bool = _key(False)
     normalize_over: str = _key("chosen", choices=("chosen", "kept"))
     routed_scaling: float = _key(1.0, above=0)
@@ -127,6 +128,7 @@ class TrainSection:
     balance_loss_choices: str = _key("all", choices=("all", "first"))
     balance_loss_scope: str = _key("micro_batch", choices=("micro_batch", "global_batch"))
     z_loss: float = _key(0.0, least=0)
+    choice_bias_rate: float = _key(1e-3, least=0)
     dtype: str = _key("fp32", choices=("fp32", "bf16"))
     seed: int = _key(0, least=0)
     threads: int = _key(0, least=0)
@@ -459,6 +461,7 @@ def _check_router(config: Config, index: int, num_experts: int, top_k: int) -> N
     if router.chooser == "experts":
         require(router.capacity_factor > 0, "chooser", "needs a capacity_factor above 0")
         require(groups == 1, "chooser", f"does not go with num_groups, {groups}")
+        require(not router.choice_bias, "chooser", "does not go with choice_bias, true")
         require(router.choice_noise == "none", "chooser", f'does not go with choice_noise, "{router.choice_noise}"')
         require(num_experts <= 256, "chooser", f"is for at most 256 experts, layer {index} has {num_experts}")
 

@@ -59,6 +59,7 @@ void read_router(const ConfigReader& json, RouterConfig& router) {
   router.num_groups = json.integer("num_groups", router.num_groups);
   router.top_k_groups = json.integer("top_k_groups", router.top_k_groups);
   router.group_score = read_enum(json, "group_score", kGroupScores);
+  router.choice_bias = json.boolean("choice_bias", router.choice_bias);
   router.normalize = json.boolean("normalize", router.normalize);
   router.normalize_over = read_enum(json, "normalize_over", kNormalizeOver);
   router.routed_scaling = read_float(json, "routed_scaling", router.routed_scaling);
@@ -159,6 +160,7 @@ Json router_json(const RouterConfig& router) {
           {"num_groups", router.num_groups},
           {"top_k_groups", router.top_k_groups},
           {"group_score", enum_name(router.group_score, kGroupScores)},
+          {"choice_bias", router.choice_bias},
           {"normalize", router.normalize},
           {"normalize_over", enum_name(router.normalize_over, kNormalizeOver)},
           {"routed_scaling", shortest_decimal(router.routed_scaling)},

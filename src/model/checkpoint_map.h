@@ -45,7 +45,7 @@ struct CheckpointMap {
 struct LogicalName {
   int64_t layer = -1;  // -1: not in a layer; then `module` is the whole name but ".weight"
   std::string module;
-  std::string kind;  // "weight" or "bias"
+  std::string kind;  // "weight", "bias" or "choice_bias"
 
   explicit LogicalName(const std::string& name);
 };

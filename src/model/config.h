@@ -11,8 +11,8 @@
 //     {"num_experts": 0, "intermediate_size": F}                              a dense layer
 //     {"num_experts": E, "top_k": K, "expert_intermediate_size": F,           a MoE layer
 //      "residual": "none" | "sum" | "learned" | "shared_gate", "intermediate_size": F of the fixed MLP,
-//      "router": {"score_function", "chooser", "num_groups", "top_k_groups", "group_score", "normalize",
-//                 "normalize_over", "routed_scaling", "choice_noise", "jitter", "capacity_factor",
+//      "router": {"score_function", "chooser", "num_groups", "top_k_groups", "group_score", "choice_bias",
+//                 "normalize", "normalize_over", "routed_scaling", "choice_noise", "jitter", "capacity_factor",
 //                 "eval_capacity_factor", "min_capacity", "drop_policy"}}      see moe/router.h
 // Unknown keys that would change the result are refused; a value that cannot be is refused by name.
 #pragma once

@@ -131,6 +131,7 @@ TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
                 .num_groups = 4,
                 .top_k_groups = 3,
                 .group_score = GroupScore::kTopTwo,
+                .choice_bias = true,
                 .normalize = true,
                 .normalize_over = NormalizeOver::kKept,
                 .routed_scaling = 2.5f,
@@ -153,6 +154,7 @@ TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
   EXPECT_EQ(router.choice_noise, wanted.choice_noise);
   EXPECT_EQ(router.drop_policy, wanted.drop_policy);
   EXPECT_EQ(router.top_k_groups, 3);
+  EXPECT_TRUE(router.choice_bias);
   EXPECT_EQ(router.jitter, 0.01f);
   EXPECT_EQ(router.eval_capacity_factor, 2.0f);
   EXPECT_NE(json.find("\"norm_eps\": 1e-06"), std::string::npos) << json;

@@ -155,7 +155,8 @@ void Decoder::feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* exper
   gemm({.a = normed_TD, .packed_b = &w.router_ED, .c = row_major(logits_TE, T, l.router.num_experts)}, pool_);
   RouterConfig dropless = l.router;
   dropless.eval_capacity_factor = 0;
-  const Routing routing = route(dropless, logits_TE, T, {}, pool_);
+  const RouteOptions options{.choice_bias_E = w.choice_bias_E.empty() ? nullptr : w.choice_bias_E.data()};
+  const Routing routing = route(dropless, logits_TE, T, options, pool_);
   if (expert_ids) expert_ids->insert(expert_ids->end(), routing.expert_ids_TK.begin(), routing.expert_ids_TK.end());
   experts_forward(w.experts, make_dispatch(routing), normed_TD, experts_TD, pool_);
   add_mixture(w, l.residual, T);

@@ -52,6 +52,7 @@ class Listing {
     if (l.intermediate_size > 0) add_mlp(layer + "mlp", 0, l.intermediate_size);
     if (!l.is_moe()) return;
     add(layer + "router.weight", {l.router.num_experts, config_.hidden_size});
+    if (l.router.choice_bias) add(layer + "router.choice_bias", {l.router.num_experts});
     add_mlp(layer + "experts", l.router.num_experts, l.expert_intermediate_size);
     if (l.residual == ResidualKind::kLearned) add_linear(layer + "mix", 2, config_.hidden_size, true);
     if (l.residual == ResidualKind::kSharedGate) add_linear(layer + "mix", 1, config_.hidden_size, false);

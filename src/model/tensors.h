@@ -7,8 +7,8 @@
 //   model.layers.N.attention.{q,k}_norm.weight [head_dim], or [heads * head_dim] when over the full width
 //   model.layers.N.post_attention_norm.weight, .bias
 //   model.layers.N.mlp.up.weight [U, D], .up.bias [U], .down.weight [D, F], .down.bias [D]     dense or fixed MLP
-//   model.layers.N.router.weight [E, D]
-//   model.layers.N.experts.up.weight [E, U, D], .up.bias [E, U], .down.weight [E, D, F], .down.bias [E, D]
+//   model.layers.N.router.weight [E, D], .choice_bias [E]  (router.choice_bias; moved by the trainer, without a
+//   gradient) model.layers.N.experts.up.weight [E, U, D], .up.bias [E, U], .down.weight [E, D, F], .down.bias [E, D]
 //   model.layers.N.mix.weight [2, D], .mix.bias [2]  (learned)   or   [1, D], no bias  (shared_gate)
 //   model.norm.weight, .bias                  lm_head.weight [V, D]  (untied)
 // U = 2F when the MLP is gated (gate rows first, then up rows), else F.

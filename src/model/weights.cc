@@ -69,6 +69,7 @@ class WeightLoader {
     if (l.intermediate_size > 0) w.mlp = experts(name + "mlp", 1, l.intermediate_size);
     if (!l.is_moe()) return w;
     w.router_ED = pack_fp32(read(name + "router.weight"), l.router.num_experts);
+    w.choice_bias_E = read_if_there(name + "router.choice_bias");
     w.experts = experts(name + "experts", l.router.num_experts, l.expert_intermediate_size);
     const std::vector<float> mix = read_if_there(name + "mix.weight");
     if (!mix.empty()) {

@@ -36,6 +36,7 @@ struct LayerWeights {
   NormWeights post_attention_norm;
   PackedExperts mlp;  // the dense MLP, or the fixed one beside the experts
   PackedMatrix router_ED;
+  std::vector<float> choice_bias_E;  // empty: none
   PackedExperts experts;
   LinearWeights mix;  // [2, D] or [1, D], see ResidualKind
 };

@@ -26,6 +26,7 @@ AdamW::AdamW(const std::vector<Parameter>& parameters, const TrainSettings& sett
     masters_.push_back(master_of(parameters[i].tensor));
     exp_avg_.push_back(at::zeros_like(masters_[i]));
     exp_avg_sq_.push_back(at::zeros_like(masters_[i]));
+    if (!parameters[i].tensor.requires_grad()) continue;  // kept and saved with the others, but not trained
     const std::string& name = parameters[i].name;
     const bool decays = parameters[i].tensor.dim() >= 2 && !name.ends_with(".bias");
     groups_[decays ? 0 : 1].members.push_back(i);

@@ -21,12 +21,16 @@ bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
+// Moved by update_choice_biases() and not by gradients.
+bool is_choice_bias(const std::string& name) { return ends_with(name, ".choice_bias"); }
+
 bool is_norm(const std::string& name) { return name.find("norm.weight") != std::string::npos; }
 
 // Vectors, routers and mixes stay fp32 in a bf16 model, as in the engine: they are small, and what
 // they decide is discrete.
 bool keeps_fp32(const std::string& name) {
-  return is_norm(name) || ends_with(name, ".bias") || ends_with(name, "router.weight") || ends_with(name, "mix.weight");
+  return is_norm(name) || is_choice_bias(name) || ends_with(name, ".bias") || ends_with(name, "router.weight") ||
+         ends_with(name, "mix.weight");
 }
 
 double initial_std(const std::string& name, const ModelConfig& config) {
@@ -36,7 +40,7 @@ double initial_std(const std::string& name, const ModelConfig& config) {
 }
 
 at::Tensor initial_values(const TensorSpec& spec, const ModelConfig& config, uint64_t seed, size_t index) {
-  if (ends_with(spec.name, ".bias")) return at::zeros(spec.shape, at::kFloat);
+  if (ends_with(spec.name, ".bias") || is_choice_bias(spec.name)) return at::zeros(spec.shape, at::kFloat);
   if (is_norm(spec.name)) return at::ones(spec.shape, at::kFloat);
   const auto bits = philox(seed, /*counter_high=*/0, index);
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{bits[0]} << 32 | bits[1]);
@@ -69,7 +73,7 @@ LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, ui
     at::Tensor tensor = initial_values(spec, config_, seed, parameters_.size());
     if (!keeps_fp32(spec.name)) tensor = tensor.to(dtype);
     index_[spec.name] = parameters_.size();
-    parameters_.push_back({spec.name, tensor.set_requires_grad(true)});
+    parameters_.push_back({spec.name, tensor.set_requires_grad(!is_choice_bias(spec.name))});
   }
   for (int64_t i = 0; i < config_.num_layers(); ++i) layers_.push_back(layer_named(i));
 }
@@ -124,7 +128,18 @@ LanguageModel::Layer LanguageModel::layer_named(int64_t index) const {
           .mlp = experts_named(prefix + "mlp"),
           .experts = experts_named(prefix + "experts"),
           .router = get(prefix + "router.weight"),
+          .choice_bias = get(prefix + "router.choice_bias"),
           .mix = projection_named(prefix + "mix")};
+}
+
+void LanguageModel::update_choice_biases(const std::vector<LoadCounter>& loads, double rate) const {
+  size_t moe_layer = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (!config_.layers[i].is_moe()) continue;
+    const LoadCounter& load = loads[moe_layer++];
+    const at::Tensor& bias = layers_[i].choice_bias;
+    if (bias.defined()) update_choice_bias(load.chosen_E(), static_cast<float>(rate), bias.mutable_data_ptr<float>());
+  }
 }
 
 at::Tensor LanguageModel::head() const {
@@ -215,7 +230,11 @@ at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& l
   const RandomKey key{.seed = options.seed, .step = options.step, .layer = index, .first_token = options.first_token};
   const bool jitter = options.training && router.jitter > 0;
   const at::Tensor logits = linear(jitter ? jittered(x, router.jitter, key) : x, layer.router, at::Tensor());
-  const Routed chosen = route_tokens(router, logits, {.training = options.training, .key = key});
+  const Routed chosen = route_tokens(
+      router, logits,
+      {.training = options.training,
+       .key = key,
+       .choice_bias_E = layer.choice_bias.defined() ? layer.choice_bias.const_data_ptr<float>() : nullptr});
   result.routings.push_back(chosen.routing);
   if (options.training) add_router_losses(router, logits, *chosen.routing, options, result);
   return apply_experts(shape_of(router.num_experts, layer_config.expert_intermediate_size),

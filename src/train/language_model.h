@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "moe/load.h"
 #include "moe/router.h"
 #include "train/ops.h"
 #include "train/router_losses.h"
@@ -24,7 +25,8 @@ at::ScalarType parameter_type(const std::string& dtype);
 
 struct Parameter {
   std::string name;
-  at::Tensor tensor;  // a leaf; matrices in the model's dtype, everything else fp32
+  at::Tensor
+      tensor;  // a leaf; matrices in the model's dtype, everything else fp32. Of choice biases without a gradient
 };
 
 // The load of each MoE layer's experts that the balance loss is about.
@@ -65,6 +67,9 @@ class LanguageModel {
   ForwardResult forward(const at::Tensor& tokens_BS, const ForwardOptions& options) const;
   at::Tensor head() const;  // the output matrix [V, D]
 
+  // Moves every router's choice bias against the load, given per MoE layer (see update_choice_bias).
+  void update_choice_biases(const std::vector<LoadCounter>& loads, double rate) const;
+
  private:
   // One layer's tensors; undefined where the configuration has none.
   struct Norm {
@@ -78,7 +83,7 @@ class LanguageModel {
     Projection q, k, v, o;
     at::Tensor q_norm, k_norm;
     ExpertTensors mlp, experts;
-    at::Tensor router;
+    at::Tensor router, choice_bias;
     Projection mix;
   };
 

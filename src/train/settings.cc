@@ -82,6 +82,7 @@ TrainSettings parse_train(const Json& root) {
   section.take("balance_loss_choices", balance_loss_choices);
   section.take("balance_loss_scope", train.balance_loss_scope);
   section.take("z_loss", train.z_loss);
+  section.take("choice_bias_rate", train.choice_bias_rate);
   section.take("dtype", train.dtype);
   section.take("seed", train.seed);
   section.take("threads", train.threads);
@@ -100,6 +101,7 @@ TrainSettings parse_train(const Json& root) {
                 "must be all or first");
   section.check(train.balance_loss_scope == "micro_batch" || train.balance_loss_scope == "global_batch",
                 "balance_loss_scope", "must be micro_batch or global_batch");
+  section.check(train.choice_bias_rate >= 0, "choice_bias_rate", "must not be negative");
   train.balance_loss_choices = balance_choices_from_name(balance_loss_choices);
   section.check(train.dtype == "fp32" || train.dtype == "bf16", "dtype", "must be fp32 or bf16");
   return train;

@@ -35,7 +35,8 @@ struct TrainSettings {
   BalanceChoices balance_loss_choices = BalanceChoices::kAll;
   std::string balance_loss_scope = "micro_batch";  // or "global_batch": the load of the step so far
   double z_loss = 0.0;
-  std::string dtype = "fp32";  // "fp32" or "bf16" (fp32 master weights)
+  double choice_bias_rate = 1e-3;  // what a step moves each choice bias by
+  std::string dtype = "fp32";      // "fp32" or "bf16" (fp32 master weights)
   uint64_t seed = 0;
   int64_t threads = 0;      // 0: as many as the process may use
   int64_t eval_tokens = 0;  // 0: the whole validation split

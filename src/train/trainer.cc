@@ -99,6 +99,7 @@ StepMetrics Trainer::step() {
   metrics.tokens = (state_.step + 1) * tokens_per_step;
   metrics.learning_rate = learning_rate_at(settings_.train, metrics.tokens);
   metrics.grad_norm = optimizer_.step(metrics.learning_rate);
+  model_.update_choice_biases(tally.loads, settings_.train.choice_bias_rate);
   metrics.step = ++state_.step;
   metrics.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   state_.train_seconds += metrics.seconds;

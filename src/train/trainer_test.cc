@@ -173,6 +173,41 @@ TEST_F(TrainerTest, EvaluationHasItsOwnCapacity) {
   EXPECT_NE(Trainer(config, settings("eval")).evaluate().loss, dropless);
 }
 
+// The bias moves by the rate and against the load, survives a checkpoint and an export, and is no business
+// of the optimizer.
+TEST_F(TrainerTest, ChoiceBiasFollowsTheLoad) {
+  const std::string name = "model.layers.1.router.choice_bias";
+  ModelConfig config = tiny_config();
+  config.layers[1].router.choice_bias = true;
+  RunSettings s = settings("bias");
+  s.train.choice_bias_rate = 0.25;  // far more than AdamW's 1e-2
+  const auto bias_of = [&](const Trainer& trainer) {
+    for (const Parameter& p : trainer.model().parameters()) {
+      if (p.name == name) return std::vector<float>(p.tensor.data_ptr<float>(), p.tensor.data_ptr<float>() + 4);
+    }
+    return std::vector<float>();
+  };
+  Trainer trainer(config, s);
+  EXPECT_EQ(bias_of(trainer), std::vector<float>(4));
+  config.layers[1].router.capacity_factor = 0;  // so that kept choices are all choices
+  Trainer dropless(config, s);
+  const std::vector<int64_t> load_E = dropless.step().loads[0].tokens_per_expert_E;
+  for (size_t e = 0; e < 4; ++e) {
+    const float expected = load_E[e] < 16 ? 0.25f : load_E[e] > 16 ? -0.25f : 0.0f;  // 64 choices of 4 experts
+    EXPECT_EQ(bias_of(dropless)[e], expected) << load_E[e];
+  }
+  run(trainer, 3);
+  trainer.save();
+  Trainer resumed(trainer.model().config(), s);
+  resumed.resume();
+  EXPECT_EQ(bias_of(resumed), bias_of(trainer));
+  trainer.export_model((dir_ / "bias/model").string());
+  std::vector<float> exported(4);
+  SafetensorsSource((dir_ / "bias/model").string()).read(name, exported.data());
+  EXPECT_EQ(exported, bias_of(trainer));
+  EXPECT_NE(exported, std::vector<float>(4));
+}
+
 TEST_F(TrainerTest, KeepsTheNewestCheckpoints) {
   Trainer trainer(tiny_config(), settings("keep"));
   for (int i = 0; i < 4; ++i) {

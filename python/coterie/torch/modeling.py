@@ -147,6 +147,7 @@ class CoteriePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = {"choice_bias"}  # its steps are smaller than bf16's
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -158,8 +159,9 @@ class CoteriePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             init.ones_(module.weight)
-        if getattr(module, "bias", None) is not None:
-            init.zeros_(module.bias)
+        for name in ("bias", "choice_bias"):
+            if getattr(module, name, None) is not None:
+                init.zeros_(getattr(module, name))
 
 
 class CoterieModel(CoteriePreTrainedModel):

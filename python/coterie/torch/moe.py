@@ -57,6 +57,9 @@ class RouterConfig:
     num_groups, top_k_groups, group_score
         The experts are cut into groups, and a token chooses within its best ``top_k_groups``. A group
         is worth its best score ("max", DeepSeek-V2) or the sum of its two best ("top2", DeepSeek-V3).
+    choice_bias
+        The router has a bias per expert, added to the scores for the choice alone (DeepSeek-V3). Training
+        with ``coterie train`` moves it against the load.
     normalize
         Divide a token's weights by their sum.
     normalize_over
@@ -83,6 +86,7 @@ class RouterConfig:
     num_groups: int = 1
     top_k_groups: int = 1
     group_score: str = "max"
+    choice_bias: bool = False
     normalize: bool = False
     normalize_over: str = "chosen"
     routed_scaling: float = 1.0
@@ -102,7 +106,7 @@ class RouterConfig:
             _require(0 <= value < math.inf, name, value, "is not 0 or a positive number")
         if self.chooser == "experts":
             _require(self.capacity_factor > 0, "chooser", "experts", "needs a capacity_factor above 0")
-            for name, wanted in (("num_groups", 1), ("choice_noise", "none")):
+            for name, wanted in (("num_groups", 1), ("choice_noise", "none"), ("choice_bias", False)):
                 value = getattr(self, name)
                 _require(value == wanted, "chooser", "experts", f"does not go with {name} ({value})")
 
@@ -235,6 +239,7 @@ class Router(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, config: RouterConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("choice_bias", torch.zeros(num_experts) if config.choice_bias else None)
         self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
@@ -283,16 +288,17 @@ class Router(nn.Module):
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, draws: RouterDraws) -> Tensor:
         """The experts of each token [T, K], best first."""
         noise = self.config.choice_noise if self.training else "none"
-        noisy_TE = scores_TE
+        bias_E = 0.0 if self.choice_bias is None else self.choice_bias.float()
+        value_TE = noisy_TE = scores_TE + bias_E
         if noise != "none":
             gumbel_TE = draws.gumbel_TE
             if gumbel_TE is None:
                 gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
-            noisy_TE = self._scores(logits_TE + gumbel_TE)
-        allowed_TE = self._in_best_groups(noisy_TE if noise == "rsample" else scores_TE)
+            noisy_TE = self._scores(logits_TE + gumbel_TE) + bias_E
+        allowed_TE = self._in_best_groups(noisy_TE if noise == "rsample" else value_TE)
         if noise != "second_expert":
             return _best_first(noisy_TE, allowed_TE)[:, : self.top_k]
-        first_T1 = _best_first(scores_TE, allowed_TE)[:, :1]
+        first_T1 = _best_first(value_TE, allowed_TE)[:, :1]
         allowed_TE = allowed_TE.scatter(1, first_T1, False)
         return torch.cat((first_T1, _best_first(noisy_TE, allowed_TE)[:, :1]), dim=1)
 
