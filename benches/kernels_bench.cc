@@ -20,6 +20,7 @@
 #include "kernels/attention.h"
 #include "kernels/gemm.h"
 #include "kernels/kernel_table.h"
+#include "kernels/limits.h"
 #include "moe/experts.h"
 #include "moe/router.h"
 
@@ -34,27 +35,15 @@ NativeThreadPool& pool() {
   return instance;
 }
 
-// FLOP/s of all threads on registers alone.
-double measure_peak(DType type) {
-  const KernelTable& kernels = active_kernels();
-  constexpr int64_t kSteps = 400000;
-  const int threads = pool().num_threads();
-  const auto start = std::chrono::steady_clock::now();
-  pool().run(threads,
-             [&](int64_t, int) { benchmark::DoNotOptimize(kernels.register_peak[type == DType::kBF16](kSteps)); });
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  return static_cast<double>(kSteps * kernels.peak_flops(type)) * threads / seconds.count();
-}
-
 // Runs the work for as long as the library wants, and reports its rate.
 template <typename Work>
 void measure(benchmark::State& state, DType type, double flops, double bytes, const Work& work) {
   work();  // touches the workspaces
-  double peak = std::max(measure_peak(type), measure_peak(type));
+  double peak = register_flops(type, pool());
   const auto start = std::chrono::steady_clock::now();
   for (auto _ : state) work();
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  peak = std::max({peak, measure_peak(type), measure_peak(type)});
+  peak = std::max(peak, register_flops(type, pool()));
   const double rate = flops * static_cast<double>(state.iterations()) / seconds.count();
   state.counters["GFLOP/s"] = rate / 1e9;
   state.counters["peak"] = rate / peak;
@@ -291,7 +280,7 @@ int main(int argc, char** argv) {
   using coterie::DType;
   std::printf("%s, isa %s, %d threads; registers only: fp32 %.0f GFLOP/s, bf16 %.0f GFLOP/s\n",
               coterie::cpu_name().c_str(), std::string(coterie::active_kernels().name).c_str(),
-              coterie::pool().num_threads(), coterie::measure_peak(DType::kF32) / 1e9,
-              coterie::measure_peak(DType::kBF16) / 1e9);
+              coterie::pool().num_threads(), coterie::register_flops(DType::kF32, coterie::pool()) / 1e9,
+              coterie::register_flops(DType::kBF16, coterie::pool()) / 1e9);
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -15,6 +15,7 @@
 #include "io/gguf.h"
 #include "io/printable.h"
 #include "kernels/kernel_table.h"
+#include "kernels/limits.h"
 #include "model/export.h"
 #include "model/stored_model.h"
 
@@ -149,6 +150,22 @@ nb::dict gguf_metadata(const std::string& path) {
   return result;
 }
 
+// What benches hold their figures against, measured on threads of its own.
+class Limits {
+ public:
+  Limits(int threads, size_t read_bytes) : pool_(threads), memory_(read_bytes) {}
+
+  double register_flops(const std::string& dtype) {
+    if (dtype != "fp32" && dtype != "bf16") throw InvalidArgument("dtype: '" + dtype + "' is neither fp32 nor bf16");
+    return coterie::register_flops(dtype == "bf16" ? DType::kBF16 : DType::kF32, pool_);
+  }
+  double read_bandwidth() { return memory_.measure(pool_); }
+
+ private:
+  NativeThreadPool pool_;
+  ReadBandwidth memory_;
+};
+
 nb::dict load_weights_of(const std::string& path) {
   const StoredModel model(path);
   nb::dict result;
@@ -176,6 +193,10 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("vocab_size", &Engine::vocab_size)
       .def_prop_ro("max_model_len", &Engine::max_model_len)
       .def_prop_ro("config_json", &Engine::config_json);
+  nb::class_<Limits>(m, "Limits")
+      .def(nb::init<int, size_t>(), "threads"_a, "read_bytes"_a, no_gil)
+      .def("register_flops", &Limits::register_flops, "dtype"_a, no_gil)
+      .def("read_bandwidth", &Limits::read_bandwidth, no_gil);
   m.def("model_config", [](const std::string& path) { return read_model_config(path).to_json(); }, "path"_a);
   m.def("count_parameters", &count_parameters, "config_json"_a);
   m.def("stored_tensors", &stored_tensors, "path"_a);

@@ -10,6 +10,8 @@ import sys
 
 import typer
 
+from coterie.bench import BenchError
+from coterie.cli.bench import bench
 from coterie.cli.data import data
 from coterie.cli.distill import distill
 from coterie.cli.eval import evaluate
@@ -38,6 +40,7 @@ for name, command in (
     ("generate", generate),
 ):
     app.command(name)(command)
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +73,13 @@ def _errors_of_input() -> tuple[type[Exception], ...]:
     """The exceptions that say what is wrong with the input. The engine's are known once it is loaded."""
     engine = sys.modules.get("coterie._engine")
     names = ("InvalidArgument", "CorruptFile", "ResourceExhausted")
-    return (ConfigError, DataError, MissingPackageError, *(getattr(engine, name) for name in names if engine))
+    return (
+        BenchError,
+        ConfigError,
+        DataError,
+        MissingPackageError,
+        *(getattr(engine, name) for name in names if engine),
+    )
 
 
 def _refuse(message: str) -> int:

@@ -1,0 +1,66 @@
+"""DeepSpeed's MoE layer as it is shipped: capacity factor 1, tokens above it dropped, random token selection,
+its own router (two choices are normalised, the second drawn at random)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # read on import
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE
+from torch import Tensor, distributed, nn
+from worker import DTYPES, serve, weights_of
+
+
+class Expert(nn.Module):
+    def __init__(self, hidden: int, ffn: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, ffn, bias=False, dtype=dtype)
+        self.down = nn.Linear(ffn, hidden, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+class DeepSpeedLayer(nn.Module):
+    def __init__(self, cell: dict[str, Any]) -> None:
+        super().__init__()
+        self.cell = cell
+        self.moe = MoE(
+            hidden_size=cell["hidden"],
+            expert=Expert(cell["hidden"], cell["ffn"], DTYPES[cell["dtype"]]),
+            num_experts=cell["experts"],
+            k=cell["top_k"],
+            min_capacity=min(4, cell["tokens"]),  # it refuses fewer tokens than that
+        )
+        self.moe.set_deepspeed_parallelism()
+        self._load()
+
+    def _load(self) -> None:
+        weights = weights_of(self.cell)
+        inner = self.moe.deepspeed_moe
+        with torch.no_grad():
+            inner.gate.wg.weight.copy_(weights.router_ED)
+            for expert, up, down in zip(inner.experts.deepspeed_experts, weights.up_EFD, weights.down_EDF, strict=True):
+                expert.up.weight.copy_(up)
+                expert.down.weight.copy_(down)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        out_TD, _, self.counts_E = self.moe(x_TD)
+        return out_TD
+
+    def facts(self) -> dict[str, Any]:
+        """Of the last pass: the share of choices that found their expert full."""
+        choices = self.cell["tokens"] * self.cell["top_k"]
+        capacity = max(-(-choices // self.cell["experts"]), min(4, self.cell["tokens"]))
+        dropped = (self.counts_E - capacity).clamp(min=0).sum().item() / choices
+        return {"version": deepspeed.__version__, "dropped": dropped}
+
+
+# A group of this one process, without a port. The first time, DeepSpeed compiles an extension for it.
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+deepspeed.init_distributed("gloo")
+serve({"layer": DeepSpeedLayer})

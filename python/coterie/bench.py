@@ -1,0 +1,478 @@
+"""What `coterie bench` does: one layer, ours and its peers, on one machine in one run.
+
+A shared machine changes from minute to minute, so figures of different runs say nothing about each other.
+Here every system is a process of its own (benches/peers, one file a system), all of them hold the same layer
+at the same time, and they take turns: in each round every system runs a few steps, while the others sleep.
+What the machine can do at most (arithmetic on registers alone, reading memory in huge pages) is measured in
+the same rounds. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+OURS = "coterie"
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+PEERS = {"layer": ("deepspeed", "torch_loop", "torch_grouped_mm", "transformers"), "linear": ("torch",)}
+PACKAGES = {"deepspeed": "deepspeed", "transformers": "transformers"}  # of the peers that need more than torch
+TCMALLOC = "tcmalloc"
+# Of every system; who has set it keeps it. OpenMP's threads spin between two pieces of work, by default so long
+# that on a machine with other work they take the processors from each other: steps of 3 ms become 300.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
+READ_BYTES = 1 << 30  # of weights that forward passes go through, and of the read limit: more than caches hold
+MOST_BATCHES = 61  # prime, so that inputs and copies of the layer meet in every combination
+
+
+class BenchError(Exception):
+    """What was asked for cannot be measured here; one line."""
+
+
+@dataclass(frozen=True)
+class LayerCell:
+    """A Mixture-of-Experts layer: a router, experts of two matrices with GELU between them, no biases."""
+
+    dtype: str
+    tokens: int
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    backward: bool
+
+    kind = "layer"
+
+    def check(self) -> None:
+        """Refuse sizes that are none."""
+        if self.top_k > self.experts:
+            raise BenchError(f"--top-k: exceeds --experts {self.experts} ({self.top_k})")
+
+    @property
+    def flops(self) -> float:
+        """Useful arithmetic: the experts' products; the router's are left out."""
+        return (3 if self.backward else 1) * 2.0 * self.tokens * self.top_k * 2 * self.hidden * self.ffn
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.experts * self.expert_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        return 2 * self.hidden * self.ffn * DTYPE_BYTES[self.dtype]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Roughly, and rather too much: a dozen arrays of routed rows."""
+        return 12 * self.tokens * self.top_k * max(self.hidden, self.ffn) * 4
+
+    def read_bytes(self, info: dict[str, Any]) -> float:
+        """Weights that a forward pass must read: those of the experts that were chosen."""
+        return info["experts_hit"] * self.expert_bytes + 4 * self.experts * self.hidden
+
+
+@dataclass(frozen=True)
+class LinearCell:
+    """A linear layer without bias: `tokens` rows of `hidden` values to `outputs` values."""
+
+    dtype: str
+    tokens: int
+    hidden: int
+    outputs: int
+    backward: bool
+
+    kind = "linear"
+
+    def check(self) -> None:
+        """All sizes are possible."""
+
+    @property
+    def flops(self) -> float:
+        return (3 if self.backward else 1) * 2.0 * self.tokens * self.hidden * self.outputs
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.hidden * self.outputs * DTYPE_BYTES[self.dtype]
+
+    @property
+    def activation_bytes(self) -> int:
+        return 6 * self.tokens * max(self.hidden, self.outputs) * 4
+
+    def read_bytes(self, info: dict[str, Any]) -> float:
+        return self.weight_bytes
+
+
+Cell = LayerCell | LinearCell
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Parameters
+    ----------
+    threads
+        Of every system, and of the limits.
+    rounds
+        How many turns each system gets.
+    repeat
+        The least number of steps in a turn.
+    seconds
+        The least duration of a turn.
+    """
+
+    threads: int = 2
+    rounds: int = 5
+    repeat: int = 3
+    seconds: float = 0.1
+
+
+@dataclass
+class System:
+    """A program that speaks the protocol of benches/peers/worker.py."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Samples:
+    """What one system did in one cell."""
+
+    times_ms: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None  # why there are no figures
+
+    def summary(self, flops: float, peak: float) -> dict[str, Any]:
+        if self.reason or not self.times_ms:
+            return {"ms": None, "reason": self.reason}
+        ms = statistics.median(self.times_ms)
+        gflops = flops / ms / 1e6
+        return {
+            "ms": ms,
+            "min_ms": min(self.times_ms),
+            "steps": len(self.times_ms),
+            "gflops": gflops,
+            "share_of_peak": gflops * 1e9 / peak,
+            "peak_bytes": self.peak_bytes,
+            **{key: value for key, value in self.info.items() if key != "norms"},
+        }
+
+
+class Limits:
+    """What the machine can do at most; the best that was seen since `begin`."""
+
+    def __init__(self, threads: int) -> None:
+        from coterie import _engine
+
+        self.source = _engine.Limits(threads, READ_BYTES)
+        self.isa = _engine.isa()
+        self.begin("fp32")
+
+    def begin(self, dtype: str) -> None:
+        self.dtype, self.flops, self.bandwidth = dtype, 0.0, 0.0
+
+    def measure(self) -> None:
+        self.flops = max(self.flops, self.source.register_flops(self.dtype))
+        self.bandwidth = max(self.bandwidth, self.source.read_bandwidth())
+
+
+class Worker:
+    """A system's process. A request that fails raises BenchError with the system's reason."""
+
+    def __init__(self, system: System, threads: int) -> None:
+        self.name = system.name
+        self.stderr: IO[bytes] = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            system.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.stderr,
+            text=True,
+            env={**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads), **system.environment},
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.stderr):
+            stream.close()
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BenchError(f"ended with code {self.process.wait()}: {self._last_words()}")
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise BenchError(f"said {line[:80]!r} for an answer") from None
+        if "error" in answer:
+            raise BenchError(answer["error"])
+        return answer
+
+    def _last_words(self) -> str:
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
+
+
+def systems(kind: str, peers: Sequence[str]) -> list[System]:
+    """Ours and the named peers, first of all ours.
+
+    Parameters
+    ----------
+    kind
+        "layer" or "linear".
+    peers
+        Names of `PEERS[kind]`, each with or without "+tcmalloc".
+
+    Raises
+    ------
+    BenchError
+        An unknown name, or something that is not installed.
+    """
+    root = Path(__file__).resolve().parents[2]
+    folder = root / "benches" / "peers"
+    if not folder.is_dir():
+        raise BenchError(f"{folder}: missing; the benchmarks run from a checkout of Coterie")
+    python = root / ".venv-peers" / "bin" / "python"
+    interpreter = str(python) if python.exists() else sys.executable
+    ours = System(OURS, [sys.executable, str(folder / f"{OURS}_peer.py")], {"PYTHONPATH": str(root / "python")})
+    found = [ours]
+    for peer in dict.fromkeys(peers):
+        name, _, allocator = peer.partition("+")
+        if name not in PEERS[kind] or allocator not in ("", TCMALLOC):
+            known = ", ".join(PEERS[kind])
+            raise BenchError(f"--peers: no peer is called {peer!r}; known: {known}, each also with +{TCMALLOC}")
+        _require(interpreter, PACKAGES.get(name, "torch"), name)
+        environment = {"LD_PRELOAD": _tcmalloc(peer)} if allocator else {}
+        found.append(System(peer, [interpreter, str(folder / f"{name}_peer.py")], environment))
+    return found
+
+
+def _require(interpreter: str, package: str, peer: str) -> None:
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    if subprocess.run([interpreter, "-c", code, package], capture_output=True).returncode != 0:
+        raise BenchError(f"--peers: {peer}: {interpreter} has no {package}; run benches/peers/setup")
+
+
+def _tcmalloc(peer: str) -> str:
+    library = ctypes.util.find_library("tcmalloc_minimal")
+    if not library:
+        raise BenchError(f"--peers: {peer}: libtcmalloc_minimal is not installed; run benches/peers/setup")
+    return library
+
+
+def run(
+    cells: Sequence[Cell],
+    contestants: Sequence[System],
+    settings: Settings,
+    progress: Callable[[Cell, str], None] = lambda cell, system: None,
+) -> dict[str, Any]:
+    """Measure every cell.
+
+    Parameters
+    ----------
+    cells
+        What to measure.
+    contestants
+        From `systems`.
+    settings
+        How to measure it.
+    progress
+        Called before every turn of a system.
+
+    Returns
+    -------
+    dict
+        machine, cells and summary, as docs/performance.md describes them.
+    """
+    for cell in cells:
+        cell.check()
+    limits = Limits(settings.threads)
+    measured = [measure(cell, contestants, settings, limits, progress) for cell in cells]
+    return {
+        "machine": machine(limits.isa, settings.threads),
+        "settings": asdict(settings),
+        "cells": measured,
+        "summary": summarize(measured),
+    }
+
+
+def measure(
+    cell: Cell,
+    contestants: Sequence[System],
+    settings: Settings,
+    limits: Limits,
+    progress: Callable[[Cell, str], None],
+) -> dict[str, Any]:
+    """One cell: all systems in turns, round by round."""
+    samples = {system.name: Samples() for system in contestants}
+    request = _request(cell, settings)
+    limits.begin(cell.dtype)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(system, settings.threads)) for system in contestants]
+        together = _fit_together(cell, request["copies"], len(workers))
+        for turn in range(settings.rounds):
+            limits.measure()
+            first = turn % len(workers)  # nobody always follows the same neighbour
+            for worker in workers[first:] + workers[:first]:
+                progress(cell, worker.name)
+                _take_turn(worker, request, settings, samples[worker.name], together)
+        limits.measure()
+    return report(cell, samples, limits.flops, limits.bandwidth)
+
+
+def _take_turn(worker: Worker, request: dict[str, Any], settings: Settings, samples: Samples, together: bool) -> None:
+    if samples.reason:
+        return
+    try:
+        if not samples.times_ms or not together:
+            samples.info = worker.ask("make", cell=request)["info"]
+        answer = worker.ask("run", repeat=settings.repeat, seconds=settings.seconds)
+        if not together:
+            worker.ask("drop")
+    except BenchError as error:
+        samples.reason = str(error)
+        worker.process.kill()  # its memory is for the others
+        return
+    samples.times_ms += answer["ms"]
+    samples.peak_bytes = max(samples.peak_bytes, answer["peak_bytes"])
+
+
+def _request(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """What a system needs to know of a cell. Forward passes go through many layers, as a model does that
+    serves; training repeats one, since its weights and gradients change places with all others anyway."""
+    copies = 1 if cell.backward else math.ceil(READ_BYTES / cell.weight_bytes)
+    batches = 1 if cell.backward else max(1, min(MOST_BATCHES, 8192 // cell.tokens))
+    return {"kind": cell.kind, **asdict(cell), "threads": settings.threads, "copies": copies, "batches": batches}
+
+
+def _fit_together(cell: Cell, copies: int, num_systems: int) -> bool:
+    """Whether all systems can hold the cell at once; otherwise each builds it anew for every turn."""
+    gradients = 3 if cell.backward else 1  # weights, gradients, and gradients on their way
+    need = num_systems * (copies * cell.weight_bytes * gradients + cell.activation_bytes)
+    return need < 0.8 * _memory("MemAvailable")
+
+
+def report(cell: Cell, samples: dict[str, Samples], peak: float, bandwidth: float) -> dict[str, Any]:
+    """The figures of one cell.
+
+    Parameters
+    ----------
+    cell
+        What was measured.
+    samples
+        By the name of the system.
+    peak, bandwidth
+        The limits of the same rounds, FLOP/s and bytes/s.
+    """
+    systems = {name: sample.summary(cell.flops, peak) for name, sample in samples.items()}
+    ours = systems.pop(OURS)
+    ran = {name: peer for name, peer in systems.items() if peer["ms"] is not None}
+    result = {
+        **asdict(cell),
+        "peak_gflops": peak / 1e9,
+        "read_gb_per_s": bandwidth / 1e9,
+        "ours_ms": ours["ms"],
+        "ours_gflops": ours.get("gflops"),
+        "share_of_peak": ours.get("share_of_peak"),
+        "peers": {name: peer["ms"] for name, peer in systems.items()},
+        "best_peer": min(ran, key=lambda name: ran[name]["ms"], default=None),
+        "ratio_to_best_peer": None,
+        "ratio_of_minima": None,
+    }
+    if ours["ms"] is not None and ran:
+        result["ratio_to_best_peer"] = ran[result["best_peer"]]["ms"] / ours["ms"]
+        result["ratio_of_minima"] = min(peer["min_ms"] for peer in ran.values()) / ours["min_ms"]
+    if ours["ms"] is not None and not cell.backward:
+        result |= _binding_limit(cell, samples[OURS].info, ours["ms"], peak, bandwidth)
+    _compare_results(samples, systems)
+    return {**result, "systems": {OURS: ours, **systems}}
+
+
+def _binding_limit(cell: Cell, info: dict[str, Any], ours_ms: float, peak: float, bandwidth: float) -> dict[str, Any]:
+    """Of a forward pass: whichever takes longer, its arithmetic or reading its weights once."""
+    read_ms = 1e3 * cell.read_bytes(info) / bandwidth
+    arithmetic_ms = 1e3 * cell.flops / peak
+    return {
+        "share_of_bandwidth": read_ms / ours_ms,
+        "limit": "memory" if read_ms > arithmetic_ms else "arithmetic",
+        "share_of_limit": max(read_ms, arithmetic_ms) / ours_ms,
+    }
+
+
+def _compare_results(samples: dict[str, Samples], peers: dict[str, dict[str, Any]]) -> None:
+    """Adds to every peer how far the norms of its outputs and gradients are from ours: 0.01 is 1 %. One that
+    routes by rules of its own (DeepSpeed) is off by what it drops; anything else would do other work."""
+    ours = samples[OURS].info.get("norms")
+    for name, peer in peers.items():
+        theirs = samples[name].info.get("norms")
+        if ours and theirs:
+            peer["difference"] = max(abs(theirs[key] / ours[key] - 1) for key in ours)
+
+
+def summarize(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric means and minima over all cells, and over the cells that share a value of an axis.
+
+    Returns
+    -------
+    list of dict
+        group ("all", "dtype=bf16", ...), cells, and for each of the figures its geometric mean and minimum.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {"all": list(cells)}
+    for axis in ("dtype", "tokens", "experts", "top_k"):
+        values = dict.fromkeys(cell[axis] for cell in cells if axis in cell)
+        if len(values) > 1:
+            groups |= {f"{axis}={value}": [cell for cell in cells if cell[axis] == value] for value in values}
+    return [{"group": name, "cells": len(group), **_means(group)} for name, group in groups.items()]
+
+
+def _means(group: Sequence[dict[str, Any]]) -> dict[str, float]:
+    means = {}
+    for figure in ("ratio_to_best_peer", "ratio_of_minima", "share_of_peak", "share_of_limit"):
+        values = [cell[figure] for cell in group if cell.get(figure) is not None]
+        if values:
+            means[f"{figure}_mean"] = statistics.geometric_mean(values)
+            means[f"{figure}_min"] = min(values)
+    return means
+
+
+def machine(isa: str, threads: int) -> dict[str, Any]:
+    """What the figures belong to."""
+    with open("/proc/cpuinfo") as info:
+        names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else "unknown",
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "isa": isa,
+        "memory_bytes": _memory("MemTotal"),
+        "load_1min": os.getloadavg()[0],
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(("OMP_", "GOMP_"))},
+    }
+
+
+def _memory(name: str) -> int:
+    with open("/proc/meminfo") as info:
+        return next(int(line.split()[1]) * 1024 for line in info if line.startswith(name + ":"))
