@@ -28,10 +28,12 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 PEERS = {"layer": ("deepspeed", "torch_loop", "torch_grouped_mm", "transformers"), "linear": ("torch",)}
 PACKAGES = {"deepspeed": "deepspeed", "transformers": "transformers"}  # of the peers that need more than torch
 TCMALLOC = "tcmalloc"
+SHARES = ("share_of_peak", "share_of_bandwidth", "share_of_limit")  # the last two of forward passes alone
 # Of every system; who has set it keeps it. OpenMP's threads spin between two pieces of work, by default so long
 # that on a machine with other work they take the processors from each other: steps of 3 ms become 300.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 READ_BYTES = 1 << 30  # of weights that forward passes go through, and of the read limit: more than caches hold
+MOST_COPIES = 64
 MOST_BATCHES = 61  # prime, so that inputs and copies of the layer meet in every combination
 
 
@@ -155,20 +157,24 @@ class Samples:
     info: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None  # why there are no figures
 
-    def summary(self, flops: float, peak: float) -> dict[str, Any]:
+    def summary(self, cell: Cell, peak: float, bandwidth: float) -> dict[str, Any]:
+        """Of this system; `peak` in FLOP/s and `bandwidth` in bytes/s are the machine's."""
         if self.reason or not self.times_ms:
             return {"ms": None, "reason": self.reason}
         ms = statistics.median(self.times_ms)
-        gflops = flops / ms / 1e6
-        return {
+        arithmetic_ms = 1e3 * cell.flops / peak
+        result = {
             "ms": ms,
             "min_ms": min(self.times_ms),
             "steps": len(self.times_ms),
-            "gflops": gflops,
-            "share_of_peak": gflops * 1e9 / peak,
+            "gflops": cell.flops / ms / 1e6,
+            "share_of_peak": arithmetic_ms / ms,
             "peak_bytes": self.peak_bytes,
-            **{key: value for key, value in self.info.items() if key != "norms"},
         }
+        if not cell.backward:  # it takes at least as long as its arithmetic, and as reading its weights once
+            read_ms = 1e3 * cell.read_bytes(self.info) / bandwidth
+            result |= {"share_of_bandwidth": read_ms / ms, "share_of_limit": max(read_ms, arithmetic_ms) / ms}
+        return result | {key: value for key, value in self.info.items() if key != "norms"}
 
 
 class Limits:
@@ -363,7 +369,7 @@ def _take_turn(worker: Worker, request: dict[str, Any], settings: Settings, samp
 def _request(cell: Cell, settings: Settings) -> dict[str, Any]:
     """What a system needs to know of a cell. Forward passes go through many layers, as a model does that
     serves; training repeats one, since its weights and gradients change places with all others anyway."""
-    copies = 1 if cell.backward else math.ceil(READ_BYTES / cell.weight_bytes)
+    copies = 1 if cell.backward else min(MOST_COPIES, math.ceil(READ_BYTES / cell.weight_bytes))
     batches = 1 if cell.backward else max(1, min(MOST_BATCHES, 8192 // cell.tokens))
     return {"kind": cell.kind, **asdict(cell), "threads": settings.threads, "copies": copies, "batches": batches}
 
@@ -387,39 +393,27 @@ def report(cell: Cell, samples: dict[str, Samples], peak: float, bandwidth: floa
     peak, bandwidth
         The limits of the same rounds, FLOP/s and bytes/s.
     """
-    systems = {name: sample.summary(cell.flops, peak) for name, sample in samples.items()}
-    ours = systems.pop(OURS)
-    ran = {name: peer for name, peer in systems.items() if peer["ms"] is not None}
+    systems = {name: sample.summary(cell, peak, bandwidth) for name, sample in samples.items()}
+    ours, peers = systems[OURS], {name: system for name, system in systems.items() if name != OURS}
+    ran = [name for name, peer in peers.items() if peer["ms"] is not None]
+    best = min(ran, key=lambda name: peers[name]["ms"], default=None)
     result = {
         **asdict(cell),
         "peak_gflops": peak / 1e9,
         "read_gb_per_s": bandwidth / 1e9,
         "ours_ms": ours["ms"],
         "ours_gflops": ours.get("gflops"),
-        "share_of_peak": ours.get("share_of_peak"),
-        "peers": {name: peer["ms"] for name, peer in systems.items()},
-        "best_peer": min(ran, key=lambda name: ran[name]["ms"], default=None),
+        **{share: ours[share] for share in SHARES if share in ours},
+        "peers": {name: peer["ms"] for name, peer in peers.items()},
+        "best_peer": best,
         "ratio_to_best_peer": None,
         "ratio_of_minima": None,
     }
     if ours["ms"] is not None and ran:
-        result["ratio_to_best_peer"] = ran[result["best_peer"]]["ms"] / ours["ms"]
-        result["ratio_of_minima"] = min(peer["min_ms"] for peer in ran.values()) / ours["min_ms"]
-    if ours["ms"] is not None and not cell.backward:
-        result |= _binding_limit(cell, samples[OURS].info, ours["ms"], peak, bandwidth)
-    _compare_results(samples, systems)
-    return {**result, "systems": {OURS: ours, **systems}}
-
-
-def _binding_limit(cell: Cell, info: dict[str, Any], ours_ms: float, peak: float, bandwidth: float) -> dict[str, Any]:
-    """Of a forward pass: whichever takes longer, its arithmetic or reading its weights once."""
-    read_ms = 1e3 * cell.read_bytes(info) / bandwidth
-    arithmetic_ms = 1e3 * cell.flops / peak
-    return {
-        "share_of_bandwidth": read_ms / ours_ms,
-        "limit": "memory" if read_ms > arithmetic_ms else "arithmetic",
-        "share_of_limit": max(read_ms, arithmetic_ms) / ours_ms,
-    }
+        result["ratio_to_best_peer"] = peers[best]["ms"] / ours["ms"]
+        result["ratio_of_minima"] = min(peers[name]["min_ms"] for name in ran) / ours["min_ms"]
+    _compare_results(samples, peers)
+    return {**result, "systems": systems}
 
 
 def _compare_results(samples: dict[str, Samples], peers: dict[str, dict[str, Any]]) -> None:
@@ -450,7 +444,7 @@ def summarize(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _means(group: Sequence[dict[str, Any]]) -> dict[str, float]:
     means = {}
-    for figure in ("ratio_to_best_peer", "ratio_of_minima", "share_of_peak", "share_of_limit"):
+    for figure in ("ratio_to_best_peer", "ratio_of_minima", *SHARES):
         values = [cell[figure] for cell in group if cell.get(figure) is not None]
         if values:
             means[f"{figure}_mean"] = statistics.geometric_mean(values)

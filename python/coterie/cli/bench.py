@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from coterie import bench as benches
 from coterie.cli.console import JsonOption, human_bytes, notes, print_json, results
@@ -79,7 +81,7 @@ def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, 
         bar = bars.add_task("", total=len(cells) * settings.rounds * len(contestants))
 
         def progress(cell: benches.Cell, system: str) -> None:
-            bars.update(bar, description=f"{_name(cell)}: {system}", advance=1)
+            bars.update(bar, description=f"{_title(asdict(cell))}: {system}", advance=1)
 
         measured = benches.run(cells, contestants, settings, progress)
     if json:
@@ -102,52 +104,50 @@ def _sizes(option: str, text: str) -> list[int]:
     return list(dict.fromkeys(int(size) for size in text.split(",")))
 
 
-def _name(cell: benches.Cell) -> str:
-    if isinstance(cell, benches.LayerCell):
-        return f"{cell.dtype}, {cell.experts} experts, top {cell.top_k}, {cell.tokens} tokens"
-    return f"{cell.dtype}, {cell.tokens} rows"
-
-
-Column = tuple[str, Callable[[dict[str, Any]], str]]
-
-
 def _print(measured: dict[str, Any]) -> None:
     machine, cells = measured["machine"], measured["cells"]
     results.print(f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, load {machine['load_1min']:.1f}")
-    columns = _columns(cells)
-    table = Table(*(name for name, _ in columns))
+    forward = not cells[0]["backward"]
+    columns = (Column(name, justify="right", min_width=7, no_wrap=True) for name in _headings(forward))
+    table = Table(Column("system", no_wrap=True), *columns, box=box.SIMPLE)
     for cell in cells:
-        table.add_row(*(show(cell) for _, show in columns))
-    results.print(table)
+        table.add_section()
+        table.add_row(_title(cell), style="bold")
+        for name, system in cell["systems"].items():
+            table.add_row(name, *_figures(system, cell, forward))
+    results.print(table, width=None if results.is_terminal else 100)
+    for reason in dict.fromkeys(_reasons(cells)):
+        results.print(reason)
     for group in measured["summary"]:
         if "ratio_to_best_peer_mean" in group:
             mean, least = group["ratio_to_best_peer_mean"], group["ratio_to_best_peer_min"]
             over = f"geometric mean of {group['cells']}"
-            results.print(f"{group['group']}: {mean:.2f} times the best peer ({over}), at least {least:.2f}")
-    for reason in dict.fromkeys(_reasons(cells)):
-        results.print(reason)
+            results.print(f"{group['group']}: {mean:.2f} times as fast as the best peer ({over}), at least {least:.2f}")
 
 
-def _columns(cells: Sequence[dict[str, Any]]) -> list[Column]:
-    """The axes, our figures, then milliseconds of every peer."""
-    axes = [axis for axis in ("dtype", "experts", "top_k", "tokens") if axis in cells[0]]
-    columns: list[Column] = [(axis, lambda cell, axis=axis: str(cell[axis])) for axis in axes]
-    columns += [
-        ("ours ms", lambda cell: _number(cell["ours_ms"], 2)),
-        ("min", lambda cell: _number(cell["systems"][benches.OURS].get("min_ms"), 2)),
-        ("GFLOP/s", lambda cell: _number(cell["ours_gflops"], 0)),
-        ("of peak", lambda cell: _percent(cell["share_of_peak"])),
+def _headings(forward: bool) -> list[str]:
+    return ["ms", "min", "GFLOP/s", "peak", *(["limit"] if forward else []), "memory", "/ ours"]
+
+
+def _figures(system: dict[str, Any], cell: dict[str, Any], forward: bool) -> list[str]:
+    """A row of the table; "/ ours" is time over our time, so that above 1 we are faster."""
+    if system["ms"] is None:
+        return ["-"]
+    shares = ("share_of_peak", "share_of_limit") if forward else ("share_of_peak",)
+    return [
+        f"{system['ms']:.3g}",
+        f"{system['min_ms']:.3g}",
+        f"{system['gflops']:.3g}",
+        *(f"{100 * system[share]:.0f} %" for share in shares),
+        human_bytes(system["peak_bytes"]),
+        f"{system['ms'] / cell['ours_ms']:.2f}" if cell["ours_ms"] else "-",
     ]
-    if any("share_of_limit" in cell for cell in cells):
-        columns += [
-            ("of bandwidth", lambda cell: _percent(cell.get("share_of_bandwidth"))),
-            ("of limit", lambda cell: f"{_percent(cell.get('share_of_limit'))} {cell.get('limit', '')}"),
-        ]
-    columns.append(("memory", lambda cell: _memory(cell["systems"][benches.OURS])))
-    for peer in cells[0]["peers"]:
-        columns.append((f"{peer} ms", lambda cell, peer=peer: _number(cell["peers"][peer], 2)))
-    columns.append(("best peer / ours", lambda cell: _number(cell["ratio_to_best_peer"], 2)))
-    return columns
+
+
+def _title(cell: dict[str, Any]) -> str:
+    if "experts" in cell:
+        return f"{cell['dtype']} E {cell['experts']} K {cell['top_k']} T {cell['tokens']}"
+    return f"{cell['dtype']} T {cell['tokens']}"
 
 
 def _reasons(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -157,15 +157,3 @@ def _reasons(cells: Sequence[dict[str, Any]]) -> list[str]:
         for name, system in cell["systems"].items()
         if system["ms"] is None
     ]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
-
-
-def _memory(system: dict[str, Any]) -> str:
-    return human_bytes(system["peak_bytes"]) if system["ms"] is not None else "-"
