@@ -1,6 +1,6 @@
 VENV_PYTHON := .venv/bin/python
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.inl')
-PYTHON_DIRS := python scripts tests
+PYTHON_DIRS := python scripts tests benches
 
 .PHONY: setup demo test lint bench format clean
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -217,7 +217,8 @@ class Worker:
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.stderr):
-            stream.close()
+            with suppress(BrokenPipeError):  # a request that a system ended before
+                stream.close()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         try:
