@@ -76,8 +76,8 @@ def test_the_summary_groups_by_every_axis_that_varies():
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    """Ours and the peers that need nothing but the test environment."""
-    cells = [TINY, replace(TINY, dtype="bf16", backward=False)]
+    """Ours and the peers that need nothing but the test environment. In the first cell, some experts have no tokens."""
+    cells = [replace(TINY, tokens=8, experts=16), replace(TINY, dtype="bf16", backward=False)]
     return bench.run(cells, bench.systems("layer", ["torch_loop", "torch_grouped_mm", "transformers"]), SETTINGS)
 
 

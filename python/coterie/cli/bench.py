@@ -108,14 +108,16 @@ def _print(measured: dict[str, Any]) -> None:
     machine, cells = measured["machine"], measured["cells"]
     results.print(f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, load {machine['load_1min']:.1f}")
     forward = not cells[0]["backward"]
-    columns = (Column(name, justify="right", min_width=7, no_wrap=True) for name in _headings(forward))
-    table = Table(Column("system", no_wrap=True), *columns, box=box.SIMPLE)
+    # Minimal widths, so that a narrow terminal wraps lines rather than cutting figures.
+    names = Column("system", min_width=max(map(len, cells[0]["systems"])), no_wrap=True)
+    figures = (Column(name, justify="right", min_width=8, no_wrap=True) for name in _headings(forward))
+    table = Table(names, *figures, box=box.SIMPLE, padding=0)
     for cell in cells:
         table.add_section()
         table.add_row(_title(cell), style="bold")
         for name, system in cell["systems"].items():
             table.add_row(name, *_figures(system, cell, forward))
-    results.print(table, width=None if results.is_terminal else 100)
+    results.print(table)
     for reason in dict.fromkeys(_reasons(cells)):
         results.print(reason)
     for group in measured["summary"]:
