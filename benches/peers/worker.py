@@ -158,10 +158,8 @@ class Bench:
         norms = {"output": self._step().norm(dtype=torch.float64).item()}
         if self.backward:
             norms["grad_input"] = self.inputs[0].grad.norm(dtype=torch.float64).item()
-            grads = [
-                p.grad for p in self.modules[0].parameters() if p.grad is not None
-            ]  # None: an expert without tokens
-            # In fp64: over 10^7 values, fp32 sums are off by a percent.
+            grads = [p.grad for p in self.modules[0].parameters() if p.grad is not None]
+            # Experts without tokens may have none. In fp64: over 10^7 values, fp32 sums are off by a percent.
             squares = [grad.norm(dtype=torch.float64).square() for grad in grads]
             norms["grad_parameters"] = torch.stack(squares).sum().sqrt().item()
         return norms
