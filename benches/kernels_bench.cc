@@ -186,7 +186,8 @@ void training_shapes(benchmark::internal::Benchmark* bench) {
   for (int64_t type : {0, 1}) {
     for (int64_t K : {1, 2}) bench->Args({type, 4096, 256, 512, 8, K, 1});
     bench->Args({type, 4096, 256, 1024, 8, 1, 0});
-    bench->Args({type, 1024, 128, 256, 1, 1, 1});  // the demo's MLP
+    bench->Args({type, 1024, 128, 256, 1, 1, 1});  // a small model's MLP
+    for (int64_t E : {8, 64}) bench->Args({type, 2048, 512, 2048, E, 1, 0});
   }
 }
 // The shapes of the table of peers: 2048 tokens, hidden 512, inner 2048, GELU.
