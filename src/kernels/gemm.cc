@@ -52,7 +52,7 @@ struct PanelsB {
 
   int64_t width() const { return gated ? kernels->width : kernels->panel_columns(); }
   int64_t count() const { return ceil_div(N, width()); }
-  int64_t panel_units() const { return units_of(type, source.cols) * kernels->panel_columns(); }
+  int64_t panel_units() const { return padded_row_units(units_of(type, source.cols)) * kernels->panel_columns(); }
 
   int64_t group() const {
     return std::clamp<int64_t>(kGroupBBytes / std::max<int64_t>(4 * panel_units(), 1), 1, kMostGroupB);

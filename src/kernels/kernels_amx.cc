@@ -36,23 +36,6 @@ constexpr TileConfig kTileConfig;
 void begin_tiles() { _tile_loadconfig(&kTileConfig); }
 void end_tiles() { _tile_release(); }
 
-// The units of K behind the last whole chunk, in vectors: tiles would read what lies behind the panel of B.
-template <int kRows>
-void add_rest(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) {
-  for (int i = 0; i < kRows; ++i) {
-    __m512 sums[2] = {_mm512_loadu_ps(tile + i * kPanelUnits), _mm512_loadu_ps(tile + i * kPanelUnits + 16)};
-    for (int64_t u = 0; u < units; ++u) {
-      const __m512bh ai = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i * kChunkUnits + u]));
-      for (int half = 0; half < 2; ++half) {
-        const __m512bh bu = (__m512bh)_mm512_loadu_si512(b + u * kPanelUnits + half * 16);
-        sums[half] = _mm512_dpbf16_ps(sums[half], ai, bu);
-      }
-    }
-    _mm512_storeu_ps(tile + i * kPanelUnits, sums[0]);
-    _mm512_storeu_ps(tile + i * kPanelUnits + 16, sums[1]);
-  }
-}
-
 // Rows past kRows of the last tile of A hold what lies behind them in memory, and give sums that nobody reads.
 template <int kRows>
 void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) {
@@ -61,7 +44,7 @@ void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* 
   _tile_zero(1);
   if constexpr (kSecond) _tile_zero(2);
   if constexpr (kSecond) _tile_zero(3);
-  for (; units >= kChunkUnits; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * kPanelUnits) {
+  for (; units > 0; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * kPanelUnits) {
     _tile_loadd(6, b, kPanelRowBytes);
     _tile_loadd(4, a, kLineBytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -82,7 +65,6 @@ void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* 
   _tile_stored(1, tile + 16, kPanelRowBytes);
   if constexpr (kSecond) _tile_stored(2, tile + kTileRows * kPanelUnits, kPanelRowBytes);
   if constexpr (kSecond) _tile_stored(3, tile + kTileRows * kPanelUnits + 16, kPanelRowBytes);
-  if (units > 0) add_rest<kRows>(units, a, b, tile);
 }
 
 constexpr int kPeakProducts = 4;

@@ -102,7 +102,7 @@ COTERIE_INLINE void pack_panels_along_rows(const PackSource& s, int64_t units, i
     for (int64_t row = first_row; row < last * 2 * kWidth; row += kWidth) {
       const int64_t vector = (row - first_row) / kWidth;
       const VU v = row < N ? units_along_rows<kSourceBf16, kPanelBf16>(s, row, N - row, u) : VU{};
-      store_units(memory + (vector / 2 * units + u) * 2 * kWidth + vector % 2 * kWidth, v);
+      store_units(memory + (vector / 2 * padded_row_units(units) + u) * 2 * kWidth + vector % 2 * kWidth, v);
     }
   }
 }
@@ -117,9 +117,18 @@ COTERIE_INLINE void pack_columns_one_by_one(const PackSource& s, int64_t units, 
   }
 }
 
+// The units of panels [first, last) of B that fill up the last chunk.
+COTERIE_INLINE void clear_rest(int64_t units, int64_t first, int64_t last, uint32_t* memory) {
+  const int64_t padded = padded_row_units(units);
+  for (int64_t p = first; p < last; ++p, memory += padded * 2 * kWidth) {
+    for (int64_t i = units * 2 * kWidth; i < padded * 2 * kWidth; i += kWidth) store_units(memory + i, VU{});
+  }
+}
+
 template <bool kSourceBf16, bool kPanelBf16>
 void pack_b_as(const PackSource& s, int64_t N, bool gated, int64_t first, int64_t last, uint32_t* memory) {
   const int64_t units = kPanelBf16 ? (s.cols + 1) / 2 : s.cols;
+  clear_rest(units, first, last, memory);
   if (!gated && rows_contiguous(s)) {
     return pack_panels_along_rows<kSourceBf16, kPanelBf16>(s, units, N, first, last, memory);
   }
@@ -128,7 +137,7 @@ void pack_b_as(const PackSource& s, int64_t N, bool gated, int64_t first, int64_
       // The second vector of a panel is the next columns, or the up rows of the same columns.
       const int64_t column = gated ? p * kWidth : (2 * p + half) * kWidth, row = gated ? half * N + column : column;
       const int64_t count = N - column;
-      uint32_t* const out = memory + (p - first) * units * 2 * kWidth + half * kWidth;
+      uint32_t* const out = memory + (p - first) * padded_row_units(units) * 2 * kWidth + half * kWidth;
       if (k_contiguous(s)) {
         pack_columns_along_k<kSourceBf16, kPanelBf16>(s, units, row, count, out);
       } else {
@@ -182,8 +191,9 @@ void pack_a_as(const PackSource& s, const RowPanels& panels, int64_t first, int6
           store_units(lines + u / kChunkUnits * count * kChunkUnits + u % kChunkUnits, v);
         }
       } else {
-        for (int64_t u = 0; u < units; ++u) {
-          lines[u / kChunkUnits * count * kChunkUnits + u % kChunkUnits] = one_unit<kSourceBf16, kPanelBf16>(s, row, u);
+        for (int64_t u = 0; u < padded_row_units(units); ++u) {
+          lines[u / kChunkUnits * count * kChunkUnits + u % kChunkUnits] =
+              u < units ? one_unit<kSourceBf16, kPanelBf16>(s, row, u) : 0;
         }
       }
     }
