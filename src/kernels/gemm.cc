@@ -9,6 +9,7 @@
 #include "kernels/gemm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "base/check.h"
@@ -32,6 +33,9 @@ constexpr double kLeastTaskCost = 0.4e6, kMostTaskCost = 64e6;
 constexpr double kTasksPerThread = 8;
 // Reading a fresh 32-bit unit of B takes about as long as this many multiply-adds.
 constexpr double kUnitCost = 8;
+// A group's results above this size are written past the caches: nobody finds them there later, and a line
+// that is not owned yet would be read before it is written.
+constexpr int64_t kStreamBytes = 32 << 20;
 // Packing less than this many units is not worth waking the other threads for.
 constexpr int64_t kInlinePackUnits = 32 << 10;
 
@@ -75,6 +79,7 @@ struct Plan {
   int64_t Q;                 // panels of B
   int64_t block_P, block_Q;  // panels of a task
   int64_t first_task, num_tasks;
+  bool stream;                   // C past the caches
   bool own_a, own_b;             // tasks pack the operand themselves
   uint32_t* a_panels = nullptr;  // all of A, unless own_a
   const uint32_t* b_panels = nullptr;
@@ -192,6 +197,7 @@ void compute_tile(const Plan& plan, int64_t pa, int64_t pb, const uint32_t* a_pa
   store.activation = p.activation;
   store.gated = p.gated;
   store.accumulate = p.accumulate;
+  store.stream = plan.stream;
   kernels.store_tile(store);
 }
 
@@ -223,6 +229,7 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
     }
   }
   plan.b.kernels->end_products();
+  if (plan.stream) std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed stores keep no order else
 }
 
 // All state of one call; kept by the calling thread so that its memory is reused.
@@ -247,18 +254,21 @@ class GroupedGemm {
     const KernelTable& kernels = active_kernels();
     plans_.clear();
     double total = 0;
+    int64_t c_bytes = 0;
     for (const GemmProblem& problem : problems) {
       const Plan plan = make_plan(problem, kernels);
       // A problem without rows or columns has no task; leaving it out keeps first_task increasing.
       if (plan.P() == 0 || plan.Q == 0) continue;
       plans_.push_back(plan);
       total += plan.cost(plan.P(), plan.Q);
+      c_bytes += problem.c.rows * problem.c.cols * static_cast<int64_t>(dtype_size(problem.c.dtype));
     }
     const double most = std::clamp(total / (num_threads * kTasksPerThread), kLeastTaskCost, kMostTaskCost);
     int64_t first_task = 0;
     for (Plan& plan : plans_) {
       cut_plan(plan, most, first_task);
       first_task += plan.num_tasks;
+      plan.stream = c_bytes > kStreamBytes && !plan.problem->accumulate;
     }
   }
 

@@ -171,6 +171,16 @@ TEST(Gemm, LayoutsAndConversions) {
   });
 }
 
+// Above 32 MiB results go past the caches, where their rows begin at a vector of memory and where they don't.
+TEST(Gemm, LargeResults) {
+  NativeThreadPool pool(2);
+  for (DType c : {DType::kF32, DType::kBF16}) {
+    const DType b = c;
+    const int64_t M = c == DType::kF32 ? 4200 : 8400;
+    for (int64_t N : {2048, 2051}) check({.M = M, .N = N, .K = 3, .b = b, .c = c}, pool);
+  }
+}
+
 TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
   NativeThreadPool pool(2);
   for_each_isa([&] {

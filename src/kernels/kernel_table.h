@@ -66,6 +66,7 @@ struct TileStore {
   Activation activation = Activation::kNone;
   bool gated = false;
   bool accumulate = false;
+  bool stream = false;  // C is so large that it would push everything else out of the caches
 };
 
 // One query against n consecutive keys. d is padded to a multiple of 16 with zeros everywhere.

@@ -41,6 +41,13 @@ COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), reinterpret_cast<__m256i>(halves));
 }
 
+// Past the caches, p at the start of a vector of its kind.
+COTERIE_INLINE void stream(float* p, VF v) { _mm512_stream_ps(p, v); }
+COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
+  const VH halves = __builtin_convertvector(v >> 16, VH);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(halves));
+}
+
 // acc + a.low * b.low + a.high * b.high of bf16 pairs; denormals count as zero.
 COTERIE_INLINE VF multiply_add_bf16(VU a, VU b, VF acc) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));

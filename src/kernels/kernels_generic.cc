@@ -19,6 +19,10 @@ COTERIE_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
 
 #include "kernels/partial_memory.inl"
 
+// Where vectors are short, stores past the caches gain nothing.
+COTERIE_INLINE void stream(float* p, VF v) { store(p, v); }
+COTERIE_INLINE void stream_halves(uint16_t* p, VU v) { store_halves(p, v); }
+
 #include "kernels/kernels.inl"
 
 }  // namespace

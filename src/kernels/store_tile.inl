@@ -15,7 +15,18 @@ struct StoreRow {
   COTERIE_INLINE void store_c(int64_t j, int64_t n, VF v) const {
     const int64_t at = row * s.c_stride + j;
     if (s.accumulate) v += load_any(s.c, s.c_dtype, at, n);
+    if (s.stream && n == kWidth && streamed(at, v)) return;
     store_any(s.c, s.c_dtype, at, n, v);
+  }
+  COTERIE_INLINE bool streamed(int64_t at, VF v) const {
+    const int64_t vector_bytes = s.c_dtype == DType::kBF16 ? kVectorBytes / 2 : kVectorBytes;
+    if ((reinterpret_cast<uintptr_t>(s.c) + at * (vector_bytes / kWidth)) % vector_bytes != 0) return false;
+    if (s.c_dtype == DType::kBF16) {
+      stream_halves(static_cast<uint16_t*>(s.c) + at, round_to_bf16(v));
+    } else {
+      stream(static_cast<float*>(s.c) + at, v);
+    }
+    return true;
   }
 };
 
