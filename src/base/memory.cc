@@ -30,14 +30,27 @@ AlignedBuffer::AlignedBuffer(size_t bytes) : size_(bytes) {
   if (unit == kHugePage) madvise(data_, round_up(bytes, unit), MADV_HUGEPAGE);  // a hint: failure is harmless
 }
 
-AlignedBuffer::~AlignedBuffer() { std::free(data_); }
+AlignedBuffer AlignedBuffer::borrowed(void* data, size_t bytes) {
+  AlignedBuffer buffer;
+  buffer.data_ = data;
+  buffer.size_ = bytes;
+  buffer.owned_ = false;
+  return buffer;
+}
+
+AlignedBuffer::~AlignedBuffer() {
+  if (owned_) std::free(data_);
+}
 
 AlignedBuffer::AlignedBuffer(AlignedBuffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      owned_(std::exchange(other.owned_, true)) {}
 
 AlignedBuffer& AlignedBuffer::operator=(AlignedBuffer&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(owned_, other.owned_);
   return *this;
 }
 

@@ -14,6 +14,8 @@ class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t bytes);  // ResourceExhausted when there is no memory
+  // Somebody else's memory, of any alignment, which must outlive the buffer.
+  static AlignedBuffer borrowed(void* data, size_t bytes);
   ~AlignedBuffer();
   AlignedBuffer(AlignedBuffer&& other) noexcept;
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept;
@@ -36,6 +38,7 @@ class AlignedBuffer {
  private:
   void* data_ = nullptr;
   size_t size_ = 0;
+  bool owned_ = true;
 };
 
 // A whole file mapped read-only. InvalidArgument names a file that is missing or unreadable.

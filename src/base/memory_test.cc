@@ -45,6 +45,19 @@ TEST(AlignedBuffer, Moves) {
   EXPECT_EQ(c.size(), 64u);
 }
 
+TEST(AlignedBuffer, BorrowsWithoutFreeing) {
+  AlignedBuffer owner(64);
+  {
+    AlignedBuffer guest = AlignedBuffer::borrowed(owner.data(), 64);
+    guest.reserve(64);
+    EXPECT_EQ(guest.data(), owner.data());
+    guest.reserve(128);  // memory of its own now
+    EXPECT_NE(guest.data(), owner.data());
+    const AlignedBuffer moved = AlignedBuffer::borrowed(owner.data(), 64);
+  }
+  owner.as<char>()[63] = 1;  // a sanitizer sees it if it was freed
+}
+
 TEST(AlignedBuffer, SaysWhenThereIsNoMemory) { EXPECT_THROW(AlignedBuffer(size_t{1} << 60), ResourceExhausted); }
 
 TEST(MappedFile, ReadsBytes) {

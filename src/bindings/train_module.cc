@@ -171,10 +171,8 @@ at::Tensor expert_layer(const at::Tensor& x_TD, const at::Tensor& router_ED, con
   RouterConfig config;
   config.num_experts = router_ED.size(0);
   config.top_k = top_k;
-  const ExpertShape shape{config.num_experts, up_EFD.size(2), up_EFD.size(1), Activation::kGelu, false};
   const Routed routed = route_tokens(config, linear(x_TD.to(at::kFloat), router_ED, at::Tensor()), {.training = true});
-  auto dispatch = std::make_shared<const Dispatch>(make_dispatch(*routed.routing));
-  return apply_experts(shape, std::move(dispatch), x_TD, routed.weights_TK, {up_EFD, {}, down_EDF, {}});
+  return experts(x_TD, routed.expert_ids_TK, routed.weights_TK, {up_EFD, {}, down_EDF, {}}, Activation::kGelu, false);
 }
 
 at::Tensor linear_layer(const at::Tensor& x_TD, const at::Tensor& weight_ND) {

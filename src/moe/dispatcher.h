@@ -23,6 +23,12 @@ struct Dispatch {
 
 Dispatch make_dispatch(const Routing& routing);
 
+// The same from bare ids [T, K], int32_t or int64_t; an id outside [0, num_experts) is no expert, like a dropped
+// choice. With null weights every weight is 1. At most 2^31 - 1 choices.
+template <typename Id>
+Dispatch make_dispatch(const Id* expert_ids_TK, const float* weights_TK, int64_t num_tokens, int64_t top_k,
+                       int64_t num_experts);
+
 // Every token to expert 0 with weight 1: the form in which a dense MLP is a group of one expert.
 Dispatch dense_dispatch(int64_t num_tokens);
 

@@ -42,6 +42,32 @@ TEST(Dispatcher, GroupsKeptChoicesByExpertInTokenOrder) {
   }
 }
 
+// Ids and kept choices say the same as a Routing; ids beyond the experts, on both sides and beyond 32 bits, are none.
+TEST(Dispatcher, BareIdsEqualARouting) {
+  std::mt19937 random(17);
+  NativeThreadPool pool(2);
+  RouterConfig config;
+  config.num_experts = 5;
+  config.top_k = 2;
+  config.capacity_factor = 0.5f;
+  const int64_t T = 41;
+  const std::vector<float> logits = random_floats(T * 5, random);
+  const Routing routing = route(config, logits.data(), T, {.training = true}, pool);
+  const Dispatch expected = make_dispatch(routing);
+  const int64_t none[] = {-1, 5, int64_t{1} << 32, -(int64_t{1} << 32)};
+  std::vector<int64_t> ids_TK(2 * T);
+  for (int64_t c = 0; c < 2 * T; ++c) ids_TK[c] = routing.kept_TK[c] ? routing.expert_ids_TK[c] : none[c % 4];
+  const Dispatch actual = make_dispatch(ids_TK.data(), routing.weights_TK.data(), T, 2, 5);
+  ASSERT_LT(actual.num_rows(), 2 * T);
+  EXPECT_EQ(actual.offset_E1, expected.offset_E1);
+  EXPECT_EQ(actual.choice_R, expected.choice_R);
+  EXPECT_EQ(actual.token_R, expected.token_R);
+  EXPECT_EQ(actual.weight_R, expected.weight_R);
+  EXPECT_EQ(actual.row_TK, expected.row_TK);
+  const std::vector<int32_t> one_expert(3, 0);
+  EXPECT_EQ(make_dispatch(one_expert.data(), nullptr, 3, 1, 1).weight_R, std::vector<float>(3, 1.0f));
+}
+
 TEST(Dispatcher, NoTokens) {
   RouterConfig config;
   config.num_experts = 3;

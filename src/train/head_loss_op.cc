@@ -1,52 +1,77 @@
-#include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
-#include <torch/csrc/autograd/custom_function.h>
-
 #include <algorithm>
+#include <array>
 
 #include "kernels/gemm.h"
 #include "train/ops.h"
-#include "train/torch_pool.h"
-#include "train/views.h"
+#include "train/torch_op.h"
 
 namespace coterie {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using Wanted = std::array<bool, 2>;                           // gradients of hidden and weight
+using Loss = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // loss (fp32), cross entropy, KL (fp64)
+using LossAndGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+constexpr const char* kOp = "coterie::head_cross_entropy";
 
 // Tokens per chunk: at a vocabulary of 8192 the chunk's logits take 8 MB, which stay in the L2 and L3
 // caches between the product, the softmax and the two gradients.
 constexpr int64_t kChunk = 256;
 
+void check_head(const at::Tensor& hidden, const char* hidden_name, const at::Tensor& weight, const char* weight_name) {
+  check_floating(hidden, kOp, hidden_name);
+  check_floating(weight, kOp, weight_name);
+  check_axes(hidden, 2, kOp, hidden_name);
+  check_axes(weight, 2, kOp, weight_name);
+  check_size(hidden, 1, weight.sym_size(1), kOp, hidden_name);
+}
+
+void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+           const OptionalTensor& teacher_hidden, const OptionalTensor& teacher_weight, double temperature) {
+  check_head(hidden, "hidden", weight, "weight");
+  TORCH_CHECK_TYPE(targets.scalar_type() == at::kLong, kOp, ": targets is ", targets.scalar_type(), ", not Long");
+  check_axes(targets, 1, kOp, "targets");
+  check_size(targets, 0, hidden.sym_size(0), kOp, "targets");
+  TORCH_CHECK_VALUE(given(teacher_hidden) == given(teacher_weight), kOp,
+                    ": teacher_hidden and teacher_weight come together");
+  if (!given(teacher_hidden)) return;
+  check_head(*teacher_hidden, "teacher_hidden", *teacher_weight, "teacher_weight");
+  check_size(*teacher_hidden, 0, hidden.sym_size(0), kOp, "teacher_hidden");
+  check_size(*teacher_weight, 0, weight.sym_size(0), kOp, "teacher_weight");
+  TORCH_CHECK_VALUE(temperature > 0, kOp, ": temperature (", temperature, ") is not above 0");
+}
+
 // Chunk by chunk: losses, and the gradients of the mean loss when they are wanted.
 class HeadPass {
  public:
-  HeadPass(const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets, const TeacherSignal* teacher,
-           bool with_gradients)
+  HeadPass(const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets, int64_t ignore_index,
+           const TeacherSignal* teacher, Wanted wanted)
       : hidden_(hidden),
-        head_(head),
         targets_(targets),
+        ignore_index_(ignore_index),
         teacher_(teacher),
+        wanted_(wanted),
         packed_head_(const_matrix(head), torch_pool()) {
     if (teacher) packed_teacher_ = PackedMatrix(const_matrix(teacher->head_VD), torch_pool());
-    if (!with_gradients) return;
-    packed_head_transposed_ = PackedMatrix(const_matrix(head).transposed(), torch_pool());
-    grad_hidden = at::empty_like(hidden, at::MemoryFormat::Contiguous);
-    grad_head = at::empty({head.size(0), head.size(1)}, hidden.options());
+    if (wanted[0]) packed_head_transposed_ = PackedMatrix(const_matrix(head).transposed(), torch_pool());
+    grad_hidden = gradient_of(hidden, wanted[0]);
+    grad_head = wanted[1] ? pooled_empty(head.sizes(), at::kFloat) : at::empty({0}, at::kFloat);
+    num_scored_ = targets.ne(ignore_index).sum().item<int64_t>();
   }
 
   void run() {
     const int64_t num_tokens = hidden_.size(0);
+    if (num_tokens == 0) grad_head.zero_();
     for (int64_t first = 0; first < num_tokens; first += kChunk) {
       chunk(first, std::min(kChunk, num_tokens - first));
     }
-    cross_entropy /= static_cast<double>(num_tokens);
-    kl /= static_cast<double>(num_tokens);
+    cross_entropy /= static_cast<double>(num_scored_);
+    kl /= static_cast<double>(num_scored_);
   }
 
-  at::Tensor grad_hidden;  // [T, D], undefined without gradients
-  at::Tensor grad_head;    // [V, D] fp32
+  at::Tensor grad_hidden;  // [T, D], [0] when not wanted
+  at::Tensor grad_head;    // [V, D] fp32, [0] when not wanted
   double cross_entropy = 0;
   double kl = 0;
 
@@ -54,89 +79,201 @@ class HeadPass {
   void chunk(int64_t first, int64_t count) {
     const at::Tensor x = hidden_.narrow(0, first, count);
     const at::Tensor logits = product(x, packed_head_);
-    const at::Tensor target = targets_.narrow(0, first, count).unsqueeze(1);
+    const at::Tensor label = targets_.narrow(0, first, count).unsqueeze(1);
+    const at::Tensor scored = label.ne(ignore_index_).to(at::kFloat);  // [count, 1]
+    const at::Tensor target = label.mul(scored.to(at::kLong));         // 0 where it is not scored
+    check_targets(target, logits.size(1));
     at::Tensor log_probs = at::log_softmax(logits, 1);
-    cross_entropy -= log_probs.gather(1, target).sum().item<double>();
+    cross_entropy -= log_probs.gather(1, target).mul_(scored).sum().item<double>();
     at::Tensor grad;
-    if (grad_hidden.defined()) {
+    if (wanted_[0] || wanted_[1]) {
       grad = log_probs.exp_();
       grad.scatter_add_(1, target, at::full_like(target, -1.0, grad.options()));
     }
-    if (teacher_) add_teacher(first, count, logits, grad);
+    if (teacher_) add_teacher(first, count, logits, scored, grad);
     if (!grad.defined()) return;
-    grad.mul_(1.0 / static_cast<double>(hidden_.size(0)));
-    gemm({.a = const_matrix(grad),
-          .packed_b = &packed_head_transposed_,
-          .c = matrix(grad_hidden.narrow(0, first, count))},
-         torch_pool());
+    grad.mul_(scored.div_(static_cast<double>(num_scored_)));
+    if (wanted_[0]) {
+      gemm({.a = const_matrix(grad),
+            .packed_b = &packed_head_transposed_,
+            .c = matrix(grad_hidden.narrow(0, first, count))},
+           torch_pool());
+    }
+    if (!wanted_[1]) return;
     gemm({.a = const_matrix(grad).transposed(),
           .b = const_matrix(x).transposed(),
-          .as_bf16 = head_.scalar_type() == at::kBFloat16,
+          .as_bf16 = packed_head_.dtype() == DType::kBF16,
           .c = matrix(grad_head),
           .accumulate = first > 0},
          torch_pool());
   }
 
+  static void check_targets(const at::Tensor& target, int64_t num_words) {
+    const auto [least, most] = target.aminmax();
+    for (const int64_t value : {least.item<int64_t>(), most.item<int64_t>()}) {
+      TORCH_CHECK_INDEX(value >= 0 && value < num_words, kOp, ": targets has ", value, ", outside of a vocabulary of ",
+                        num_words);
+    }
+  }
+
   // d/dlogits of alpha tau^2 KL(p || q) with p, q the softmaxes of teacher and student at
   // temperature tau is alpha tau (q - p).
-  void add_teacher(int64_t first, int64_t count, const at::Tensor& logits, const at::Tensor& grad) {
+  void add_teacher(int64_t first, int64_t count, const at::Tensor& logits, const at::Tensor& scored,
+                   const at::Tensor& grad) {
     const double tau = teacher_->temperature;
     const at::Tensor teacher_logits = product(teacher_->hidden_TD.narrow(0, first, count), packed_teacher_);
     const at::Tensor log_p = at::log_softmax(tau == 1.0 ? teacher_logits : teacher_logits / tau, 1);
     const at::Tensor log_q = at::log_softmax(tau == 1.0 ? logits : logits / tau, 1);
     const at::Tensor p = log_p.exp();
-    kl += (p * (log_p - log_q)).sum().item<double>();
+    kl += (p * (log_p - log_q)).sum(1, true).mul_(scored).sum().item<double>();
     if (grad.defined()) grad.add_(log_q.exp_().sub_(p), teacher_->alpha * tau);
   }
 
   static at::Tensor product(const at::Tensor& x, const PackedMatrix& head) {
-    const at::Tensor logits = at::empty({x.size(0), head.rows()}, x.options());
+    const at::Tensor logits = at::empty({x.size(0), head.rows()}, at::kFloat);
     gemm({.a = const_matrix(x), .packed_b = &head, .c = matrix(logits)}, torch_pool());
     return logits;
   }
 
   const at::Tensor& hidden_;
-  const at::Tensor& head_;
   const at::Tensor& targets_;
+  const int64_t ignore_index_;
+  int64_t num_scored_ = 0;
   const TeacherSignal* teacher_;
+  const Wanted wanted_;
   PackedMatrix packed_head_;
   PackedMatrix packed_head_transposed_;
   PackedMatrix packed_teacher_;
 };
 
-// Carries the gradients that HeadPass has made to the backward pass.
-struct HeadLossOp : torch::autograd::Function<HeadLossOp> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& hidden, const at::Tensor& head,
-                            const HeadPass& pass, double loss) {
-    context->save_for_backward({pass.grad_hidden, pass.grad_head.to(head.scalar_type())});
-    return at::scalar_tensor(loss, hidden.options());
+LossAndGradients forward_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                             const OptionalTensor& teacher_hidden, const OptionalTensor& teacher_weight, double alpha,
+                             double temperature, int64_t ignore_index, Wanted wanted) {
+  check(hidden, weight, targets, teacher_hidden, teacher_weight, temperature);
+  std::optional<TeacherSignal> teacher;
+  if (given(teacher_hidden)) teacher = TeacherSignal{*teacher_hidden, *teacher_weight, alpha, temperature};
+  HeadPass pass(hidden, weight, targets, ignore_index, teacher ? &*teacher : nullptr, wanted);
+  pass.run();
+  double loss = pass.cross_entropy;
+  if (teacher) loss += alpha * temperature * temperature * pass.kl;
+  const auto metric = [](double value) { return at::scalar_tensor(value, at::kDouble); };
+  return {at::scalar_tensor(loss, at::kFloat), metric(pass.cross_entropy), metric(pass.kl), pass.grad_hidden,
+          pass.grad_head.to(weight.scalar_type())};
+}
+
+LossAndGradients forward_meta(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                              const OptionalTensor& teacher_hidden, const OptionalTensor& teacher_weight,
+                              double /*alpha*/, double temperature, int64_t /*ignore_index*/, Wanted wanted) {
+  check(hidden, weight, targets, teacher_hidden, teacher_weight, temperature);
+  const auto scalar = [&](at::ScalarType type) { return at::empty({}, hidden.options().dtype(type)); };
+  return {scalar(at::kFloat), scalar(at::kDouble), scalar(at::kDouble), meta_gradient_of(hidden, wanted[0], hidden),
+          meta_gradient_of(weight, wanted[1], weight)};
+}
+
+const auto& forward_op() {
+  static const auto op = find_op<decltype(forward_cpu)>("coterie::head_cross_entropy_forward");
+  return op;
+}
+
+Loss without_gradients(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                       const OptionalTensor& teacher_hidden, const OptionalTensor& teacher_weight, double alpha,
+                       double temperature, int64_t ignore_index) {
+  const auto [loss, cross_entropy, kl, grad_hidden, grad_weight] = forward_op().call(
+      hidden, weight, targets, teacher_hidden, teacher_weight, alpha, temperature, ignore_index, {false, false});
+  return {loss, cross_entropy, kl};
+}
+
+// The gradients are made on the way forward, while a chunk's logits lie in the cache; backward scales them.
+struct HeadFunction : torch::autograd::Function<HeadFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& hidden, const at::Tensor& weight,
+                               const at::Tensor& targets, const OptionalTensor& teacher_hidden,
+                               const OptionalTensor& teacher_weight, double alpha, double temperature,
+                               int64_t ignore_index) {
+    const Wanted wanted{hidden.requires_grad(), weight.requires_grad()};
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, cross_entropy, kl, grad_hidden, grad_weight] = forward_op().call(
+        hidden, weight, targets, teacher_hidden, teacher_weight, alpha, temperature, ignore_index, wanted);
+    context->save_for_backward({grad_hidden, grad_weight});
+    context->saved_data["hidden"] = wanted[0];
+    context->saved_data["weight"] = wanted[1];
+    context->mark_non_differentiable({cross_entropy, kl});
+    return {loss, cross_entropy, kl};
   }
 
-  static variable_list backward(AutogradContext* context, variable_list grads) {
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    check_first_derivative(kOp);
     const variable_list saved = context->get_saved_variables();
-    return {saved[0] * grads[0], saved[1] * grads[0].to(saved[1].scalar_type()), at::Tensor(), at::Tensor()};
+    variable_list gradients(8);
+    if (context->saved_data["hidden"].toBool()) gradients[0] = saved[0] * grads[0].to(saved[0].scalar_type());
+    if (context->saved_data["weight"].toBool()) gradients[1] = saved[1] * grads[0].to(saved[1].scalar_type());
+    return gradients;
   }
 };
+
+Loss with_autograd(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                   const OptionalTensor& teacher_hidden, const OptionalTensor& teacher_weight, double alpha,
+                   double temperature, int64_t ignore_index) {
+  TORCH_CHECK_VALUE(!any_requires_grad({teacher_hidden, teacher_weight}), kOp,
+                    ": teacher_hidden and teacher_weight have no gradient; detach them");
+  if (any_requires_grad({hidden, weight})) {
+    const variable_list out =
+        HeadFunction::apply(hidden, weight, targets, teacher_hidden, teacher_weight, alpha, temperature, ignore_index);
+    return {out[0], out[1], out[2]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return without_gradients(hidden, weight, targets, teacher_hidden, teacher_weight, alpha, temperature, ignore_index);
+}
+
+const auto& loss_op() {
+  static const auto op = find_op<decltype(without_gradients)>("coterie::head_cross_entropy");
+  return op;
+}
+
+Loss with_autocast(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                   const OptionalTensor& teacher_hidden, const OptionalTensor& teacher_weight, double alpha,
+                   double temperature, int64_t ignore_index) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+  return loss_op().call(autocast(hidden), autocast(weight), targets, autocast(teacher_hidden), autocast(teacher_weight),
+                        alpha, temperature, ignore_index);
+}
 
 }  // namespace
 
 HeadLoss head_loss(const at::Tensor& hidden_TD, const at::Tensor& head_VD, const at::Tensor& targets_T,
                    const TeacherSignal* teacher) {
-  const bool with_gradients = c10::GradMode::is_enabled();
-  const at::Tensor hidden = hidden_TD.contiguous();
-  HeadLoss result;
-  HeadPass pass(hidden, head_VD, targets_T, teacher, with_gradients);
-  {
-    c10::NoGradGuard no_grad;
-    pass.run();
-  }
-  result.cross_entropy = pass.cross_entropy;
-  result.kl = pass.kl;
-  double loss = pass.cross_entropy;
-  if (teacher) loss += teacher->alpha * teacher->temperature * teacher->temperature * pass.kl;
-  result.loss =
-      with_gradients ? HeadLossOp::apply(hidden, head_VD, pass, loss) : at::scalar_tensor(loss, hidden.options());
-  return result;
+  const auto [loss, cross_entropy, kl] = loss_op().call(
+      hidden_TD, head_VD, targets_T, teacher ? OptionalTensor(teacher->hidden_TD.detach()) : std::nullopt,
+      teacher ? OptionalTensor(teacher->head_VD.detach()) : std::nullopt, teacher ? teacher->alpha : 1.0,
+      teacher ? teacher->temperature : 1.0, kIgnoredTarget);
+  return {loss, cross_entropy.item<double>(), kl.item<double>()};
 }
+
+TORCH_LIBRARY_FRAGMENT(coterie, m) {
+  m.def(
+      "head_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? teacher_hidden=None, "
+      "Tensor? teacher_weight=None, float alpha=1., float temperature=1., int ignore_index=-100) -> "
+      "(Tensor loss, Tensor cross_entropy, Tensor kl)");
+  m.def(
+      "head_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? teacher_hidden, "
+      "Tensor? teacher_weight, float alpha, float temperature, int ignore_index, bool[2] wanted) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(coterie, CPU, m) {
+  m.impl("head_cross_entropy", without_gradients);
+  m.impl("head_cross_entropy_forward", forward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(coterie, Meta, m) {
+  m.impl("head_cross_entropy", without_gradients);
+  m.impl("head_cross_entropy_forward", forward_meta);
+}
+
+TORCH_LIBRARY_IMPL(coterie, Autograd, m) {
+  m.impl("head_cross_entropy", with_autograd);
+  m.impl("head_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(coterie, AutocastCPU, m) { m.impl("head_cross_entropy", with_autocast); }
 
 }  // namespace coterie

@@ -57,6 +57,14 @@ at::Tensor jittered(const at::Tensor& x_TD, float epsilon, const RandomKey& key)
   return x_TD * factors_TD;
 }
 
+// A dense MLP as one expert that every token visits: its tensors lack the axis of experts.
+at::Tensor dense_mlp(const at::Tensor& x_TD, const ExpertTensors& mlp, const ModelConfig& config) {
+  const auto one = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.unsqueeze(0) : tensor; };
+  return experts(x_TD, at::zeros({x_TD.size(0), 1}, at::kInt), {},
+                 {one(mlp.up_EUD), one(mlp.up_bias_EU), one(mlp.down_EDF), one(mlp.down_bias_ED)}, config.activation,
+                 config.gated_mlp);
+}
+
 void add_to(at::Tensor& total, const at::Tensor& term) { total = total.defined() ? total + term : term; }
 
 }  // namespace
@@ -192,20 +200,11 @@ at::Tensor LanguageModel::attention(const Layer& layer, const at::Tensor& x, int
   return linear(causal_attention(q, k, v, sequence_length, config_.head_dim), layer.o.weight, layer.o.bias);
 }
 
-ExpertShape LanguageModel::shape_of(int64_t num_experts, int64_t intermediate_size) const {
-  return {.num_experts = num_experts,
-          .hidden_size = config_.hidden_size,
-          .intermediate_size = intermediate_size,
-          .activation = config_.activation,
-          .gated = config_.gated_mlp};
-}
-
 at::Tensor LanguageModel::feed_forward(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x,
                                        int64_t index, const ForwardOptions& options, ForwardResult& result) const {
   at::Tensor fixed;
   if (layer_config.intermediate_size > 0) {
-    fixed = apply_experts(shape_of(1, layer_config.intermediate_size),
-                          std::make_shared<const Dispatch>(dense_dispatch(x.size(0))), x, {}, layer.mlp);
+    fixed = dense_mlp(x, layer.mlp, config_);
   }
   if (!layer_config.is_moe()) return fixed;
   const at::Tensor y = routed(layer_config, layer, x, index, options, result);
@@ -237,9 +236,7 @@ at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& l
        .choice_bias_E = layer.choice_bias.defined() ? layer.choice_bias.const_data_ptr<float>() : nullptr});
   result.routings.push_back(chosen.routing);
   if (options.training) add_router_losses(router, logits, *chosen.routing, options, result);
-  return apply_experts(shape_of(router.num_experts, layer_config.expert_intermediate_size),
-                       std::make_shared<const Dispatch>(make_dispatch(*chosen.routing)), x, chosen.weights_TK,
-                       layer.experts);
+  return experts(x, chosen.expert_ids_TK, chosen.weights_TK, layer.experts, config_.activation, config_.gated_mlp);
 }
 
 void LanguageModel::add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing,

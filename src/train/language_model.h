@@ -102,7 +102,6 @@ class LanguageModel {
                     const ForwardOptions& options, ForwardResult& result) const;
   void add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing,
                          const ForwardOptions& options, ForwardResult& result) const;
-  ExpertShape shape_of(int64_t num_experts, int64_t intermediate_size) const;
 
   ModelConfig config_;
   std::vector<Parameter> parameters_;

@@ -1,53 +1,138 @@
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <array>
 
 #include "kernels/gemm.h"
 #include "train/ops.h"
-#include "train/torch_pool.h"
-#include "train/views.h"
+#include "train/torch_op.h"
 
 namespace coterie {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&);
+using Wanted = std::array<bool, 3>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of x, weight and bias
+using LinearBackward = Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                 Wanted);
+constexpr const char* kOp = "coterie::linear";
 
-struct LinearOp : torch::autograd::Function<LinearOp> {
+void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  check_floating(x, kOp, "x");
+  check_floating(weight, kOp, "weight");
+  TORCH_CHECK_VALUE(x.dim() >= 1, kOp, ": x has no axes");
+  check_axes(weight, 2, kOp, "weight");
+  check_size(x, x.dim() - 1, weight.sym_size(1), kOp, "x");
+  if (!given(bias)) return;
+  check_floating(*bias, kOp, "bias");
+  check_axes(*bias, 1, kOp, "bias");
+  check_size(*bias, 0, weight.sym_size(0), kOp, "bias");
+}
+
+// [..., C] as a matrix [T, C].
+at::Tensor rows_of(const at::Tensor& x) {
+  return x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});
+}
+
+at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  check(x, weight, bias);
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  const at::Tensor y = pooled_empty(sizes, x.scalar_type()), bias_N = as_float(bias), x_TD = rows_of(x);
+  gemm({.a = const_matrix(x_TD), .b = const_matrix(weight), .c = matrix(rows_of(y)), .bias_N = float_pointer(bias_N)},
+       torch_pool());
+  return y;
+}
+
+at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  check(x, weight, bias);
+  std::vector<c10::SymInt> sizes = x.sym_sizes().vec();
+  sizes.back() = weight.sym_size(0);
+  return at::empty_symint(sizes, x.options());
+}
+
+Gradients backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                       const OptionalTensor& bias, Wanted wanted) {
+  const at::Tensor grad_TN = rows_of(grad_y), x_TD = rows_of(x);
+  const at::Tensor grad_x = gradient_of(x, wanted[0]), grad_weight = gradient_of(weight, wanted[1]);
+  if (wanted[0]) {
+    gemm({.a = const_matrix(grad_TN), .b = const_matrix(weight).transposed(), .c = matrix(rows_of(grad_x))},
+         torch_pool());
+  }
+  if (wanted[1]) {
+    gemm({.a = const_matrix(grad_TN).transposed(),
+          .b = const_matrix(x_TD).transposed(),
+          .as_bf16 = weight.scalar_type() == at::kBFloat16,
+          .c = matrix(grad_weight)},
+         torch_pool());
+  }
+  return {grad_x, grad_weight,
+          wanted[2] ? grad_TN.sum(0, false, at::kFloat).to(bias->scalar_type()) : at::empty({0}, weight.options())};
+}
+
+Gradients backward_meta(const at::Tensor& /*grad_y*/, const at::Tensor& x, const at::Tensor& weight,
+                        const OptionalTensor& bias, Wanted wanted) {
+  return {meta_gradient_of(x, wanted[0], x), meta_gradient_of(weight, wanted[1], weight),
+          meta_gradient_of(wanted[2] ? bias : std::nullopt, wanted[2], weight)};
+}
+
+struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias) {
-    const at::Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
-    gemm({.a = const_matrix(x), .b = const_matrix(weight), .c = matrix(y), .bias_N = float_data(bias)}, torch_pool());
+                            const OptionalTensor& bias) {
+    const at::AutoDispatchBelowADInplaceOrView below;
     context->save_for_backward({x, weight, bias.value_or(at::Tensor())});
-    return y;
+    static const auto op = find_op<Linear>("coterie::linear");
+    return op.call(x, weight, bias);
   }
 
-  static variable_list backward(AutogradContext* context, variable_list grads) {
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    check_first_derivative(kOp);
     const variable_list saved = context->get_saved_variables();
-    const at::Tensor& x = saved[0];
-    const at::Tensor& weight = saved[1];
-    const at::Tensor grad = grads[0].contiguous();
-    at::Tensor grad_x, grad_weight, grad_bias;
-    if (saved[0].requires_grad()) {
-      grad_x = at::empty_like(x, at::MemoryFormat::Contiguous);
-      gemm({.a = const_matrix(grad), .b = const_matrix(weight).transposed(), .c = matrix(grad_x)}, torch_pool());
-    }
-    if (saved[1].requires_grad()) {
-      grad_weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
-      gemm({.a = const_matrix(grad).transposed(),
-            .b = const_matrix(x).transposed(),
-            .as_bf16 = weight.scalar_type() == at::kBFloat16,
-            .c = matrix(grad_weight)},
-           torch_pool());
-    }
-    if (saved[2].defined() && saved[2].requires_grad()) grad_bias = grad.sum(0);
-    return {grad_x, grad_weight, grad_bias};
+    const std::vector<bool> wanted = wanted_gradients(*context, saved);
+    static const auto op = find_op<LinearBackward>("coterie::linear_backward");
+    auto [grad_x, grad_weight, grad_bias] =
+        op.call(grads[0], saved[0], saved[1], if_defined(saved[2]), {wanted[0], wanted[1], wanted[2]});
+    return wanted_only({grad_x, grad_weight, grad_bias}, wanted);
   }
 };
 
+at::Tensor forward_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  return LinearFunction::apply(x, weight, bias);
+}
+
+at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+  return linear(autocast(x), autocast(weight), autocast(bias).value_or(at::Tensor()));
+}
+
 }  // namespace
 
-at::Tensor linear(const at::Tensor& x_TD, const at::Tensor& weight_ND, const at::Tensor& bias_N) {
-  return LinearOp::apply(x_TD, weight_ND, if_defined(bias_N));
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight_ND, const at::Tensor& bias_N) {
+  static const auto op = find_op<Linear>("coterie::linear");
+  return op.call(x, weight_ND, if_defined(bias_N));
 }
+
+TORCH_LIBRARY_FRAGMENT(coterie, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool[3] wanted) -> (Tensor, Tensor, "
+      "Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(coterie, CPU, m) {
+  m.impl("linear", forward_cpu);
+  m.impl("linear_backward", backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(coterie, Meta, m) {
+  m.impl("linear", forward_meta);
+  m.impl("linear_backward", backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(coterie, Autograd, m) {
+  m.impl("linear", forward_autograd);
+  m.impl("linear_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(coterie, AutocastCPU, m) { m.impl("linear", forward_autocast); }
 
 }  // namespace coterie

@@ -1,6 +1,7 @@
 // Differentiable operations over our kernels: what LanguageModel is made of, beside ATen's own.
-// Activations are fp32 in every mode; weights are fp32 or bf16 (then the products take bf16 operands
-// and accumulate in fp32, as the engine does). Biases, norms and routers are fp32.
+// LanguageModel's activations are fp32 in every mode, its weights fp32 or bf16 (then the products take bf16
+// operands and accumulate in fp32, as the engine does), its biases, norms and routers fp32. The ops that Python
+// sees too (torch.ops.coterie) also take bf16 activations and biases.
 // Legend: T tokens, D hidden, N outputs, E experts, K top-k, U rows of an expert's up matrix, F inner
 // size, V vocabulary.
 #pragma once
@@ -9,14 +10,13 @@
 
 #include <memory>
 
-#include "moe/dispatcher.h"
-#include "moe/experts.h"
+#include "kernels/activation.h"
 #include "moe/router.h"
 
 namespace coterie {
 
-// x_TD W_ND^T + b_N. `bias` may be undefined.
-at::Tensor linear(const at::Tensor& x_TD, const at::Tensor& weight_ND, const at::Tensor& bias_N);
+// x W_ND^T + b_N of x [..., D]. `bias` may be undefined. Python: coterie::linear.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight_ND, const at::Tensor& bias_N);
 
 // Rotates q or k [T, heads * head_dim] in place (rope.h); token t of the batch has position t % sequence_length.
 at::Tensor rotate(const at::Tensor& x, int64_t sequence_length, int64_t head_dim, double theta);
@@ -29,25 +29,29 @@ at::Tensor rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double e
 
 struct Routed {
   at::Tensor weights_TK;             // differentiable
+  at::Tensor expert_ids_TK;          // int32, -1 for a dropped choice
   std::shared_ptr<Routing> routing;  // the choices, and the same weights
 };
 Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const RouteOptions& options);
 
-// sum over a token's choices of weight * expert(x). `weights_TK` undefined: weights of 1 without
-// gradient (a dense MLP is one expert that every token visits).
+// sum over a token's choices of weight * expert(x). An id (int32 or int64) outside [0, E) is a choice of no
+// expert. `weights_TK` undefined: weights of 1 without gradient (a dense MLP is one expert that every token
+// visits). Python: coterie::experts.
 struct ExpertTensors {
   at::Tensor up_EUD;
   at::Tensor up_bias_EU;  // undefined without biases
   at::Tensor down_EDF;
   at::Tensor down_bias_ED;  // undefined without biases
 };
-at::Tensor apply_experts(const ExpertShape& shape, std::shared_ptr<const Dispatch> dispatch, const at::Tensor& x_TD,
-                         const at::Tensor& weights_TK, const ExpertTensors& tensors);
+at::Tensor experts(const at::Tensor& x_TD, const at::Tensor& expert_ids_TK, const at::Tensor& weights_TK,
+                   const ExpertTensors& tensors, Activation activation, bool gated);
 
 // The output head with its loss, without ever holding all logits: chunks of tokens run forward and,
 // when a gradient is wanted, backward at once.
 //   loss = CE(student, targets) + alpha * tau^2 * KL(teacher || student) at temperature tau, means over T
-// (Hinton et al. 2015; DeepSpeed-MoE section 4). Without a teacher, loss is CE alone.
+// (Hinton et al. 2015; DeepSpeed-MoE section 4). Without a teacher, loss is CE alone. Tokens whose target is
+// kIgnoredTarget count in neither. Python: coterie::head_cross_entropy.
+inline constexpr int64_t kIgnoredTarget = -100;
 struct TeacherSignal {
   at::Tensor hidden_TD;  // the teacher's last hidden states of the same tokens, after its final norm
   at::Tensor head_VD;    // its output matrix

@@ -11,6 +11,7 @@
 
 #include <atomic>
 
+#include "moe/experts.h"
 #include "train/torch_pool.h"
 
 namespace coterie {
@@ -151,8 +152,7 @@ TEST(ExpertsOp, EqualsTheSlowLoopWithRouting) {
       std::shared_ptr<Routing> routing = route_tokens(router, logits, {.training = true}).routing;
       const auto ours = [&] {
         const Routed routed = route_tokens(router, logits, {.training = true});
-        return apply_experts(shape, std::make_shared<const Dispatch>(make_dispatch(*routed.routing)), x,
-                             routed.weights_TK, t);
+        return experts(x, routed.expert_ids_TK, routed.weights_TK, t, shape.activation, shape.gated);
       };
       const auto oracle = [&] {
         const at::Tensor probs = at::softmax(logits, 1);

@@ -374,15 +374,12 @@ def feed_forward_inner(up: Tensor, activation: Callable[[Tensor], Tensor], gated
 
 
 class ExpertLinear(nn.Module):
-    """One linear layer per expert in one tensor, ``[E, out, in]``."""
+    """The weights of one linear layer per expert in one tensor, ``[E, out, in]``."""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
-
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
 
 
 class Experts(nn.Module):
@@ -400,9 +397,34 @@ class Experts(nn.Module):
         self.gated = gated
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for expert in range(self.num_experts):
-            token, choice = torch.where((routing.expert_ids_TK == expert) & routing.kept_TK)
-            y = self.down(feed_forward_inner(self.up(x_TD[token], expert), self.activation, self.gated), expert)
-            out_TD = out_TD.index_add(0, token, routing.weights_TK[token, choice, None] * y.float())
-        return out_TD.to(x_TD.dtype)
+        kept_ids_TK = routing.expert_ids_TK.where(routing.kept_TK, -1)
+        up, down = self.up, self.down
+        weights = (up.weight, up.bias, down.weight, down.bias)
+        return run_experts(x_TD, kept_ids_TK, routing.weights_TK, *weights, self.activation, self.gated)
+
+
+def run_experts(
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor | None,
+    up_EUD: Tensor,
+    up_bias_EU: Tensor | None,
+    down_EDF: Tensor,
+    down_bias_ED: Tensor | None,
+    activation: str | Callable[[Tensor], Tensor],
+    gated: bool,
+) -> Tensor:
+    """For every expert, its tokens through its MLP, added up by weight in fp32.
+
+    An id outside of [0, E) is a choice of no expert; weights of None are 1.
+    """
+    inner = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for e in range(up_EUD.shape[0]):
+        token, choice = torch.where(expert_ids_TK == e)
+        up = F.linear(x_TD[token], up_EUD[e], None if up_bias_EU is None else up_bias_EU[e])
+        y = F.linear(
+            feed_forward_inner(up, inner, gated), down_EDF[e], None if down_bias_ED is None else down_bias_ED[e]
+        ).float()
+        out_TD = out_TD.index_add(0, token, y if weights_TK is None else weights_TK[token, choice, None].float() * y)
+    return out_TD.to(x_TD.dtype)

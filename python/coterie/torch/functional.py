@@ -1,0 +1,152 @@
+"""The ops of a Mixture-of-Experts layer as functions.
+
+On CPU tensors they run our kernels, the ops ``torch.ops.coterie.*`` that ``coterie._train`` registers; on other
+devices, and everywhere inside ``with aten_ops():`` or with ``COTERIE_TORCH_ATEN=1``, ATen ops of the same meaning.
+Both are differentiable once, and the former go through ``torch.compile(fullgraph=True)``, activation checkpointing
+and CPU autocast. Activations and weights are float32 or bfloat16; sums are in float32.
+
+Legend: T tokens, D hidden, E experts, K experts per token, F inner size, U rows of the up projection (2F when gated:
+gate rows first), V vocabulary, R rows.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.torch.moe import run_experts
+
+HAS_KERNELS = find_spec("coterie._train") is not None
+if HAS_KERNELS:
+    import coterie._train  # noqa: F401  registers the ops
+
+_aten_everywhere = os.environ.get("COTERIE_TORCH_ATEN", "0") == "1"
+
+
+@contextmanager
+def aten_ops() -> Iterator[None]:
+    """Run ATen ops on the CPU too, while the block lasts."""
+    global _aten_everywhere
+    before, _aten_everywhere = _aten_everywhere, True
+    try:
+        yield
+    finally:
+        _aten_everywhere = before
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether the functions of this file run our kernels for such a tensor."""
+    return HAS_KERNELS and x.device.type == "cpu" and not _aten_everywhere
+
+
+def experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    """Add up, for every token, ``weight * expert(x)`` over its choices.
+
+    Parameters
+    ----------
+    x
+        [T, D], the tokens.
+    expert_ids
+        [T, K], their choices, int64 or int32; an id outside of [0, E) is a choice of no expert.
+    weights
+        [T, K], a factor for every choice, differentiable, in float32 or x's dtype; None is 1.
+    up, down, up_bias, down_bias
+        [E, U, D], [E, D, F], [E, U], [E, D]: the experts, ``down(activation(up x))`` or, gated,
+        ``down(activation(gate x) * (up x))``. What does not require a gradient has none computed.
+    activation
+        "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu" or "swish".
+
+    Returns
+    -------
+    Tensor
+        [T, D] of x's dtype; zeros for a token without experts.
+    """
+    parts = (x, expert_ids, weights, up, up_bias, down, down_bias, activation, gated)
+    return torch.ops.coterie.experts(*parts) if uses_kernels(x) else run_experts(*parts)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` of x [..., D], as torch.nn.functional.linear."""
+    return torch.ops.coterie.linear(x, weight, bias) if uses_kernels(x) else F.linear(x, weight, bias)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross entropy of an output layer, without ever holding all its logits.
+
+    Parameters
+    ----------
+    hidden
+        [..., D], what goes into the output layer.
+    weight
+        [V, D], the output layer, without a bias.
+    targets
+        [...], int64; tokens whose target is ``ignore_index`` don't count.
+
+    Returns
+    -------
+    Tensor
+        A float32 scalar, ``cross_entropy(linear(hidden, weight).float(), targets)``.
+    """
+    hidden_TD, targets_T = hidden.flatten(0, -2), targets.flatten()
+    if uses_kernels(hidden):
+        return torch.ops.coterie.head_cross_entropy(hidden_TD, weight, targets_T, ignore_index=ignore_index)[0]
+    return F.cross_entropy(F.linear(hidden_TD, weight).float(), targets_T, ignore_index=ignore_index)
+
+
+def dispatch(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sort choices by expert.
+
+    Returns
+    -------
+    order
+        [T * K] int64: the choices t * K + k grouped by expert, in each group in their order; those of no expert last.
+    offset
+        [E + 1] int64: those of expert e are ``order[offset[e] : offset[e + 1]]``.
+    """
+    if uses_kernels(expert_ids):
+        return torch.ops.coterie.dispatch(expert_ids, num_experts)
+    ids = expert_ids.flatten().long()
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    offset = torch.searchsorted(ids.sort().values, torch.arange(num_experts + 1, device=ids.device))
+    return ids.argsort(stable=True), offset
+
+
+def grouped_linear(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply each group of rows with a matrix of its own.
+
+    Parameters
+    ----------
+    x
+        [R, D], rows in groups.
+    offset
+        [E + 1] int64: group e is ``x[offset[e] : offset[e + 1]]``.
+    weight, bias
+        [E, N, D] and [E, N]. The weight may have any strides: a transposed view costs nothing.
+
+    Returns
+    -------
+    Tensor
+        [R, N]; zeros for rows of no group.
+    """
+    if uses_kernels(x):
+        return torch.ops.coterie.grouped_linear(x, offset, weight, bias)
+    bounds = offset.tolist()
+    rows = [x.new_zeros(bounds[0], weight.shape[1])]
+    for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        rows.append(F.linear(x[first:last], weight[e], None if bias is None else bias[e]))
+    rows.append(x.new_zeros(x.shape[0] - bounds[-1], weight.shape[1]))
+    return torch.cat(rows)
