@@ -1,18 +1,37 @@
 """Coterie for PyTorch users.
 
-Importing this package registers ``CoterieForCausalLM`` with Hugging Face transformers where that is
-installed, so that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie export`` writes.
+Modules and functions that run on our kernels on the CPU, and through ATen ops of the same meaning elsewhere.
+
+Importing this package also registers, where Hugging Face transformers 5 is installed, ``CoterieForCausalLM``, so
+that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie export`` writes, and
+``experts_implementation="coterie"``, with which the MoE models of transformers run on our kernels.
 """
 
 from importlib.util import find_spec
 
+from coterie.torch.functional import aten_ops, cross_entropy, experts, linear
+from coterie.torch.layers import GroupedExperts, Linear
 from coterie.torch.moe import Experts, LayerConfig, Router, RouterConfig, RouterDraws, Routing
 
-__all__ = ["Experts", "LayerConfig", "Router", "RouterConfig", "RouterDraws", "Routing"]
+__all__ = [
+    "Experts",
+    "GroupedExperts",
+    "LayerConfig",
+    "Linear",
+    "Router",
+    "RouterConfig",
+    "RouterDraws",
+    "Routing",
+    "aten_ops",
+    "cross_entropy",
+    "experts",
+    "linear",
+]
 
 if find_spec("transformers") is not None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import coterie.torch.transformers_experts  # noqa: F401  registers experts_implementation="coterie"
     from coterie.torch.configuration import CoterieConfig
     from coterie.torch.modeling import CoterieForCausalLM
 

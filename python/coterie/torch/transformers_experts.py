@@ -1,0 +1,70 @@
+"""``experts_implementation="coterie"``: our kernels under the MoE models of Hugging Face transformers.
+
+transformers keeps the experts of a layer in one module with one tensor per matrix and lets a function registered
+with ALL_EXPERTS_FUNCTIONS run them. Gated experts in the usual layout ([gate; up] rows, a known activation) run as
+one op. All others (transposed or interleaved weights, a gate of the model's own as GPT-OSS's clamped one, other
+activations, a norm after each expert) run as two grouped products with the model's own code in between, on the
+weights as they lie. Legend: T tokens, K choices of each, D hidden, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from coterie.torch import functional
+from coterie.torch.layers import activation_name
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient is a gather too, where index_select would scatter."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, inverse = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def _fused_activation(experts: nn.Module) -> str | None:
+    """The activation with which one op computes these experts; None if there is none."""
+    usual_layout = not experts.is_transposed and not experts.has_post_expert_norm
+    usual_gate = type(experts)._apply_gate is _default_apply_gate or not experts.has_gate
+    return activation_name(experts.act_fn) if usual_layout and usual_gate else None
+
+
+def _run_in_parts(
+    experts: nn.Module, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, up: Tensor, up_bias: Tensor | None
+) -> Tensor:
+    """Sort the choices by expert, two grouped products and what the model has between them, sort back."""
+    (T, K), E = expert_ids_TK.shape, up.shape[0]
+    down, down_bias = experts.down_proj, experts.down_proj_bias if experts.has_bias else None
+    order, offset = functional.dispatch(expert_ids_TK, E)
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(T * K, device=order.device))
+    rows = _Permute.apply(x_TD.repeat_interleave(K, dim=0), order, inverse)
+    inner = functional.grouped_linear(rows, offset, up.mT if experts.is_transposed else up, up_bias)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    y = functional.grouped_linear(inner, offset, down.mT if experts.is_transposed else down, down_bias)
+    if experts.has_post_expert_norm:
+        y = experts.post_expert_norm(y)
+    y_TKD = _Permute.apply(y, inverse, order).view(T, K, -1)
+    return (y_TKD.float() * weights_TK[..., None].float()).sum(1).to(x_TD.dtype)
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run an experts module of transformers; ids outside of its experts are choices of none."""
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    up, up_bias = getattr(self, name), getattr(self, name + "_bias") if self.has_bias else None
+    activation = _fused_activation(self)
+    if activation is None:
+        return _run_in_parts(self, hidden_states, top_k_index, top_k_weights, up, up_bias)
+    down_bias = self.down_proj_bias if self.has_bias else None
+    return functional.experts(
+        hidden_states, top_k_index, top_k_weights, up, self.down_proj, up_bias, down_bias, activation, self.has_gate
+    )
+
+
+ALL_EXPERTS_FUNCTIONS.register("coterie", experts_forward)
