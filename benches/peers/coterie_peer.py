@@ -1,14 +1,13 @@
-"""Ours: the layers of the trainer, as ops of torch."""
+"""Ours: the layers that coterie.torch gives to users of PyTorch."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from worker import linear_weight, serve, weights_of
+from worker import linear_weight, route, serve, weights_of
 
-import coterie._train  # noqa: F401  registers the ops; after torch, whose libraries it uses
+from coterie.torch import functional
 
 
 class ExpertLayer(nn.Module):
@@ -21,7 +20,8 @@ class ExpertLayer(nn.Module):
         self.down = nn.Parameter(weights.down_EDF)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.coterie.bench_experts(x_TD, self.router, self.up, self.down, self.top_k)
+        weights_TK, ids_TK = route(x_TD, self.router, self.top_k)
+        return functional.experts(x_TD, ids_TK, weights_TK, self.up, self.down, activation="gelu", gated=False)
 
 
 class LinearLayer(nn.Module):
@@ -30,7 +30,7 @@ class LinearLayer(nn.Module):
         self.weight = nn.Parameter(linear_weight(cell))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.coterie.bench_linear(x_TD, self.weight)
+        return functional.linear(x_TD, self.weight)
 
 
 serve({"layer": ExpertLayer, "linear": LinearLayer})

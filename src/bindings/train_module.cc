@@ -165,27 +165,8 @@ nb::dict evaluate(const Trainer& trainer) {
   return d;
 }
 
-// What `coterie bench` measures: a layer of the trainer as an op of torch.
-at::Tensor expert_layer(const at::Tensor& x_TD, const at::Tensor& router_ED, const at::Tensor& up_EFD,
-                        const at::Tensor& down_EDF, int64_t top_k) {
-  RouterConfig config;
-  config.num_experts = router_ED.size(0);
-  config.top_k = top_k;
-  const Routed routed = route_tokens(config, linear(x_TD.to(at::kFloat), router_ED, at::Tensor()), {.training = true});
-  return experts(x_TD, routed.expert_ids_TK, routed.weights_TK, {up_EFD, {}, down_EDF, {}}, Activation::kGelu, false);
-}
-
-at::Tensor linear_layer(const at::Tensor& x_TD, const at::Tensor& weight_ND) {
-  return linear(x_TD, weight_ND, at::Tensor());
-}
-
 }  // namespace
 }  // namespace coterie
-
-TORCH_LIBRARY_FRAGMENT(coterie, m) {
-  m.def("bench_experts(Tensor x, Tensor router, Tensor up, Tensor down, int top_k) -> Tensor", coterie::expert_layer);
-  m.def("bench_linear(Tensor x, Tensor weight) -> Tensor", coterie::linear_layer);
-}
 
 NB_MODULE(_train, m) {
   using namespace coterie;
