@@ -35,7 +35,7 @@ constexpr double kTasksPerThread = 8;
 constexpr double kUnitCost = 8;
 // A group's results above this size are written past the caches: nobody finds them there later, and a line
 // that is not owned yet would be read before it is written.
-constexpr int64_t kStreamBytes = 32 << 20;
+constexpr int64_t kStreamBytes = 8 << 20;
 // Packing less than this many units is not worth waking the other threads for.
 constexpr int64_t kInlinePackUnits = 32 << 10;
 
