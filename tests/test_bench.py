@@ -30,6 +30,31 @@ def test_useful_flops_count_two_matrices_and_three_passes():
     assert bench.LinearCell("fp32", 8, 32, 64, backward=True).flops == 3 * 2 * 8 * 32 * 64
 
 
+def test_a_step_counts_what_a_token_meets():
+    cell = bench.StepCell(
+        "fp32", tokens=64, hidden=32, ffn=64, experts=4, top_k=2, layers=3, heads=2, sequence=16, vocabulary=128
+    )
+    # Of three layers the second has experts: two dense MLPs and two experts, a router, attention and the output layer.
+    matrices = 3 * 4 * 32 * 32 + 4 * 2 * 32 * 64 + 4 * 32 + 128 * 32
+    attention = 3 * (2 * 2 * 32 * 16 / 2)  # scores and sums over half of the sequence
+    assert cell.flops == 3 * 64 * (2 * matrices + attention)
+
+
+def test_a_step_of_training_runs_in_every_system():
+    cell = bench.StepCell(
+        "bf16", tokens=64, hidden=32, ffn=64, experts=4, top_k=1, layers=2, heads=2, sequence=16, vocabulary=128
+    )
+    contestants = bench.systems("step", ["torch"])
+    try:
+        contestants = bench.systems("step", ["torch", "deepspeed"])
+    except bench.BenchError:
+        pass  # not installed here
+    result = bench.run([cell], contestants, SETTINGS)["cells"][0]
+    for system in result["systems"].values():
+        assert system["ms"] is not None, system["reason"]
+        assert system["tokens_per_s"] == pytest.approx(64e3 / system["ms"])
+
+
 def test_a_cell_is_held_against_its_limits_and_the_best_peer():
     cell = replace(TINY, backward=False)
     peak, bandwidth = cell.flops * 1e3, 1e9  # 1 ms of arithmetic

@@ -1,12 +1,17 @@
-"""Ours: the layers that coterie.torch gives to users of PyTorch."""
+"""Ours: the layers that coterie.torch gives to users of PyTorch, and the trainer of `coterie train`."""
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
+from gpt import LEARNING_RATE
 from torch import Tensor, nn
-from worker import linear_weight, route, serve, weights_of
+from worker import linear_weight, route, serve, token_batches, weights_of
 
+from coterie import config, training
 from coterie.torch import functional
 
 
@@ -33,4 +38,53 @@ class LinearLayer(nn.Module):
         return functional.linear(x_TD, self.weight)
 
 
-serve({"layer": ExpertLayer, "linear": LinearLayer})
+class TrainerSteps:
+    """Steps of the C++ trainer on the model of gpt.py, reading random tokens as `coterie data` packs them."""
+
+    def __init__(self, cell: dict[str, Any]) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        directory = Path(self.directory.name)
+        self._write_data(cell, directory / "data")
+        experts = [cell["experts"] if layer % 2 else 0 for layer in range(cell["layers"])]
+        path = directory / "gpt.toml"
+        path.write_text(f"""
+[model]
+hidden_size = {cell["hidden"]}
+num_hidden_layers = {cell["layers"]}
+num_attention_heads = {cell["heads"]}
+intermediate_size = {cell["ffn"]}
+num_experts = {experts}
+top_k = {cell["top_k"]}
+gated_mlp = false
+hidden_act = "gelu"
+norm_type = "layer_norm"
+position_embedding_type = "learned"
+[data]
+path = "{directory}/data"
+sequence_length = {cell["sequence"]}
+[train]
+output_dir = "{directory}/run"
+tokens = {1000 * cell["tokens"]}
+batch_size = {cell["tokens"] // cell["sequence"]}
+learning_rate = {LEARNING_RATE}
+dtype = "{cell["dtype"]}"
+threads = {cell["threads"]}
+""")
+        self.trainer = training.make_trainer(config.load(path).resolve())
+
+    @staticmethod
+    def _write_data(cell: dict[str, Any], directory: Path) -> None:
+        directory.mkdir()
+        batches = token_batches(cell)
+        meta = {"format": 1, "vocab_size": cell["vocabulary"], "dtype": "uint16", "eos_token_id": 0, "sources": []}
+        for split, number in (("train", 64), ("valid", 1)):
+            packed = b"".join(next(batches).numpy().astype("uint16").tobytes() for _ in range(number))
+            (directory / f"{split}.bin").write_bytes(packed)
+            meta[split] = {"tokens": len(packed) // 2, "bytes": len(packed), "documents": 1}
+        (directory / "meta.json").write_text(json.dumps(meta))
+
+    def step(self) -> None:
+        self.trainer.step()
+
+
+serve({"layer": ExpertLayer, "linear": LinearLayer, "step": TrainerSteps})

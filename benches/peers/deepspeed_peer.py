@@ -7,12 +7,15 @@ import os
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read on import
+os.environ.setdefault("LOCAL_RANK", "0")
 
 import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from gpt import LEARNING_RATE, MAX_GRAD_NORM, Gpt
 from torch import Tensor, distributed, nn
-from worker import DTYPES, serve, weights_of
+from worker import DTYPES, serve, token_batches, weights_of
 
 
 class Expert(nn.Module):
@@ -36,7 +39,8 @@ class DeepSpeedLayer(nn.Module):
             k=cell["top_k"],
             min_capacity=min(4, cell["tokens"]),  # it refuses fewer tokens than that
         )
-        self.moe.set_deepspeed_parallelism()
+        if cell["kind"] == "layer":  # an engine does it for its model
+            self.moe.set_deepspeed_parallelism()
         self._load()
 
     def _load(self) -> None:
@@ -60,7 +64,30 @@ class DeepSpeedLayer(nn.Module):
         return {"version": deepspeed.__version__, "dropped": dropped}
 
 
+class DeepSpeedTraining:
+    """Steps of a DeepSpeed engine on one rank, ZeRO off: in bf16 with fp32 master weights, as it does it."""
+
+    def __init__(self, cell: dict[str, Any]) -> None:
+        model = Gpt(cell, DeepSpeedLayer).to(DTYPES[cell["dtype"]])
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            {"params": list(model.parameters()), "name": "parameters"}
+        )
+        settings = {
+            "train_micro_batch_size_per_gpu": cell["tokens"] // cell["sequence"],
+            "gradient_clipping": MAX_GRAD_NORM,
+            "bf16": {"enabled": cell["dtype"] == "bf16"},
+            "steps_per_print": 10**9,
+        }
+        optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+        self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        self.batches = token_batches(cell)
+
+    def step(self) -> None:
+        self.engine.backward(self.engine(next(self.batches)))
+        self.engine.step()
+
+
 # A group of this one process, without a port. The first time, DeepSpeed compiles an extension for it.
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 deepspeed.init_distributed("gloo")
-serve({"layer": DeepSpeedLayer})
+serve({"layer": DeepSpeedLayer, "step": DeepSpeedTraining})

@@ -33,4 +33,5 @@ class GroupedLayer(nn.Module):
         return y[place].view(*ids_TK.shape, -1).sum(1)
 
 
-serve({"layer": GroupedLayer})
+if __name__ == "__main__":
+    serve({"layer": GroupedLayer})

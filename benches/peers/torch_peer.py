@@ -1,10 +1,12 @@
-"""torch.nn.Linear."""
+"""Plain torch: torch.nn.Linear, and a GPT whose experts run on torch's grouped matrix product."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from gpt import Training
 from torch import nn
+from torch_grouped_mm_peer import GroupedLayer
 from worker import linear_weight, serve
 
 
@@ -15,4 +17,4 @@ def build(cell: dict[str, Any]) -> nn.Module:
     return layer
 
 
-serve({"linear": build})
+serve({"linear": build, "step": lambda cell: Training(cell, GroupedLayer)})

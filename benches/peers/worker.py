@@ -10,7 +10,7 @@ One JSON object a line; requests come on stdin, each is answered by one line on 
 A request that fails is answered by {"error": "one line"}. `run` makes at least `repeat` steps and goes on
 for `seconds`. A step is a forward pass without gradients, or, with `backward`, a forward and a backward
 pass that ends with gradients of the input and of every parameter; like a training loop it begins by
-letting the old gradients go.
+letting the old gradients go. In a cell of kind `step` it is a step of training a whole model, optimizer and all.
 
 Every system gets the same numbers: they are made here, from the cell's sizes alone. For forward passes of
 few tokens one layer would stay in the caches, which the layers of a model do not: then `copies` layers and
@@ -27,7 +27,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -56,8 +56,8 @@ def _take_stdout() -> IO[str]:
 
 ANSWERS = _take_stdout()
 
-Build = Callable[[dict[str, Any]], nn.Module]
-"""A cell to a module x_TD -> y_TD."""
+Build = Callable[[dict[str, Any]], Any]
+"""A cell to a module x_TD -> y_TD, or, for the kind `step`, to something with a method step()."""
 
 
 def weights_of(cell: dict[str, Any]) -> Weights:
@@ -73,7 +73,7 @@ def weights_of(cell: dict[str, Any]) -> Weights:
 
 def route(x_TD: Tensor, router_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The router of the systems that bring none: softmax in fp32, then the K largest as they are."""
-    scores_TE = nn.functional.linear(x_TD.float(), router_ED).softmax(-1)
+    scores_TE = nn.functional.linear(x_TD.float(), router_ED.float()).softmax(-1)
     weights_TK, ids_TK = scores_TE.topk(top_k, dim=-1)
     return weights_TK, ids_TK
 
@@ -82,6 +82,14 @@ def linear_weight(cell: dict[str, Any]) -> Tensor:
     """[outputs, hidden], of a cell of kind `linear`."""
     N, D = cell["outputs"], cell["hidden"]
     return _filled((N, D), D**-0.5, DTYPES[cell["dtype"]], seed=4)
+
+
+def token_batches(cell: dict[str, Any]) -> Iterator[Tensor]:
+    """Windows of random tokens, [sequences, sequence + 1], without end."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (cell["tokens"] // cell["sequence"], cell["sequence"] + 1)
+    while True:
+        yield torch.randint(cell["vocabulary"], shape, generator=generator)
 
 
 def serve(builders: dict[str, Build]) -> None:
@@ -108,20 +116,29 @@ class Bench:
         torch.set_num_threads(cell["threads"])
         torch.manual_seed(0)
         self.backward = cell["backward"]
+        info = {"torch": torch.__version__}
+        if cell["kind"] == "step":
+            self.training = self.builders["step"](cell)
+            self.training.step()
+        else:
+            info |= self._make_layer(cell)
+        gc.collect()
+        _forget_peak()  # all this may have needed more than running does
+        return {"info": info}
+
+    def _make_layer(self, cell: dict[str, Any]) -> dict[str, Any]:
         self.modules = [self.builders[cell["kind"]](cell).train(self.backward) for _ in range(cell["copies"])]
         shape, dtype = (cell["tokens"], cell["hidden"]), DTYPES[cell["dtype"]]
         self.inputs = [
             _filled(shape, 1.0, dtype, seed=100 + i).requires_grad_(self.backward) for i in range(cell["batches"])
         ]
         self.grad_out = _filled((cell["tokens"], cell.get("outputs", cell["hidden"])), 1.0, dtype, seed=99)
-        info = {"torch": torch.__version__, "norms": self._norms()}
+        info: dict[str, Any] = {"norms": self._norms()}
         if cell["kind"] == "layer":
             info["experts_hit"] = self._experts_hit(cell)
         if facts := getattr(self.modules[0], "facts", None):
             info |= facts()
-        gc.collect()
-        _forget_peak()  # all this may have needed more than running does
-        return {"info": info}
+        return info
 
     def run(self, repeat: int, seconds: float) -> dict[str, Any]:
         self._step()  # the process has slept
@@ -133,6 +150,7 @@ class Bench:
         return {"ms": [1e3 * t for t in times], "peak_bytes": _status_bytes("VmHWM") - self.idle_bytes}
 
     def drop(self) -> dict[str, Any]:
+        self.training: Any = None
         self.modules: list[nn.Module] = []
         self.inputs: list[Tensor] = []
         self.grad_out = torch.empty(0)
@@ -140,7 +158,9 @@ class Bench:
         gc.collect()
         return {}
 
-    def _step(self) -> Tensor:
+    def _step(self) -> Tensor | None:
+        if self.training is not None:
+            return self.training.step()
         module = self.modules[self.calls % len(self.modules)]
         x = self.inputs[self.calls % len(self.inputs)]
         self.calls += 1

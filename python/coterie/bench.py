@@ -25,7 +25,11 @@ from typing import IO, Any
 
 OURS = "coterie"
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
-PEERS = {"layer": ("deepspeed", "torch_loop", "torch_grouped_mm", "transformers"), "linear": ("torch",)}
+PEERS = {
+    "layer": ("deepspeed", "torch_loop", "torch_grouped_mm", "transformers"),
+    "linear": ("torch",),
+    "step": ("deepspeed", "torch"),
+}
 PACKAGES = {"deepspeed": "deepspeed", "transformers": "transformers"}  # of the peers that need more than torch
 TCMALLOC = "tcmalloc"
 SHARES = ("share_of_peak", "share_of_bandwidth", "share_of_limit")  # the last two of forward passes alone
@@ -114,7 +118,62 @@ class LinearCell:
         return self.weight_bytes
 
 
-Cell = LayerCell | LinearCell
+@dataclass(frozen=True)
+class StepCell:
+    """A step of training a small GPT, every second layer of which has experts: forward, backward, clipping and
+    AdamW. `tokens` are sequences of `sequence` tokens."""
+
+    dtype: str
+    tokens: int
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    layers: int
+    heads: int
+    sequence: int
+    vocabulary: int
+    backward: bool = True
+
+    kind = "step"
+
+    def check(self) -> None:
+        """Refuse sizes that are none."""
+        if self.top_k > self.experts:
+            raise BenchError(f"--top-k: exceeds --experts {self.experts} ({self.top_k})")
+        if self.tokens % self.sequence:
+            raise BenchError(f"--tokens: no multiple of --sequence {self.sequence} ({self.tokens})")
+        if self.hidden % self.heads:
+            raise BenchError(f"--heads: does not divide --hidden {self.hidden} ({self.heads})")
+
+    def _weights(self, experts: int) -> int:
+        """Parameters in matrices with `experts` experts in a layer that has any."""
+        feed_forward = 2 * self.hidden * self.ffn
+        sparse = self.layers // 2
+        layers = self.layers * 4 * self.hidden**2 + (self.layers - sparse + sparse * experts) * feed_forward
+        return layers + sparse * self.experts * self.hidden + self.vocabulary * self.hidden
+
+    @property
+    def flops(self) -> float:
+        """Useful arithmetic: six for a parameter that a token meets, and causal attention."""
+        attention = 2 * self.sequence * self.hidden * self.layers
+        return 3.0 * self.tokens * (2 * self._weights(self.top_k) + attention)
+
+    @property
+    def weight_bytes(self) -> int:
+        """With master weights, gradients and moments."""
+        return 4 * 4 * self._weights(self.experts)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Roughly, and rather too much."""
+        return 4 * self.tokens * (self.layers * (12 * self.hidden + 3 * self.ffn) + 3 * self.vocabulary)
+
+    def read_bytes(self, info: dict[str, Any]) -> float:
+        return self.weight_bytes
+
+
+Cell = LayerCell | LinearCell | StepCell
 
 
 @dataclass(frozen=True)
@@ -168,6 +227,7 @@ class Samples:
             "min_ms": min(self.times_ms),
             "steps": len(self.times_ms),
             "gflops": cell.flops / ms / 1e6,
+            "tokens_per_s": 1e3 * cell.tokens / ms,
             "share_of_peak": arithmetic_ms / ms,
             "peak_bytes": self.peak_bytes,
         }

@@ -72,6 +72,34 @@ def linear(
     _run(cells, peers, benches.Settings(threads, rounds, repeat), json)
 
 
+@bench.command()
+def step(
+    tokens: TokensOption = "4096",
+    layers: Annotated[int, typer.Option(min=1, help="Every second one has experts.")] = 8,
+    hidden: HiddenOption = 256,
+    ffn: Annotated[int, typer.Option(min=1, help="Inner size of a layer or an expert.")] = 1024,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 256,
+    vocabulary: Annotated[int, typer.Option(min=2)] = 8192,
+    experts: Annotated[Sizes, typer.Option(help="Experts of a layer that has any.")] = "16",
+    top_k: Annotated[Sizes, typer.Option(help="Experts of a token.")] = "1",
+    dtype: DtypeOption = "fp32,bf16",
+    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(benches.PEERS["step"]),
+    threads: ThreadsOption = 2,
+    rounds: RoundsOption = 5,
+    repeat: RepeatOption = 3,
+    json: JsonOption = False,
+) -> None:
+    """A step of training a small GPT with experts, as `coterie train` does it."""
+    cells = [
+        benches.StepCell(d, t, hidden, ffn, e, k, layers, heads, sequence, vocabulary)
+        for d, t, e, k in product(
+            _dtypes(dtype), _sizes("tokens", tokens), _sizes("experts", experts), _sizes("top-k", top_k)
+        )
+    ]
+    _run(cells, peers, benches.Settings(threads, rounds, repeat), json)
+
+
 def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, json: bool) -> None:
     for cell in cells:
         cell.check()
