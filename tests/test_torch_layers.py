@@ -4,8 +4,10 @@ import pytest
 import torch
 from test_torch_ops import FP32, assert_close, values_and_gradients
 from torch import nn
+from torch.library import opcheck
 
-from coterie.torch import GroupedExperts, Linear, aten_ops
+from coterie.torch import GroupedExperts, Linear, Router, RouterConfig, aten_ops, moe, route
+from coterie.torch.moe import run_experts
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -20,10 +22,17 @@ def test_grouped_experts_equal_modules_one_by_one(activation: str, gated: bool, 
         return layer(inputs["x"], ids, inputs["weights"])
 
     inputs = {"x": x, "weights": weights, **dict(layer.named_parameters())}
+
+    def plain(**inputs) -> torch.Tensor:
+        flat = (inputs["x"].flatten(0, 1), ids.flatten(0, 1), inputs["weights"].flatten(0, 1))
+        parts = (inputs.get(name) for name in ("up.weight", "up.bias", "down.weight", "down.bias"))
+        return run_experts(*flat, *parts, activation, gated).view_as(inputs["x"])
+
     actual = values_and_gradients(run, inputs)
+    expected = {name: value.double() for name, value in values_and_gradients(plain, inputs).items()}
+    assert_close(actual, expected, torch.float32)
     with aten_ops():
-        expected = values_and_gradients(run, inputs)
-    assert_close(actual, {name: value.double() for name, value in expected.items()}, torch.float32)
+        assert_close(values_and_gradients(run, inputs), expected, torch.float32)
     ones = layer(x, ids)
     assert torch.allclose(ones, layer(x, ids, torch.ones(2, 9, 2)), rtol=FP32, atol=FP32)
 
@@ -45,6 +54,118 @@ def test_linear_is_torchs() -> None:
     actual = values_and_gradients(lambda x, **_: ours(x), {"x": x, **dict(ours.named_parameters())})
     expected = values_and_gradients(lambda x, **_: theirs(x), {"x": x, **dict(theirs.named_parameters())})
     assert_close(actual, {name: value.double() for name, value in expected.items()}, torch.float32)
+
+
+ROUTERS = {
+    "plain": {},
+    "normalized": {"normalize": True, "routed_scaling": 2.5},
+    "kept": {"normalize": True, "normalize_over": "kept", "capacity_factor": 0.6, "drop_policy": "position"},
+    "probability": {"capacity_factor": 0.6, "drop_policy": "probability"},
+    "deepseek": {"score_function": "sigmoid", "choice_bias": True, "num_groups": 4, "top_k_groups": 2},
+    "expert_choice": {"chooser": "experts", "capacity_factor": 1.0},
+}
+
+
+def router_of(name: str) -> Router:
+    torch.manual_seed(5)
+    router = Router(24, 8, 2, RouterConfig(**ROUTERS[name]))
+    if router.choice_bias is not None:
+        nn.init.normal_(router.choice_bias, std=0.1)
+    return router
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router_equals_the_plain_one(name: str, training: bool) -> None:
+    router = router_of(name).train(training)
+    inputs = {"x": torch.randn(3, 15, 24, requires_grad=True), "weight": router.weight}
+    routings = []
+
+    def run(x, weight) -> torch.Tensor:
+        routings.append(router(x))
+        return routings[-1].weights_TK
+
+    def run_plain(x, weight) -> torch.Tensor:
+        routings.append(moe.Router.forward(router, x.flatten(0, -2)))
+        return routings[-1].weights_TK
+
+    actual = values_and_gradients(run, inputs)
+    expected = values_and_gradients(run_plain, inputs)
+    assert_close(actual, {name: value.double() for name, value in expected.items()}, torch.float32)
+    ours, plain = routings
+    with aten_ops():
+        assert torch.equal(router(inputs["x"]).weights_TK, plain.weights_TK)
+    assert torch.equal(ours.expert_ids_TK, plain.expert_ids_TK)
+    assert torch.equal(ours.kept_TK, plain.kept_TK)
+    assert ours.experts_chose == plain.experts_chose
+    assert torch.allclose(ours.balance_loss(), plain.balance_loss(), rtol=FP32)
+
+
+def test_router_and_experts_are_a_layer() -> None:
+    router, experts = router_of("kept"), GroupedExperts(8, 24, 16)
+
+    def layer(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        routing = router(x)
+        ids = routing.expert_ids_TK.where(routing.kept_TK, -1)
+        return experts(x, ids, routing.weights_TK), routing.balance_loss()
+
+    x = torch.randn(15, 24)
+    expected = layer(x)[0]
+    out, balance = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)(x)
+    assert torch.allclose(out, expected, rtol=0, atol=FP32 * expected.abs().max().item())
+    (out.sum() + balance).backward()
+    assert router.weight.grad.any() and experts.up.weight.grad.any()
+
+
+def test_random_choices_follow_torchs_generator() -> None:
+    logits = torch.randn(64, 8)
+    dropping = RouterConfig(capacity_factor=0.5)
+    noisy = RouterConfig(choice_noise="rsample")
+    for config, field in ((dropping, "kept_TK"), (noisy, "expert_ids_TK")):
+        drawn = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            drawn.append(getattr(route(logits, 2, config, training=True), field))
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    state = torch.get_rng_state()
+    route(logits, 2, RouterConfig(), training=True)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing random, nothing drawn
+
+
+@pytest.mark.parametrize("name", ["route", "route_forward", "route_backward"])
+def test_opcheck(name: str) -> None:
+    ops = torch.ops.coterie
+    json = '{"num_experts": 8, "top_k": 2, "normalize": true, "capacity_factor": 0.5}'
+    logits, key = torch.randn(9, 8), torch.tensor([3, 0, 0, 0])
+    ids, _, kept, _, scores = ops.route_forward(logits, json, None, key, True)
+    samples = {
+        "route": (logits.requires_grad_(), json, None, key, True),
+        "route_forward": (logits.detach(), json, None, key, True),
+        "route_backward": (torch.ones(9, 2), ids, kept, scores, json),
+    }
+    # With AOTAutograd, opcheck adds up all outputs in the type of the first, which is an integer here;
+    # test_router_and_experts_are_a_layer compiles it.
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name != "route":
+        utilities.append("test_aot_dispatch_dynamic")
+    opcheck(getattr(ops, name).default, samples[name], test_utils=utilities)
+
+
+@pytest.mark.parametrize(
+    ("logits", "config", "message"),
+    [
+        (torch.randn(3, 4), '{"num_experts": 8}', "logits has 4 entries along axis 1 instead of 8"),
+        (torch.randn(3, 8).half(), '{"num_experts": 8}', "logits is Half, not Float"),
+        (torch.randn(3, 8), '{"num_experts": 8, "topk": 2}', "[router]: topk: unknown key (2)"),
+        (torch.randn(3, 8), '{"num_experts": 8, "top_k": 9}', "[router] top_k (9) exceeds num_experts (8)"),
+        (torch.randn(3, 8), "8", "[router] 8: not an object of JSON"),
+        (torch.randn(3, 8), '{"num_experts": 8, "choice_bias": true}', "choice_bias is missing"),
+    ],
+)  # fmt: skip
+def test_route_refuses_in_one_line(logits: torch.Tensor, config: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        torch.ops.coterie.route(logits, config)
+    assert str(caught.value) == "coterie::route: " + message
 
 
 def test_training_lowers_a_loss() -> None:

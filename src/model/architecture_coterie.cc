@@ -4,6 +4,7 @@
 
 #include "coterie/error.h"
 #include "model/architectures.h"
+#include "model/router_json.h"
 
 namespace coterie {
 namespace {
@@ -221,6 +222,25 @@ CheckpointMap checkpoint_map(const ModelConfig& config) {
 }
 
 }  // namespace
+
+RouterConfig router_from_json(const std::string& text) {
+  const nlohmann::json object = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object()) throw InvalidArgument("[router] " + text + ": not an object of JSON");
+  const ConfigReader json(object, "[router]");
+  RouterConfig router;
+  router.num_experts = json.integer("num_experts");
+  router.top_k = json.integer("top_k", 1);
+  read_router(json, router);
+  router.validate();
+  return router;
+}
+
+std::string router_to_json(const RouterConfig& config) {
+  Json json = router_json(config);
+  json["num_experts"] = config.num_experts;
+  json["top_k"] = config.top_k;
+  return json.dump();
+}
 
 const Architecture kCoterieArchitecture = {"CoterieForCausalLM", "coterie", read_config, write_config, checkpoint_map};
 

@@ -29,8 +29,8 @@ at::Tensor rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double e
 
 struct Routed {
   at::Tensor weights_TK;             // differentiable
-  at::Tensor expert_ids_TK;          // int32, -1 for a dropped choice
-  std::shared_ptr<Routing> routing;  // the choices, and the same weights
+  at::Tensor expert_ids_TK;          // int64, -1 for a dropped choice
+  std::shared_ptr<Routing> routing;  // the choices, and the same weights; no scores
 };
 Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const RouteOptions& options);
 

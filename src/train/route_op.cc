@@ -1,73 +1,210 @@
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-
-#include <utility>
-
+#include "coterie/error.h"
+#include "model/router_json.h"
 #include "train/ops.h"
-#include "train/torch_pool.h"
+#include "train/torch_op.h"
 
 namespace coterie {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+// expert_ids [T, K] int64 (dropped choices too), weights [T, K] fp32, kept [T, K] bool, counts [E] int64 of kept
+// choices, scores [T, E] fp32 for the backward pass.
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Choices = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // the same without scores
+constexpr const char* kOp = "coterie::route";
 
-// A C++ object that rides along in an AutogradContext.
-template <typename T>
-struct Holder : torch::CustomClassHolder {
-  explicit Holder(T value) : value(std::move(value)) {}
-  T value;
-};
-
-template <typename T>
-void hold(AutogradContext* context, T value) {
-  context->saved_data["state"] = c10::IValue::make_capsule(c10::make_intrusive<Holder<T>>(std::move(value)));
+RouterConfig config_of(std::string_view json) {
+  try {
+    return router_from_json(std::string(json));
+  } catch (const InvalidArgument& error) {
+    TORCH_CHECK_VALUE(false, kOp, ": ", error.what());
+  }
 }
 
-template <typename T>
-T& held(AutogradContext* context) {
-  return static_cast<Holder<T>*>(context->saved_data["state"].toCapsule().get())->value;
+RouterConfig checked_config(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
+                            const OptionalTensor& key) {
+  const RouterConfig config = config_of(json);
+  TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat, kOp, ": logits is ", logits.scalar_type(), ", not Float");
+  check_axes(logits, 2, kOp, "logits");
+  check_size(logits, 1, config.num_experts, kOp, "logits");
+  TORCH_CHECK_VALUE(given(choice_bias) == config.choice_bias, kOp, ": choice_bias is ",
+                    given(choice_bias) ? "given, but not in the configuration" : "missing");
+  if (given(choice_bias)) {
+    check_floating(*choice_bias, kOp, "choice_bias");
+    check_axes(*choice_bias, 1, kOp, "choice_bias");
+    check_size(*choice_bias, 0, config.num_experts, kOp, "choice_bias");
+  }
+  if (given(key)) {
+    TORCH_CHECK_TYPE(key->scalar_type() == at::kLong, kOp, ": key is ", key->scalar_type(), ", not Long");
+    check_axes(*key, 1, kOp, "key");
+    check_size(*key, 0, 4, kOp, "key");
+  }
+  return config;
 }
 
-struct RouteState {
-  RouterConfig config;
-  std::shared_ptr<Routing> routing;
-};
+int64_t num_choices(const RouterConfig& config, bool training) {
+  return training && config.chooser == Chooser::kExperts ? config.num_experts : config.top_k;
+}
 
-struct RouteOp : torch::autograd::Function<RouteOp> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& logits, const RouterConfig& config,
-                            std::shared_ptr<Routing> routing) {
-    const at::Tensor weights = at::empty({logits.size(0), routing->top_k}, logits.options());
-    std::copy(routing->weights_TK.begin(), routing->weights_TK.end(), weights.mutable_data_ptr<float>());
-    hold(context, RouteState{config, std::move(routing)});
-    return weights;
+RandomKey key_of(const OptionalTensor& key) {
+  if (!given(key)) return {};
+  const at::Tensor values = key->contiguous();
+  const auto* const k = values.const_data_ptr<int64_t>();
+  return {static_cast<uint64_t>(k[0]), static_cast<uint64_t>(k[1]), k[2], k[3]};
+}
+
+template <typename To, typename From>
+at::Tensor tensor_of(const std::vector<From>& values, at::IntArrayRef sizes) {
+  const at::Tensor tensor = at::empty(sizes, c10::CppTypeToScalarType<To>::value);
+  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<To>());
+  return tensor;
+}
+
+template <typename To, typename From>
+void fill(std::vector<To>& values, const at::Tensor& tensor) {
+  const at::Tensor source = tensor.contiguous();
+  const auto* const data = source.const_data_ptr<From>();
+  values.assign(data, data + source.numel());
+}
+
+Result forward_cpu(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
+                   const OptionalTensor& key, bool training) {
+  const RouterConfig config = checked_config(logits, json, choice_bias, key);
+  const at::Tensor logits_TE = logits.contiguous(), bias_E = as_float(choice_bias);
+  const int64_t T = logits.size(0), E = config.num_experts;
+  const Routing routing =
+      route(config, logits_TE.const_data_ptr<float>(), T,
+            {.training = training, .key = key_of(key), .choice_bias_E = float_pointer(bias_E)}, torch_pool());
+  return {tensor_of<int64_t>(routing.expert_ids_TK, {T, routing.top_k}),
+          tensor_of<float>(routing.weights_TK, {T, routing.top_k}),
+          tensor_of<bool>(routing.kept_TK, {T, routing.top_k}), tensor_of<int64_t>(routing.tokens_per_expert_E, {E}),
+          tensor_of<float>(routing.scores_TE, {T, E})};
+}
+
+Result forward_meta(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
+                    const OptionalTensor& key, bool training) {
+  const RouterConfig config = checked_config(logits, json, choice_bias, key);
+  const c10::SymInt T = logits.sym_size(0), K = num_choices(config, training);
+  const auto empty = [&](std::vector<c10::SymInt> sizes, at::ScalarType type) {
+    return at::empty_symint(sizes, logits.options().dtype(type));
+  };
+  return {empty({T, K}, at::kLong), empty({T, K}, at::kFloat), empty({T, K}, at::kBool),
+          empty({config.num_experts}, at::kLong), empty({T, logits.sym_size(1)}, at::kFloat)};
+}
+
+at::Tensor backward_cpu(const at::Tensor& grad_weights, const at::Tensor& expert_ids, const at::Tensor& kept,
+                        const at::Tensor& scores, std::string_view json) {
+  const RouterConfig config = config_of(json);
+  Routing routing{.num_tokens = scores.size(0), .num_experts = config.num_experts, .top_k = expert_ids.size(1)};
+  fill<int32_t, int64_t>(routing.expert_ids_TK, expert_ids);
+  fill<uint8_t, bool>(routing.kept_TK, kept);
+  fill<float, float>(routing.scores_TE, scores);
+  const at::Tensor grad = grad_weights.contiguous(), grad_logits = at::empty(scores.sizes(), at::kFloat);
+  route_backward(config, routing, grad.const_data_ptr<float>(), nullptr, grad_logits.mutable_data_ptr<float>(),
+                 torch_pool());
+  return grad_logits;
+}
+
+at::Tensor backward_meta(const at::Tensor& /*grad_weights*/, const at::Tensor& /*expert_ids*/,
+                         const at::Tensor& /*kept*/, const at::Tensor& scores, std::string_view /*json*/) {
+  return at::empty_symint(scores.sym_sizes(), scores.options());
+}
+
+const auto& forward_op() {
+  static const auto op = find_op<decltype(forward_cpu)>("coterie::route_forward");
+  return op;
+}
+
+Choices route_without_gradients(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
+                                const OptionalTensor& key, bool training) {
+  auto [expert_ids, weights, kept, counts, scores] = forward_op().call(logits, json, choice_bias, key, training);
+  return {expert_ids, weights, kept, counts};
+}
+
+struct RouteFunction : torch::autograd::Function<RouteFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& logits, const std::string& json,
+                               const OptionalTensor& choice_bias, const OptionalTensor& key, bool training) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [expert_ids, weights, kept, counts, scores] = forward_op().call(logits, json, choice_bias, key, training);
+    context->save_for_backward({expert_ids, kept, scores});
+    context->saved_data["config"] = json;
+    context->mark_non_differentiable({expert_ids, kept, counts});
+    return {expert_ids, weights, kept, counts};
   }
 
-  static variable_list backward(AutogradContext* context, variable_list grads) {
-    const RouteState& state = held<RouteState>(context);
-    const at::Tensor grad = grads[0].contiguous();
-    const at::Tensor grad_logits = at::empty({grad.size(0), state.config.num_experts}, grad.options());
-    route_backward(state.config, *state.routing, grad.const_data_ptr<float>(), nullptr,
-                   grad_logits.mutable_data_ptr<float>(), torch_pool());
-    return {grad_logits, at::Tensor(), at::Tensor()};
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    check_first_derivative(kOp);
+    const variable_list saved = context->get_saved_variables();
+    static const auto op = find_op<decltype(backward_cpu)>("coterie::route_backward");
+    variable_list gradients(5);
+    gradients[0] = op.call(grads[1], saved[0], saved[1], saved[2], context->saved_data["config"].toStringRef());
+    return gradients;
   }
 };
 
-// Ids with -1 for a dropped choice, as the experts take them.
-at::Tensor kept_ids(const Routing& routing) {
-  const at::Tensor ids_TK = at::empty({routing.num_tokens, routing.top_k}, at::kInt);
-  auto* const ids = ids_TK.mutable_data_ptr<int32_t>();
-  for (size_t c = 0; c < routing.expert_ids_TK.size(); ++c) ids[c] = routing.kept_TK[c] ? routing.expert_ids_TK[c] : -1;
-  return ids_TK;
+Choices route_autograd(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
+                       const OptionalTensor& key, bool training) {
+  if (any_requires_grad({logits})) {
+    const variable_list out = RouteFunction::apply(logits, std::string(json), choice_bias, key, training);
+    return {out[0], out[1], out[2], out[3]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return route_without_gradients(logits, json, choice_bias, key, training);
+}
+
+// What the choices say as a Routing; without the scores, which the op has kept for its backward pass.
+Routing routing_of(const Choices& choices) {
+  const auto& [expert_ids, weights, kept, counts] = choices;
+  Routing routing{.num_tokens = kept.size(0), .num_experts = counts.size(0), .top_k = kept.size(1)};
+  fill<int32_t, int64_t>(routing.expert_ids_TK, expert_ids);
+  fill<float, float>(routing.weights_TK, weights.detach());
+  fill<uint8_t, bool>(routing.kept_TK, kept);
+  fill<int64_t, int64_t>(routing.tokens_per_expert_E, counts);
+  return routing;
 }
 
 }  // namespace
 
 Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const RouteOptions& options) {
-  const at::Tensor logits = logits_TE.contiguous();
-  auto routing =
-      std::make_shared<Routing>(route(config, logits.const_data_ptr<float>(), logits.size(0), options, torch_pool()));
-  return {RouteOp::apply(logits, config, routing), kept_ids(*routing), routing};
+  static const auto op = find_op<decltype(route_without_gradients)>("coterie::route");
+  const RandomKey& key = options.key;
+  const at::Tensor key_tensor = at::tensor(
+      {static_cast<int64_t>(key.seed), static_cast<int64_t>(key.step), key.layer, key.first_token}, at::kLong);
+  OptionalTensor choice_bias;
+  if (options.choice_bias_E)
+    choice_bias = at::from_blob(const_cast<float*>(options.choice_bias_E), {config.num_experts}, at::kFloat);
+  const Choices choices = op.call(logits_TE, router_to_json(config), choice_bias, key_tensor, options.training);
+  const auto& [expert_ids, weights, kept, counts] = choices;
+  return {weights, expert_ids.masked_fill(kept.logical_not(), -1), std::make_shared<Routing>(routing_of(choices))};
+}
+
+TORCH_LIBRARY_FRAGMENT(coterie, m) {
+  m.def(
+      "route(Tensor logits, str config, Tensor? choice_bias=None, Tensor? key=None, bool training=False) -> "
+      "(Tensor expert_ids, Tensor weights, Tensor kept, Tensor counts)");
+  m.def(
+      "route_forward(Tensor logits, str config, Tensor? choice_bias, Tensor? key, bool training) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("route_backward(Tensor grad_weights, Tensor expert_ids, Tensor kept, Tensor scores, str config) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(coterie, CPU, m) {
+  m.impl("route", route_without_gradients);
+  m.impl("route_forward", forward_cpu);
+  m.impl("route_backward", backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(coterie, Meta, m) {
+  m.impl("route", route_without_gradients);
+  m.impl("route_forward", forward_meta);
+  m.impl("route_backward", backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(coterie, Autograd, m) {
+  m.impl("route", route_autograd);
+  m.impl("route_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("route_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace coterie

@@ -9,15 +9,17 @@ that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie export`` writ
 
 from importlib.util import find_spec
 
-from coterie.torch.functional import aten_ops, cross_entropy, experts, linear
-from coterie.torch.layers import GroupedExperts, Linear
-from coterie.torch.moe import Experts, LayerConfig, Router, RouterConfig, RouterDraws, Routing
+from coterie.torch.functional import aten_ops, cross_entropy, experts, linear, route
+from coterie.torch.layers import GroupedExperts, Linear, Router
+from coterie.torch.moe import Experts, LayerConfig, RouterConfig, RouterDraws, Routing
+from coterie.torch.moe_layer import MoE
 
 __all__ = [
     "Experts",
     "GroupedExperts",
     "LayerConfig",
     "Linear",
+    "MoE",
     "Router",
     "RouterConfig",
     "RouterDraws",
@@ -26,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "experts",
     "linear",
+    "route",
 ]
 
 if find_spec("transformers") is not None:

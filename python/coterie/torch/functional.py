@@ -12,13 +12,15 @@ gate rows first), V vocabulary, R rows.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.torch.moe import run_experts
+from coterie.torch import moe
+from coterie.torch.moe import RouterConfig, Routing, run_experts
 
 HAS_KERNELS = find_spec("coterie._train") is not None
 if HAS_KERNELS:
@@ -77,6 +79,50 @@ def experts(
     """
     parts = (x, expert_ids, weights, up, up_bias, down, down_bias, activation, gated)
     return torch.ops.coterie.experts(*parts) if uses_kernels(x) else run_experts(*parts)
+
+
+def _to_json(**settings: str | bool | int | float) -> str:
+    """An object of JSON. Formatting makes numbers constants of a compiled graph, which the json module could not."""
+    values = []
+    for name, value in settings.items():
+        text = f'"{value}"' if isinstance(value, str) else f"{value}"
+        values.append(f'"{name}": {text.lower() if isinstance(value, bool) else text}')
+    return "{" + ", ".join(values) + "}"
+
+
+def route(
+    logits: Tensor, top_k: int, config: RouterConfig, choice_bias: Tensor | None = None, training: bool = False
+) -> Routing:
+    """Choose experts for every token and weigh the choices.
+
+    Parameters
+    ----------
+    logits
+        [T, E] float32. The weights of the choices are differentiable with respect to them.
+    config
+        How; ``jitter`` is not part of it, since it changes what the logits are made of.
+    choice_bias
+        [E], where the configuration has it.
+    training
+        Whether noise, the experts' choice and ``capacity_factor`` apply, or ``eval_capacity_factor``.
+
+    Notes
+    -----
+    Random choices follow torch's generator, so that torch.manual_seed and activation checkpointing repeat them.
+    """
+    num_experts = logits.shape[1]
+    if not uses_kernels(logits):
+        router = moe.Router(0, num_experts, top_k, config).train(training)
+        router.choice_bias = choice_bias
+        return router.route(logits, moe.RouterDraws())
+    settings = _to_json(**asdict(config), num_experts=num_experts, top_k=top_k)
+    capacity_factor = config.capacity_factor if training else config.eval_capacity_factor
+    drops_at_random = capacity_factor > 0 and config.drop_policy == "random"
+    key = None
+    if drops_at_random or (training and config.choice_noise != "none"):
+        key = torch.cat([torch.randint(2**62, (1,)), torch.zeros(3, dtype=torch.int64)])
+    expert_ids, weights, kept, _ = torch.ops.coterie.route(logits, settings, choice_bias, key, training)
+    return Routing(expert_ids, weights, kept, logits, training and config.chooser == "experts")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,8 +6,8 @@ They call coterie.torch.functional, which says when our kernels run and when ATe
 import torch
 from torch import Tensor, nn
 
-from coterie.torch import functional
-from coterie.torch.moe import ACTIVATIONS, Experts
+from coterie.torch import functional, moe
+from coterie.torch.moe import ACTIVATIONS, Experts, RouterConfig, RouterDraws, Routing
 
 
 class Linear(nn.Linear):
@@ -15,6 +15,40 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
+
+
+class Router(moe.Router):
+    """Chooses experts for tokens: logits in float32, choices and weights by our router.
+
+    Parameters
+    ----------
+    hidden_size, num_experts, top_k
+        D, E and K.
+    config
+        How tokens choose; softmax scores of all experts without dropping when left out.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, config: RouterConfig | None = None) -> None:
+        config = RouterConfig() if config is None else config
+        config.check_sizes(num_experts, top_k)
+        super().__init__(hidden_size, num_experts, top_k, config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.Linear begins: uniform within 1 / sqrt(inputs)."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, draws: RouterDraws | None = None) -> Routing:
+        """Route the tokens of x [..., D]; what it returns is [T, K], with T all tokens in their order.
+
+        ``draws`` fixes the random choices, in plain PyTorch.
+        """
+        x_TD = x.flatten(0, -2)
+        if draws is not None:
+            return super().forward(x_TD, draws)
+        logits_TE = functional.linear(self._jittered(x_TD.float(), RouterDraws()), self.weight.float())
+        return functional.route(logits_TE, self.top_k, self.config, self.choice_bias, self.training)
 
 
 class GroupedExperts(Experts):

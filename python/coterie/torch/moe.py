@@ -254,12 +254,16 @@ class Router(nn.Module):
         draws
             The random choices, which matter in training mode and for dropping alone.
         """
-        config, draws = self.config, draws or RouterDraws()
+        draws = draws or RouterDraws()
+        return self.route(F.linear(self._jittered(x_TD.float(), draws), self.weight.float()), draws)
+
+    def route(self, logits_TE: Tensor, draws: RouterDraws) -> Routing:
+        """Choose and weigh by the logits of T tokens."""
+        config = self.config
         experts_choose = self.training and config.chooser == "experts"
-        logits_TE = F.linear(self._jittered(x_TD.float(), draws), self.weight.float())
         scores_TE = self._scores(logits_TE)
         if experts_choose:
-            expert_ids_TK = torch.arange(self.num_experts, device=x_TD.device).expand_as(scores_TE)
+            expert_ids_TK = torch.arange(self.num_experts, device=logits_TE.device).expand_as(scores_TE)
             kept_TK = self._taken(scores_TE)
         else:
             expert_ids_TK = self._choose(logits_TE, scores_TE, draws)

@@ -1,0 +1,114 @@
+"""Recognises modules that our kernels compute: two Linear layers around an activation, or three with a gate.
+
+Nothing is guessed from names: a copy of the module with random weights runs on a probe, in float64, in training and
+evaluation mode, and has to equal the form that was read out of it.
+"""
+
+import copy
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coterie.torch.moe import ACTIVATIONS, feed_forward_inner
+
+PROBES = 64
+# Relative to the largest output. The tanh form of GELU differs from GELU by 2e-4; float64 sums by 1e-12.
+TOLERANCE = 1e-9
+
+
+@dataclass
+class ExpertForm:
+    """An MLP that our kernels compute.
+
+    Parameters
+    ----------
+    activation, gated
+        As coterie.torch.functional.experts takes them.
+    parts
+        For "up", "down" and, with biases, "up_bias" and "down_bias": the names of the module's parameters whose rows
+        it consists of (gate rows first).
+    tensors
+        The module's parameters by name.
+    """
+
+    activation: str
+    gated: bool
+    parts: dict[str, tuple[str, ...]]
+    tensors: dict[str, nn.Parameter]
+
+    def run(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """What the form computes, with these tensors for the module's parameters."""
+        weights = {name: torch.cat([tensors[part] for part in names]) for name, names in self.parts.items()}
+        up = F.linear(x, weights["up"], weights.get("up_bias"))
+        inner = feed_forward_inner(up, ACTIVATIONS[self.activation], self.gated)
+        return F.linear(inner, weights["down"], weights.get("down_bias"))
+
+
+def recognise(expert: nn.Module, hidden_size: int) -> ExpertForm | None:
+    """The form of an expert; None when it is none that our kernels have."""
+    forms = _candidates(expert, hidden_size)
+    if not forms:
+        return None
+    try:
+        return _proven(expert, hidden_size, forms)
+    except Exception:  # whatever a foreign module does with a probe: then it is not recognised
+        return None
+
+
+def _candidates(expert: nn.Module, hidden_size: int) -> list[ExpertForm]:
+    """The forms that the shapes of the module's parameters allow."""
+    linears = {name: m for name, m in expert.named_modules() if type(m) is nn.Linear}
+    tensors = dict(expert.named_parameters())
+    own = sum(len(list(m.parameters())) for m in linears.values())
+    uniform = len({(t.dtype, t.device, t.requires_grad) for t in tensors.values()}) == 1
+    plain = all(not m._forward_hooks and not m._forward_pre_hooks for m in expert.modules())
+    if len(linears) not in (2, 3) or own != len(tensors) or not uniform or not plain or list(expert.buffers()):
+        return []
+    if next(iter(tensors.values())).dtype not in (torch.float32, torch.bfloat16):
+        return []
+    forms = []
+    for *ups, down in permutations(linears):
+        wide = {linears[name].weight.shape for name in ups}
+        F_D = next(iter(wide))
+        if len(wide) > 1 or F_D[1] != hidden_size or linears[down].weight.shape != (hidden_size, F_D[0]):
+            continue
+        if len({linears[name].bias is None for name in ups}) > 1:
+            continue
+        parts = {"up": _names(ups, "weight"), "down": _names([down], "weight")}
+        if linears[ups[0]].bias is not None:
+            parts["up_bias"] = _names(ups, "bias")
+        if linears[down].bias is not None:
+            parts["down_bias"] = _names([down], "bias")
+        forms += [ExpertForm(name, len(ups) == 2, parts, tensors) for name in ("silu", "gelu", "gelu_new", "relu")]
+    return forms
+
+
+def _names(modules: list[str], kind: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{kind}" for module in modules)
+
+
+@torch.no_grad()
+def _proven(expert: nn.Module, hidden_size: int, forms: list[ExpertForm]) -> ExpertForm | None:
+    """The one form that computes what the module does."""
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(expert).to("cpu", torch.float64)
+    for parameter in probe.parameters():
+        scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+    # Small and large values, so that a clamp or a shift of the activation shows.
+    sizes = torch.logspace(-2, 3, PROBES, dtype=torch.float64)[:, None]
+    x = torch.randn(PROBES, hidden_size, generator=generator, dtype=torch.float64) * sizes
+    with torch.random.fork_rng(devices=[]):  # a dropout must not move the generator of the model
+        outputs = [probe.train(mode)(x) for mode in (True, False)]
+    tensors = dict(probe.named_parameters())
+
+    def equals(form: ExpertForm) -> bool:
+        expected = form.run(x, tensors)
+        scale = expected.abs().amax(1, keepdim=True)
+        return all(y.shape == x.shape and bool(((y - expected).abs() <= TOLERANCE * scale).all()) for y in outputs)
+
+    proven = [form for form in forms if equals(form)]
+    return proven[0] if len(proven) == 1 else None
