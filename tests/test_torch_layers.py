@@ -1,5 +1,8 @@
 """GroupedExperts and Linear: that they are what they say, on our kernels and without them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from test_torch_ops import FP32, assert_close, values_and_gradients
@@ -166,6 +169,14 @@ def test_route_refuses_in_one_line(logits: torch.Tensor, config: str, message: s
     with pytest.raises((TypeError, ValueError)) as caught:
         torch.ops.coterie.route(logits, config)
     assert str(caught.value) == "coterie::route: " + message
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    pytest.importorskip("transformers")
+    text = (Path(__file__).parent.parent / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 3
+    exec("\n".join(examples), {})
 
 
 def test_training_lowers_a_loss() -> None:
