@@ -17,6 +17,10 @@ if(COTERIE_TRAIN)
     # at::parallel_for is a header: without OpenMP it silently runs on one thread. Only torch's own
     # copy of the runtime knows torch's threads.
     file(GLOB torch_openmp ${torch_dir}/lib/libgomp*.so*)
+    if(NOT torch_openmp)  # a torch that was built to use the system's
+      find_package(OpenMP REQUIRED COMPONENTS CXX)
+      set(torch_openmp OpenMP::OpenMP_CXX)
+    endif()
     target_compile_options(coterie_torch INTERFACE -fopenmp)
     target_link_libraries(coterie_torch INTERFACE ${torch_openmp})
     target_link_options(coterie_torch INTERFACE "LINKER:--no-as-needed")
