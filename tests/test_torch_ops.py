@@ -115,10 +115,15 @@ def test_experts_equal_the_slow_loop(case: str, dtype: torch.dtype) -> None:
 
 
 def test_experts_take_the_dtypes_of_their_weights_apart() -> None:
-    """fp32 activations and bf16 weights, as our trainer runs; weights of choices in bf16."""
+    """fp32 activations and bf16 weights, as our trainer runs; the other way round; weights of choices in bf16."""
     inputs = expert_inputs("biased", dtype=torch.bfloat16)
     inputs["x"] = leaf(37, D, seed=1)
     assert run(**inputs).dtype == torch.float32
+    expected = values_and_gradients(fp64_experts, in_fp64(inputs))
+    assert_close(values_and_gradients(run, inputs), expected, torch.bfloat16)
+    inputs = expert_inputs("biased")
+    inputs["x"] = leaf(37, D, seed=1, dtype=torch.bfloat16)
+    assert run(**inputs).dtype == torch.bfloat16
     expected = values_and_gradients(fp64_experts, in_fp64(inputs))
     assert_close(values_and_gradients(run, inputs), expected, torch.bfloat16)
     inputs = expert_inputs("gated", dtype=torch.bfloat16)

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <utility>
 
+#include "base/check.h"
 #include "coterie/error.h"
 
 namespace coterie {
@@ -55,7 +56,9 @@ AlignedBuffer& AlignedBuffer::operator=(AlignedBuffer&& other) noexcept {
 }
 
 void AlignedBuffer::reserve(size_t bytes) {
-  if (bytes > size_) *this = AlignedBuffer(bytes);
+  if (bytes <= size_) return;
+  COTERIE_CHECK(owned_, "borrowed memory cannot grow");
+  *this = AlignedBuffer(bytes);
 }
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {

@@ -20,7 +20,8 @@ class AlignedBuffer {
   AlignedBuffer(AlignedBuffer&& other) noexcept;
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept;
 
-  // Grows to at least `bytes`; contents are lost when it grows, nothing happens otherwise.
+  // Grows to at least `bytes`; contents are lost when it grows, nothing happens otherwise. Borrowed memory must
+  // be large enough.
   void reserve(size_t bytes);
 
   void* data() { return data_; }

@@ -115,7 +115,7 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   Plan plan = {};
   plan.problem = &p;
   const int64_t K = p.a.cols, N = p.c.cols;
-  const DType type = p.packed_b ? p.packed_b->dtype() : (p.as_bf16 ? DType::kBF16 : p.b.dtype);
+  const DType type = p.packed_b ? p.packed_b->dtype() : p.panels.value_or(p.b.dtype);
   const int64_t most_rows = kernels.panel_rows[type == DType::kBF16];
   plan.rows = {p.c.rows, ceil_div(p.c.rows, most_rows)};
   plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, nullptr);

@@ -1,13 +1,13 @@
 // C = A * B^T, dense and grouped, the one matrix product that everything here is made of.
 // Legend: M rows of A, K reduced, N columns of C. B is [N, K], as weights are stored ([out, in]).
 //
-// Arithmetic: both operands are packed into panels of the weights' type (bf16 when B is bf16 or
-// as_bf16 is set, else fp32), products are accumulated in fp32 over all of K, and C is rounded once, at the end.
-// The order of accumulation depends on K and the ISA alone, never on M, threads or neighbours: a
-// row has the same bits alone and in a batch.
+// Arithmetic: both operands are packed into panels of one type, B's unless another is given, products are accumulated
+// in fp32 over all of K, and C is rounded once, at the end. The order of accumulation depends on K and the ISA alone,
+// never on M, threads or neighbours: a row has the same bits alone and in a batch.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "base/memory.h"
@@ -52,7 +52,7 @@ struct GemmProblem {
   ConstMatrix b = {};                      // [N, K]
   const int32_t* b_gather_K = nullptr;     // column k of B is b.column(b_gather_K[k]); K is a.cols then
   const PackedMatrix* packed_b = nullptr;  // [N, K]
-  bool as_bf16 = false;                    // fp32 operands are rounded to bf16
+  std::optional<DType> panels = {};        // what both operands are converted to; B's type unless given
   Matrix c = {};                           // [M, N]
   const float* bias_N = nullptr;           // added to every row
   Activation activation = Activation::kNone;

@@ -16,7 +16,8 @@ namespace coterie {
 
 // GEMM operands are packed as 32-bit units along K: one float, or two bf16 (k even in the low half).
 // A chunk is 16 units (one cache line) of a row of A; a panel of A with m rows is [chunks][m][16].
-// A panel of B is [units][2 * width]: 2 vectors of columns side by side. Both are zero up to whole chunks.
+// A panel of B is [units][2 * width]: 2 vectors of columns side by side, zero up to a whole chunk; a row
+// of A is zero up to a whole vector at least.
 inline constexpr int64_t kChunkUnits = 16;
 inline constexpr int kMaxPanelRows = 32;
 // multiply may read this far behind the last panel of A.

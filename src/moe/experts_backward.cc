@@ -4,7 +4,7 @@
 //   grad_w     = g . y = raw . h + g . b     (so that y need not be kept)
 //   grad_pre   = w * raw through the activation
 //   grad_down  = sum of (w g) h^T,  grad_up = sum of grad_pre x^T,  grad_x = sum of grad_pre W_up
-// With bf16 weights every product takes bf16 operands, those of the weights' gradients too.
+// Every product takes operands of the weights' type, those of the weights' gradients too.
 #include <algorithm>
 
 #include "base/check.h"
@@ -141,7 +141,7 @@ struct Backward {
         p.a = grad_pre.transposed();
         p.b = x_TD.transposed();
         p.b_gather_K = dispatch.token_R.data() + first;
-        p.as_bf16 = weights.dtype == DType::kBF16;
+        p.panels = weights.dtype;
         p.c = row_major(gradients.grad_up_EUD, weights.dtype, E * U, D).row_range(e * U, U);
       }
       if (gradients.grad_down_EDF) {

@@ -139,8 +139,9 @@ Kept forward_cpu(const at::Tensor& x, const at::Tensor& ids, const OptionalTenso
   check(arguments, activation, gated);
   const Problem p = problem_of(arguments, activation, gated);
   const at::Tensor out = pooled_empty(x.sizes(), x.scalar_type());
-  const at::Tensor pre = pooled_empty({ids.numel(), p.shape.up_rows()}, x.scalar_type());
-  const at::Tensor inner = pooled_empty({ids.numel(), p.shape.intermediate_size}, x.scalar_type());
+  // In the weights' type, as the kernels keep them.
+  const at::Tensor pre = pooled_empty({ids.numel(), p.shape.up_rows()}, up.scalar_type());
+  const at::Tensor inner = pooled_empty({ids.numel(), p.shape.intermediate_size}, up.scalar_type());
   ExpertsContext context{.pre_activation_RU = borrowed(pre), .inner_RF = borrowed(inner)};
   experts_forward(p.shape, p.weights(), p.dispatch, const_matrix(p.x_TD), matrix(out), &context, torch_pool());
   return {out, pre, inner};
@@ -190,8 +191,8 @@ Kept forward_meta(const at::Tensor& x, const at::Tensor& ids, const OptionalTens
                   std::string_view activation, bool gated) {
   const c10::SymInt rows = ids.sym_numel();
   return {experts_meta(x, ids, weights, up, up_bias, down, down_bias, activation, gated),
-          at::empty_symint({rows, up.sym_size(1)}, x.options()),
-          at::empty_symint({rows, down.sym_size(2)}, x.options())};
+          at::empty_symint({rows, up.sym_size(1)}, up.options()),
+          at::empty_symint({rows, down.sym_size(2)}, up.options())};
 }
 
 Gradients backward_meta(const at::Tensor& /*grad*/, const at::Tensor& x, const at::Tensor& /*ids*/,

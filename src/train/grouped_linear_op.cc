@@ -134,7 +134,7 @@ at::Tensor weight_gradient(const Groups& groups, const at::Tensor& grad, const a
     const ConstMatrix x_D = groups.rows(const_matrix(x), e).transposed();
     p.a = transposed ? x_D : grad_N;
     p.b = transposed ? grad_N : x_D;
-    p.as_bf16 = weight.scalar_type() == at::kBFloat16;
+    p.panels = dtype_of(weight);
     p.c = matrix(stored.select(0, e));
   });
   return transposed ? stored.transpose(1, 2) : stored;

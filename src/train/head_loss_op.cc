@@ -102,7 +102,7 @@ class HeadPass {
     if (!wanted_[1]) return;
     gemm({.a = const_matrix(grad).transposed(),
           .b = const_matrix(x).transposed(),
-          .as_bf16 = packed_head_.dtype() == DType::kBF16,
+          .panels = packed_head_.dtype(),
           .c = matrix(grad_head),
           .accumulate = first > 0},
          torch_pool());

@@ -61,7 +61,7 @@ Gradients backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::
   if (wanted[1]) {
     gemm({.a = const_matrix(grad_TN).transposed(),
           .b = const_matrix(x_TD).transposed(),
-          .as_bf16 = weight.scalar_type() == at::kBFloat16,
+          .panels = dtype_of(weight),
           .c = matrix(grad_weight)},
          torch_pool());
   }
