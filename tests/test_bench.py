@@ -179,6 +179,8 @@ def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str],
     assert refused(capsys, "layer", "--tokens", "0") == "--tokens: '0' is no number from 1 up"
     assert refused(capsys, "layer", "--dtype", "fp16") == "--dtype: 'fp16' is neither fp32 nor bf16"
     assert refused(capsys, "layer", "--top-k", "9", "--experts", "8") == "--top-k: exceeds --experts 8 (9)"
+    assert refused(capsys, "step", "--tokens", "100") == "--tokens: no multiple of --sequence 256 (100)"
+    assert refused(capsys, "step", "--heads", "3") == "--heads: does not divide --hidden 256 (3)"
     assert "no peer is called 'tutel'; known: deepspeed, " in refused(capsys, "layer", "--peers", "tutel")
     assert "no peer is called 'torch+jemalloc'" in refused(capsys, "linear", "--peers", "torch+jemalloc")
     monkeypatch.setitem(bench.PACKAGES, "deepspeed", "no_such_package")

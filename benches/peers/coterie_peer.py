@@ -9,20 +9,15 @@ from typing import Any
 
 from gpt import LEARNING_RATE
 from torch import Tensor, nn
-from worker import linear_weight, route, serve, token_batches, weights_of
+from torch_grouped_mm_peer import GroupedLayer
+from worker import linear_weight, route, serve, token_batches
 
 from coterie import config, training
 from coterie.torch import functional
 
 
-class ExpertLayer(nn.Module):
-    def __init__(self, cell: dict[str, Any]) -> None:
-        super().__init__()
-        weights = weights_of(cell)
-        self.top_k = cell["top_k"]
-        self.router = nn.Parameter(weights.router_ED)
-        self.up = nn.Parameter(weights.up_EFD)
-        self.down = nn.Parameter(weights.down_EDF)
+class ExpertLayer(GroupedLayer):
+    """The same parameters, on our op."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weights_TK, ids_TK = route(x_TD, self.router, self.top_k)

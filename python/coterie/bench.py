@@ -61,8 +61,7 @@ class LayerCell:
 
     def check(self) -> None:
         """Refuse sizes that are none."""
-        if self.top_k > self.experts:
-            raise BenchError(f"--top-k: exceeds --experts {self.experts} ({self.top_k})")
+        _check_top_k(self)
 
     @property
     def flops(self) -> float:
@@ -139,8 +138,7 @@ class StepCell:
 
     def check(self) -> None:
         """Refuse sizes that are none."""
-        if self.top_k > self.experts:
-            raise BenchError(f"--top-k: exceeds --experts {self.experts} ({self.top_k})")
+        _check_top_k(self)
         if self.tokens % self.sequence:
             raise BenchError(f"--tokens: no multiple of --sequence {self.sequence} ({self.tokens})")
         if self.hidden % self.heads:
@@ -174,6 +172,11 @@ class StepCell:
 
 
 Cell = LayerCell | LinearCell | StepCell
+
+
+def _check_top_k(cell: LayerCell | StepCell) -> None:
+    if cell.top_k > cell.experts:
+        raise BenchError(f"--top-k: exceeds --experts {cell.experts} ({cell.top_k})")
 
 
 @dataclass(frozen=True)
