@@ -19,11 +19,13 @@
 namespace coterie {
 namespace {
 
-// Half of the smaller L2 caches of today's servers (1 MiB).
-constexpr int64_t kBlockABytes = 512 << 10;
+// Panels of A that a task multiplies with one panel of B after the other: most of the L2 caches of today's
+// servers (1 to 2 MiB).
+constexpr int64_t kBlockABytes = 1 << 20;
 // Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
 constexpr int64_t kGroupBBytes = 256 << 10, kMostGroupB = 8;
-// B of a problem with few panels of A is packed by the tasks. With more, C is cut by rows too.
+// B of a problem with few panels of A, or with few enough for a cache, is packed by the tasks. With more, C is
+// cut by rows too.
 constexpr int64_t kFewPanelsA = 6;
 // A task that packs its own A should have this many panels of it, to read B seldom.
 constexpr int64_t kLeastOwnPanelsA = 4;
@@ -122,7 +124,7 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K), type, p.gated, N};
   plan.units = units_of(type, K);
   plan.Q = plan.b.count();
-  plan.own_b = !p.packed_b && plan.P() <= kFewPanelsA;
+  plan.own_b = !p.packed_b && (plan.P() <= kFewPanelsA || 4 * plan.all_a_units() <= kBlockABytes);
   return plan;
 }
 

@@ -72,12 +72,16 @@ constexpr int64_t kBytesAhead = 512;
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int64_t first, int64_t count,
                                          uint32_t* half) {
+  constexpr int64_t kPerUnit = kPanelBf16 ? 2 : 1, kAhead = kBytesAhead / (kSourceBf16 ? 2 : 4);
   for (int64_t u = 0; u < units; u += kWidth) {
+    // What comes kAhead elements later, in these rows or in those of the next vector.
+    const bool wraps = kPerUnit * u + kAhead >= s.cols;
+    const int64_t row_ahead = first + (wraps ? kWidth : 0), k_ahead = kPerUnit * u + kAhead - (wraps ? s.cols : 0);
     VU rows[kWidth];
     for (int i = 0; i < kWidth; ++i) {
       if (i < count) {
         rows[i] = units_along_k<kSourceBf16, kPanelBf16>(s, first + i, u);
-        __builtin_prefetch(element(s, first + i, kPanelBf16 ? 2 * u : u) + kBytesAhead);
+        __builtin_prefetch(element(s, row_ahead + i, k_ahead));
       } else {
         rows[i] = VU{};
       }
