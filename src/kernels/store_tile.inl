@@ -50,7 +50,28 @@ void store_plain_row(const StoreRow& row) {
   }
 }
 
+// Nothing but sums, whole vectors of them, past the caches: gradients of weights are such, and the largest of all C.
+template <bool kBf16>
+void stream_sums(const TileStore& s) {
+  for (int64_t r = 0; r < s.rows; ++r) {
+    const float* const sums = s.tile + r * 2 * kWidth;
+    for (int64_t j = 0; j < s.cols; j += kWidth) {
+      if constexpr (kBf16) {
+        stream_halves(static_cast<uint16_t*>(s.c) + r * s.c_stride + j, round_to_bf16(load(sums + j)));
+      } else {
+        stream(static_cast<float*>(s.c) + r * s.c_stride + j, load(sums + j));
+      }
+    }
+  }
+}
+bool is_streamed_sums(const TileStore& s) {
+  const int64_t vector_bytes = s.c_dtype == DType::kBF16 ? kVectorBytes / 2 : kVectorBytes;
+  return s.stream && !s.gated && !s.pre && !s.bias && !s.accumulate && s.activation == Activation::kNone &&
+         s.cols % kWidth == 0 && s.c_stride % kWidth == 0 && reinterpret_cast<uintptr_t>(s.c) % vector_bytes == 0;
+}
+
 void store_tile(const TileStore& s) {
+  if (is_streamed_sums(s)) return s.c_dtype == DType::kBF16 ? stream_sums<true>(s) : stream_sums<false>(s);
   for (int64_t r = 0; r < s.rows; ++r) {
     const StoreRow row{s, s.tile, r};
     if (s.gated) {
