@@ -32,6 +32,10 @@ COTERIE_INLINE VU load_units_part(const void* p, int64_t n) {
 COTERIE_INLINE VU load_halves_part(const uint16_t* p, int64_t n) {
   return __builtin_convertvector(reinterpret_cast<VH>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), VU);
 }
+COTERIE_INLINE VU load_halves(const uint16_t* p) {
+  return reinterpret_cast<VU>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
 // Stores the upper halves.
 COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
   *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);

@@ -46,13 +46,21 @@ COTERIE_INLINE VU units_along_k(const PackSource& s, int64_t row, int64_t u) {
   return pair_units(shuffle<EvenLanes>(first, second), shuffle<OddLanes>(first, second));
 }
 
+// One unit of n consecutive rows, which lie at `low` and, for the second half of a pair, `high` (null past K).
+template <bool kSourceBf16, bool kPanelBf16>
+COTERIE_INLINE VU units_of_rows(const char* low, const char* high, int64_t n) {
+  if constexpr (!kPanelBf16) return load_elements<kSourceBf16, false>(low, n);
+  const VU first = load_elements<kSourceBf16, true>(low, n);
+  return high ? pair_units(first, load_elements<kSourceBf16, true>(high, n)) : first >> 16;
+}
+
 // Unit u of n consecutive rows. Rows must be contiguous.
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE VU units_along_rows(const PackSource& s, int64_t row, int64_t n, int64_t u) {
-  if constexpr (!kPanelBf16) return load_elements<kSourceBf16, false>(element(s, row, u), n);
-  const VU low = load_elements<kSourceBf16, true>(element(s, row, 2 * u), n);
-  if (2 * u + 1 >= s.cols) return low >> 16;
-  return pair_units(low, load_elements<kSourceBf16, true>(element(s, row, 2 * u + 1), n));
+  constexpr int64_t kPerUnit = kPanelBf16 ? 2 : 1;
+  const bool paired = kPanelBf16 && 2 * u + 1 < s.cols;
+  return units_of_rows<kSourceBf16, kPanelBf16>(element(s, row, kPerUnit * u),
+                                                paired ? element(s, row, 2 * u + 1) : nullptr, n);
 }
 
 // One unit, by any strides.
@@ -64,9 +72,8 @@ COTERIE_INLINE uint32_t one_unit(const PackSource& s, int64_t row, int64_t u) {
   return low | load_elements<kSourceBf16, true>(element(s, row, 2 * u + 1), 1)[0];
 }
 
-// Rows ahead that a source is asked for, in a layout that jumps from row to row of memory.
-constexpr int64_t kRowsAhead = 8;
-constexpr int64_t kBytesAhead = 512;
+// How far ahead a source is asked for: along its rows, and in all where it jumps from row to row of memory.
+constexpr int64_t kBytesAhead = 512, kBytesAheadAcross = 3072;
 
 // One vector of columns of B, `count` of them real, with K contiguous: blocks of kWidth^2 are transposed.
 template <bool kSourceBf16, bool kPanelBf16>
@@ -96,17 +103,25 @@ COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE void pack_panels_along_rows(const PackSource& s, int64_t units, int64_t N, int64_t first, int64_t last,
                                            uint32_t* memory) {
-  constexpr int64_t kElementsPerLine = kSourceBf16 ? 32 : 16;
-  constexpr int64_t kPerUnit = kPanelBf16 ? 2 : 1;
-  const int64_t first_row = first * 2 * kWidth, last_row = last * 2 * kWidth < N ? last * 2 * kWidth : N;
+  constexpr int64_t kBytes = kSourceBf16 ? 2 : 4, kPerUnit = kPanelBf16 ? 2 : 1;
+  const int64_t first_row = first * 2 * kWidth, end_row = last * 2 * kWidth, panel = padded_row_units(units) * 2 * kWidth;
+  const int64_t last_row = end_row < N ? end_row : N, piece = (last_row - first_row) * kBytes;
+  const int64_t ahead = kBytesAheadAcross / piece + 1;
   for (int64_t u = 0; u < units; ++u) {
-    for (int64_t k = u * kPerUnit + kRowsAhead; k < (u + 1) * kPerUnit + kRowsAhead && k < s.cols; ++k) {
-      for (int64_t row = first_row; row < last_row; row += kElementsPerLine) __builtin_prefetch(element(s, row, k));
+    for (int64_t k = u * kPerUnit + ahead; k < (u + 1) * kPerUnit + ahead && k < s.cols; ++k) {
+      const char* const coming = element(s, first_row, k);
+      for (int64_t i = 0; i < piece; i += 64) __builtin_prefetch(coming + i);
     }
-    for (int64_t row = first_row; row < last * 2 * kWidth; row += kWidth) {
-      const int64_t vector = (row - first_row) / kWidth;
-      const VU v = row < N ? units_along_rows<kSourceBf16, kPanelBf16>(s, row, N - row, u) : VU{};
-      store_units(memory + (vector / 2 * padded_row_units(units) + u) * 2 * kWidth + vector % 2 * kWidth, v);
+    const char* low = element(s, first_row, kPerUnit * u);
+    const char* high = kPanelBf16 && 2 * u + 1 < s.cols ? element(s, first_row, 2 * u + 1) : nullptr;
+    uint32_t* out = memory + u * 2 * kWidth;
+    for (int64_t row = first_row; row < end_row; row += 2 * kWidth, out += panel) {
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t n = N - row - half * kWidth;
+        store_units(out + half * kWidth, units_of_rows<kSourceBf16, kPanelBf16>(low, high, n));
+        low += kWidth * kBytes;
+        if (high) high += kWidth * kBytes;
+      }
     }
   }
 }

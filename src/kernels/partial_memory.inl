@@ -16,6 +16,9 @@ COTERIE_INLINE VU load_halves_part(const uint16_t* p, int64_t n) {
   __builtin_memcpy(&v, p, static_cast<size_t>(n) * 2);
   return __builtin_convertvector(v, VU);
 }
+COTERIE_INLINE VU load_halves(const uint16_t* p) {
+  return __builtin_convertvector(static_cast<VH>(*reinterpret_cast<const VHMemory*>(p)), VU);
+}
 // Stores the upper halves.
 COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
   *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);

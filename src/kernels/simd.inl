@@ -1,5 +1,5 @@
 // The small vector type that all kernels are written in. Included inside an ISA's target region and
-// anonymous namespace, after kVectorBytes and before the ISA's own fma, load_part, store_part, stream and
+// anonymous namespace, after kVectorBytes and before the ISA's own fma, load_halves, load_part, store_part, stream and
 // multiply_add_bf16, which cannot be said in GCC's vector language.
 //
 // Everything is always_inline: a function that stayed out of line could be merged with the baseline's.
@@ -23,9 +23,6 @@ COTERIE_INLINE VF load(const float* p) { return *reinterpret_cast<const VFMemory
 COTERIE_INLINE void store(float* p, VF v) { *reinterpret_cast<VFMemory*>(p) = v; }
 COTERIE_INLINE VU load_units(const void* p) { return *static_cast<const VUMemory*>(p); }
 COTERIE_INLINE void store_units(uint32_t* p, VU v) { *reinterpret_cast<VUMemory*>(p) = v; }
-COTERIE_INLINE VU load_halves(const uint16_t* p) {
-  return __builtin_convertvector(static_cast<VH>(*reinterpret_cast<const VHMemory*>(p)), VU);
-}
 COTERIE_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
 
 // Round to nearest even to the upper half, as to_bfloat16 does; the lower half is zero.
