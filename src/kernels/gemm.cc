@@ -23,7 +23,7 @@ namespace {
 // servers (1 to 2 MiB).
 constexpr int64_t kBlockABytes = 1 << 20;
 // Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
-constexpr int64_t kGroupBBytes = 256 << 10, kMostGroupB = 8;
+constexpr int64_t kGroupBBytes = 512 << 10, kMostGroupB = 8;
 // B of a problem with few panels of A, or with few enough for a cache, is packed by the tasks. With more, C is
 // cut by rows too.
 constexpr int64_t kFewPanelsA = 6;

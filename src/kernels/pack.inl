@@ -28,12 +28,10 @@ COTERIE_INLINE VU load_elements(const void* p, int64_t n) {
   return reinterpret_cast<VU>(v);
 }
 
-// kWidth units of one row from unit u on; units past K are zero. K must be contiguous.
+// kWidth units of a row whose next `left` elements lie at p; units past them are zero. K must be contiguous.
 template <bool kSourceBf16, bool kPanelBf16>
-COTERIE_INLINE VU units_along_k(const PackSource& s, int64_t row, int64_t u) {
-  const int64_t k = kPanelBf16 ? 2 * u : u, left = s.cols - k;
+COTERIE_INLINE VU units_along_k(const char* p, int64_t left) {
   if (left <= 0) return VU{};
-  const char* p = element(s, row, k);
   if constexpr (!kPanelBf16) return load_elements<kSourceBf16, false>(p, left);
   if constexpr (kSourceBf16) {  // pairs lie in memory as the panel wants them
     if (left >= 2 * kWidth) return load_units(p);
@@ -79,19 +77,18 @@ constexpr int64_t kBytesAhead = 512, kBytesAheadAcross = 3072;
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int64_t first, int64_t count,
                                          uint32_t* half) {
-  constexpr int64_t kPerUnit = kPanelBf16 ? 2 : 1, kAhead = kBytesAhead / (kSourceBf16 ? 2 : 4);
+  constexpr int64_t kBytes = kSourceBf16 ? 2 : 4, kPerUnit = kPanelBf16 ? 2 : 1;
+  const char* const rows_at = element(s, first, 0);
+  const int64_t row_bytes = s.row_stride * kBytes, K_bytes = s.cols * kBytes;
   for (int64_t u = 0; u < units; u += kWidth) {
-    // What comes kAhead elements later, in these rows or in those of the next vector.
-    const bool wraps = kPerUnit * u + kAhead >= s.cols;
-    const int64_t row_ahead = first + (wraps ? kWidth : 0), k_ahead = kPerUnit * u + kAhead - (wraps ? s.cols : 0);
+    const int64_t at = kPerUnit * u * kBytes;
+    // What comes kBytesAhead later, in these rows or in those of the next vector.
+    const int64_t ahead = at + kBytesAhead, coming = ahead < K_bytes ? ahead : kWidth * row_bytes + ahead - K_bytes;
     VU rows[kWidth];
     for (int i = 0; i < kWidth; ++i) {
-      if (i < count) {
-        rows[i] = units_along_k<kSourceBf16, kPanelBf16>(s, first + i, u);
-        __builtin_prefetch(element(s, row_ahead + i, k_ahead));
-      } else {
-        rows[i] = VU{};
-      }
+      const char* const row = rows_at + i * row_bytes;
+      rows[i] = i < count ? units_along_k<kSourceBf16, kPanelBf16>(row + at, s.cols - kPerUnit * u) : VU{};
+      __builtin_prefetch(row + coming);
     }
     transpose(rows);
     const int64_t n = units - u < kWidth ? units - u : kWidth;
@@ -205,8 +202,11 @@ void pack_a_as(const PackSource& s, const RowPanels& panels, int64_t first, int6
       const int64_t row = panels.first_row(p) + i;
       uint32_t* const lines = panel + i * kChunkUnits;
       if (k_contiguous(s)) {
+        constexpr int64_t kBytes = kSourceBf16 ? 2 : 4, kPerUnit = kPanelBf16 ? 2 : 1;
+        const char* const source = element(s, row, 0);
         for (int64_t u = 0; u < units; u += kWidth) {
-          const VU v = units_along_k<kSourceBf16, kPanelBf16>(s, row, u);
+          const int64_t k = kPerUnit * u;
+          const VU v = units_along_k<kSourceBf16, kPanelBf16>(source + k * kBytes, s.cols - k);
           store_units(lines + u / kChunkUnits * count * kChunkUnits + u % kChunkUnits, v);
         }
       } else {
