@@ -102,6 +102,7 @@ void check_problem(const GemmProblem& p) {
   COTERIE_CHECK(p.packed_b == nullptr || p.b.data == nullptr, "both b and packed_b are given");
   const bool transformed = p.gated || p.activation != Activation::kNone;
   COTERIE_CHECK(!(p.accumulate && transformed), "accumulate with an activation");
+  COTERIE_CHECK(!p.pre.data || p.pre.dtype == p.c.dtype, "the sums before the activation have another type than C");
   const int64_t b_rows = p.packed_b ? p.packed_b->rows() : p.b.rows;
   const int64_t b_cols = p.packed_b ? p.packed_b->cols() : (p.b_gather_K ? p.a.cols : p.b.cols);
   COTERIE_CHECK(p.a.cols == 0 || b_cols == p.a.cols, "K of A and B differ");
@@ -188,7 +189,6 @@ void compute_tile(const Plan& plan, int64_t pa, int64_t pb, const uint32_t* a_pa
   if (p.pre.data) {
     const Matrix pre = p.pre.row_range(row, rows);
     store.pre = static_cast<char*>(pre.data) + column * static_cast<int64_t>(dtype_size(pre.dtype));
-    store.pre_dtype = pre.dtype;
     store.pre_stride = pre.row_stride;
     store.pre_up_offset = p.c.cols;
   }

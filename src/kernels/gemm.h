@@ -58,7 +58,7 @@ struct GemmProblem {
   Activation activation = Activation::kNone;
   bool gated = false;       // B is [2N, K], gate rows first, then up rows: c = activation(gate) * up, [M, N]
   bool accumulate = false;  // c += instead of c = (not with activation or gated)
-  Matrix pre = {};          // when it has data: the sums plus bias before the activation, [M, rows of B]
+  Matrix pre = {};          // when it has data: the sums plus bias before the activation, [M, rows of B], of C's type
 };
 
 // The problems are independent of each other (their C don't overlap) and are cut into tiles for the

@@ -58,8 +58,7 @@ struct TileStore {
   void* c = nullptr;
   DType c_dtype = DType::kF32;
   int64_t c_stride = 0;
-  void* pre = nullptr;  // also receives the sums before the activation; null: not wanted
-  DType pre_dtype = DType::kF32;
+  void* pre = nullptr;  // also receives the sums before the activation, in C's type; null: not wanted
   int64_t pre_stride = 0;
   int64_t pre_up_offset = 0;       // from a gate element to its up element
   const float* bias = nullptr;     // of the tile's first column, or null

@@ -22,7 +22,7 @@ constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 
-#include "kernels/partial_memory.inl"
+#include "kernels/without_masks.inl"
 
 // Past the caches, p at the start of a vector of its kind.
 COTERIE_INLINE void stream(float* p, VF v) { _mm256_stream_ps(p, v); }

@@ -23,6 +23,16 @@ constexpr int kPanelRowsF32 = 12, kPanelRowsBf16 = 12;
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 
+// p * 2^n, n a whole number.
+COTERIE_INLINE VF times_power(VF p, VF n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }
+// 1 / x to a unit in the last place for x from 1 on, 0 above 1e38 (NaN stays): an estimate of 14 bits and one step of
+// Newton's.
+COTERIE_INLINE VF reciprocal(VF x) {
+  const __mmask16 finite = _mm512_cmp_ps_mask(x, broadcast(1e38f), _CMP_NGT_UQ);
+  const VF estimate = _mm512_maskz_rcp14_ps(0xffff, x);
+  return _mm512_maskz_fmadd_ps(finite, fma(-x, estimate, broadcast(1.0f)), estimate, estimate);
+}
+
 COTERIE_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 COTERIE_INLINE VF load_part(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 COTERIE_INLINE void store_part(float* p, VF v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
@@ -37,19 +47,20 @@ COTERIE_INLINE VU load_halves(const uint16_t* p) {
       _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 // Stores the upper halves.
+COTERIE_INLINE __m256i upper_halves(VU v) {
+  return _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v >> 16));
+}
 COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
-  *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper_halves(v));
 }
 COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
-  const VH halves = __builtin_convertvector(v >> 16, VH);
-  _mm256_mask_storeu_epi16(p, first_lanes(n), reinterpret_cast<__m256i>(halves));
+  _mm256_mask_storeu_epi16(p, first_lanes(n), upper_halves(v));
 }
 
 // Past the caches, p at the start of a vector of its kind.
 COTERIE_INLINE void stream(float* p, VF v) { _mm512_stream_ps(p, v); }
 COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
-  const VH halves = __builtin_convertvector(v >> 16, VH);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(halves));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), upper_halves(v));
 }
 
 // acc + a.low * b.low + a.high * b.high of bf16 pairs; denormals count as zero.

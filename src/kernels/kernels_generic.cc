@@ -17,7 +17,7 @@ constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
 
-#include "kernels/partial_memory.inl"
+#include "kernels/without_masks.inl"
 
 // Where vectors are short, stores past the caches gain nothing.
 COTERIE_INLINE void stream(float* p, VF v) { store(p, v); }

@@ -19,17 +19,12 @@ COTERIE_INLINE VF exp(VF x) {
   p = fma(p, r, broadcast(0.166665211f));
   p = fma(p, r, broadcast(0.49999994f));
   p = fma(p, r * r, r) + 1.0f;
-  // 2^n by its exponent bits, in two halves since n reaches 128.
-  const VI exponent = reinterpret_cast<VI>(shifted) - 0x4b400000;
-  const VI half = exponent >> 1;
-  const VF scale_low = reinterpret_cast<VF>((half + 127) << 23);
-  const VF scale_high = reinterpret_cast<VF>((exponent - half + 127) << 23);
-  const VF result = p * scale_low * scale_high;
+  const VF result = times_power(p, n);
   const VF high = x > kHighest ? broadcast(std::numeric_limits<float>::infinity()) : result;
   return x < kLowest ? VF{} : high;
 }
 
-COTERIE_INLINE VF logistic(VF x) { return 1.0f / (1.0f + exp(-x)); }
+COTERIE_INLINE VF logistic(VF x) { return reciprocal(1.0f + exp(-x)); }
 
 // Phi(x), the standard normal distribution, and its density. Phi(-|x|) = exp(-x^2/2) * erfcx(z) / 2 with
 // z = |x|/sqrt(2), and erfcx(z) * (1 + 2z) is a polynomial in (z - 3) / (z + 3) to 7e-8 for z up to
@@ -43,7 +38,7 @@ COTERIE_INLINE Normal normal(VF x) {
   const VF z = scaled > 12.0f ? broadcast(12.0f) : scaled;
   const VF bell = exp(x * x * -0.5f);
   const VF z3 = z + 3.0f, z21 = fma(z, broadcast(2.0f), broadcast(1.0f));
-  const VF inverse = 1.0f / (z3 * z21);  // one division serves both quotients
+  const VF inverse = reciprocal(z3 * z21);  // one serves both quotients
   const VF t = (z - 3.0f) * z21 * inverse;
   VF p = broadcast(0.00253931736f);
   p = fma(p, t, broadcast(0.00225483882f));

@@ -14,7 +14,8 @@ COTERIE_INLINE bool k_contiguous(const PackSource& s) { return s.col_stride == 1
 
 COTERIE_INLINE VU pair_units(VU low, VU high) { return (low >> 16) | (high & 0xffff0000u); }
 
-// The upper half of each lane is the element as bf16 (kPanelBf16), or the lane is the element as fp32.
+// The upper half of each lane is the element as bf16 (kPanelBf16; the lower one is undefined), or the lane is the
+// element as fp32.
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE VU load_elements(const void* p, int64_t n) {
   if (n <= 0) return VU{};
@@ -67,7 +68,7 @@ COTERIE_INLINE uint32_t one_unit(const PackSource& s, int64_t row, int64_t u) {
   if constexpr (!kPanelBf16) return load_elements<kSourceBf16, false>(element(s, row, u), 1)[0];
   const uint32_t low = load_elements<kSourceBf16, true>(element(s, row, 2 * u), 1)[0] >> 16;
   if (2 * u + 1 >= s.cols) return low;
-  return low | load_elements<kSourceBf16, true>(element(s, row, 2 * u + 1), 1)[0];
+  return low | (load_elements<kSourceBf16, true>(element(s, row, 2 * u + 1), 1)[0] & 0xffff0000u);
 }
 
 // How far ahead a source is asked for: along its rows, and in all where it jumps from row to row of memory.

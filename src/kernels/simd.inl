@@ -25,11 +25,11 @@ COTERIE_INLINE VU load_units(const void* p) { return *static_cast<const VUMemory
 COTERIE_INLINE void store_units(uint32_t* p, VU v) { *reinterpret_cast<VUMemory*>(p) = v; }
 COTERIE_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
 
-// Round to nearest even to the upper half, as to_bfloat16 does; the lower half is zero.
+// Round to nearest even to the upper half, as to_bfloat16 does; what the lower half holds is undefined.
 COTERIE_INLINE VU round_to_bf16(VF value) {
   const VU bits = reinterpret_cast<VU>(value);
-  const VU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? ((bits & 0xffff0000u) | 0x400000u) : rounded;
+  const VU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value != value ? (bits | 0x400000u) : rounded;
 }
 
 // A permutation of two vectors from a rule Index(lane), known at compile time.

@@ -1,83 +1,73 @@
-// The epilogue: a tile of sums gets bias, activation, gate, and C's type, while it is in the L1 cache.
+// The epilogue: a tile of sums gets bias, activation, gate, and C's type, while it is in the L1 cache. What would be
+// asked for every vector is known at compile time.
 
-struct StoreRow {
-  const TileStore& s;
-  const float* tile;
-  int64_t row;
-
-  COTERIE_INLINE VF sums(int64_t j, int64_t n, int half, const float* bias) const {
-    const VF v = load(tile + row * 2 * kWidth + half * kWidth);
-    return bias ? v + load_floats(bias, j, n) : v;
-  }
-  COTERIE_INLINE void keep_pre(int64_t j, int64_t n, VF v) const {
-    if (s.pre) store_any(s.pre, s.pre_dtype, row * s.pre_stride + j, n, v);
-  }
-  COTERIE_INLINE void store_c(int64_t j, int64_t n, VF v) const {
-    const int64_t at = row * s.c_stride + j;
-    if (s.accumulate) v += load_any(s.c, s.c_dtype, at, n);
-    if (s.stream && n == kWidth && streamed(at, v)) return;
-    store_any(s.c, s.c_dtype, at, n, v);
-  }
-  COTERIE_INLINE bool streamed(int64_t at, VF v) const {
-    const int64_t vector_bytes = s.c_dtype == DType::kBF16 ? kVectorBytes / 2 : kVectorBytes;
-    if ((reinterpret_cast<uintptr_t>(s.c) + at * (vector_bytes / kWidth)) % vector_bytes != 0) return false;
-    if (s.c_dtype == DType::kBF16) {
-      stream_halves(static_cast<uint16_t*>(s.c) + at, round_to_bf16(v));
-    } else {
-      stream(static_cast<float*>(s.c) + at, v);
-    }
-    return true;
-  }
-};
-
-void store_gated_row(const StoreRow& row) {
-  const TileStore& s = row.s;
-  const VF gate = row.sums(0, s.cols, 0, s.bias);
-  const VF up = row.sums(0, s.cols, 1, s.bias_up);
-  row.keep_pre(0, s.cols, gate);
-  row.keep_pre(s.pre_up_offset, s.cols, up);
-  row.store_c(0, s.cols, activation_value(s.activation, gate) * up);
-}
-
-void store_plain_row(const StoreRow& row) {
-  const TileStore& s = row.s;
-  for (int half = 0; half < 2; ++half) {
-    const int64_t j = half * kWidth, n = lanes_left(j, s.cols);
-    if (n <= 0) return;
-    const VF v = row.sums(j, n, half, s.bias);
-    row.keep_pre(j, n, v);
-    row.store_c(j, n, s.activation == Activation::kNone ? v : activation_value(s.activation, v));
-  }
-}
-
-// Nothing but sums, whole vectors of them, past the caches: gradients of weights are such, and the largest of all C.
 template <bool kBf16>
-void stream_sums(const TileStore& s) {
+COTERIE_INLINE void store_as(void* p, int64_t i, int64_t n, VF v) {
+  store_any(p, kBf16 ? DType::kBF16 : DType::kF32, i, n, v);
+}
+template <bool kBf16>
+COTERIE_INLINE void stream_as(void* p, int64_t i, VF v) {
+  if constexpr (kBf16) return stream_halves(static_cast<uint16_t*>(p) + i, round_to_bf16(v));
+  stream(static_cast<float*>(p) + i, v);
+}
+template <bool kBf16>
+bool may_stream(const TileStore& s) {
+  return s.stream && reinterpret_cast<uintptr_t>(s.c) % (kBf16 ? kVectorBytes / 2 : kVectorBytes) == 0 &&
+         s.c_stride % kWidth == 0;
+}
+
+// kWhole: the columns are whole vectors.
+template <bool kBf16, bool kWhole, bool kGated, Activation kActivation>
+void store_rows(const TileStore& s) {
+  const bool past_caches = kWhole && may_stream<kBf16>(s);
   for (int64_t r = 0; r < s.rows; ++r) {
     const float* const sums = s.tile + r * 2 * kWidth;
     for (int64_t j = 0; j < s.cols; j += kWidth) {
-      if constexpr (kBf16) {
-        stream_halves(static_cast<uint16_t*>(s.c) + r * s.c_stride + j, round_to_bf16(load(sums + j)));
+      const int64_t n = kWhole ? kWidth : lanes_left(j, s.cols), at = r * s.c_stride + j, pre_at = r * s.pre_stride + j;
+      VF v = load(sums + j), up = kGated ? load(sums + kWidth) : VF{};
+      if (s.bias) {
+        v += load_floats(s.bias, j, n);
+        if (kGated) up += load_floats(s.bias_up, j, n);
+      }
+      if (s.pre) {
+        store_as<kBf16>(s.pre, pre_at, n, v);
+        if (kGated) store_as<kBf16>(s.pre, pre_at + s.pre_up_offset, n, up);
+      }
+      v = activation_value(kActivation, v);
+      if (kGated) v *= up;
+      if (s.accumulate) v += load_any(s.c, s.c_dtype, at, n);
+      if (past_caches) {
+        stream_as<kBf16>(s.c, at, v);
       } else {
-        stream(static_cast<float*>(s.c) + r * s.c_stride + j, load(sums + j));
+        store_as<kBf16>(s.c, at, n, v);
       }
     }
   }
 }
-bool is_streamed_sums(const TileStore& s) {
-  const int64_t vector_bytes = s.c_dtype == DType::kBF16 ? kVectorBytes / 2 : kVectorBytes;
-  return s.stream && !s.gated && !s.pre && !s.bias && !s.accumulate && s.activation == Activation::kNone &&
-         s.cols % kWidth == 0 && s.c_stride % kWidth == 0 && reinterpret_cast<uintptr_t>(s.c) % vector_bytes == 0;
+
+template <bool kBf16, bool kWhole, bool kGated>
+void store_activated(const TileStore& s) {
+  switch (s.activation) {
+    case Activation::kNone:
+      return store_rows<kBf16, kWhole, kGated, Activation::kNone>(s);
+    case Activation::kRelu:
+      return store_rows<kBf16, kWhole, kGated, Activation::kRelu>(s);
+    case Activation::kGelu:
+      return store_rows<kBf16, kWhole, kGated, Activation::kGelu>(s);
+    case Activation::kGeluTanh:
+      return store_rows<kBf16, kWhole, kGated, Activation::kGeluTanh>(s);
+    case Activation::kSilu:
+      return store_rows<kBf16, kWhole, kGated, Activation::kSilu>(s);
+  }
+}
+
+template <bool kBf16>
+void store_tile_as(const TileStore& s) {
+  const bool whole = s.cols % kWidth == 0;
+  if (s.gated) return whole ? store_activated<kBf16, true, true>(s) : store_activated<kBf16, false, true>(s);
+  return whole ? store_activated<kBf16, true, false>(s) : store_activated<kBf16, false, false>(s);
 }
 
 void store_tile(const TileStore& s) {
-  if (is_streamed_sums(s)) return s.c_dtype == DType::kBF16 ? stream_sums<true>(s) : stream_sums<false>(s);
-  for (int64_t r = 0; r < s.rows; ++r) {
-    const StoreRow row{s, s.tile, r};
-    if (s.gated) {
-      store_gated_row(row);
-    } else {
-      store_plain_row(row);
-    }
-  }
+  return s.c_dtype == DType::kBF16 ? store_tile_as<true>(s) : store_tile_as<false>(s);
 }

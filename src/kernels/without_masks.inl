@@ -1,4 +1,13 @@
-// The first n (below kWidth) lanes of a vector in memory, for ISAs without masks. Other lanes load as 0.
+// What ISAs without masks and scaling have in common.
+
+// p * 2^n, n a whole number, -126 to 128: by its exponent bits, in two halves.
+COTERIE_INLINE VF times_power(VF p, VF n) {
+  const VI exponent = __builtin_convertvector(n, VI), half = exponent >> 1;
+  return p * reinterpret_cast<VF>((half + 127) << 23) * reinterpret_cast<VF>((exponent - half + 127) << 23);
+}
+COTERIE_INLINE VF reciprocal(VF x) { return 1.0f / x; }
+
+// The first n (below kWidth) lanes of a vector in memory. Other lanes load as 0.
 
 COTERIE_INLINE VF load_part(const float* p, int64_t n) {
   VF v = {};
