@@ -25,10 +25,15 @@ COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 #include "kernels/without_masks.inl"
 
 // Past the caches, p at the start of a vector of its kind.
-COTERIE_INLINE void stream(float* p, VF v) { _mm256_stream_ps(p, v); }
+COTERIE_INLINE void stream_floats(float* p, VF v) { _mm256_stream_ps(p, v); }
 COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
   const VH halves = __builtin_convertvector(v >> 16, VH);
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(halves));
+}
+
+COTERIE_INLINE void stream_halves(uint16_t* p, VU a, VU b) {
+  stream_halves(p, a);
+  stream_halves(p + kWidth, b);
 }
 
 #include "kernels/kernels.inl"

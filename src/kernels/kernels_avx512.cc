@@ -57,8 +57,21 @@ COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), upper_halves(v));
 }
 
-// Past the caches, p at the start of a vector of its kind.
-COTERIE_INLINE void stream(float* p, VF v) { _mm512_stream_ps(p, v); }
+// Of two vectors, side by side.
+COTERIE_INLINE __m512i upper_halves(VU a, VU b) {
+  typedef int16_t Words __attribute__((vector_size(64)));
+  constexpr Words kOdd = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                          33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(kOdd),
+                                   reinterpret_cast<__m512i>(b));
+}
+COTERIE_INLINE void store_halves(uint16_t* p, VU a, VU b) { _mm512_storeu_si512(p, upper_halves(a, b)); }
+
+// Past the caches, p at a multiple of what is stored.
+COTERIE_INLINE void stream_floats(float* p, VF v) { _mm512_stream_ps(p, v); }
+COTERIE_INLINE void stream_halves(uint16_t* p, VU a, VU b) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), upper_halves(a, b));
+}
 COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), upper_halves(v));
 }

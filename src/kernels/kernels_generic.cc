@@ -20,8 +20,13 @@ COTERIE_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
 #include "kernels/without_masks.inl"
 
 // Where vectors are short, stores past the caches gain nothing.
-COTERIE_INLINE void stream(float* p, VF v) { store(p, v); }
+COTERIE_INLINE void stream_floats(float* p, VF v) { store(p, v); }
 COTERIE_INLINE void stream_halves(uint16_t* p, VU v) { store_halves(p, v); }
+
+COTERIE_INLINE void stream_halves(uint16_t* p, VU a, VU b) {
+  stream_halves(p, a);
+  stream_halves(p + kWidth, b);
+}
 
 #include "kernels/kernels.inl"
 

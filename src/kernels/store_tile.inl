@@ -1,73 +1,103 @@
 // The epilogue: a tile of sums gets bias, activation, gate, and C's type, while it is in the L1 cache. What would be
 // asked for every vector is known at compile time.
 
-template <bool kBf16>
-COTERIE_INLINE void store_as(void* p, int64_t i, int64_t n, VF v) {
-  store_any(p, kBf16 ? DType::kBF16 : DType::kF32, i, n, v);
-}
-template <bool kBf16>
-COTERIE_INLINE void stream_as(void* p, int64_t i, VF v) {
-  if constexpr (kBf16) return stream_halves(static_cast<uint16_t*>(p) + i, round_to_bf16(v));
-  stream(static_cast<float*>(p) + i, v);
-}
-template <bool kBf16>
-bool may_stream(const TileStore& s) {
-  return s.stream && reinterpret_cast<uintptr_t>(s.c) % (kBf16 ? kVectorBytes / 2 : kVectorBytes) == 0 &&
-         s.c_stride % kWidth == 0;
+// A row's part in memory: kVectors whole vectors, or, when that is 0, one of n elements.
+template <bool kBf16, int kVectors>
+struct RowMemory {
+  static constexpr int kCount = kVectors ? kVectors : 1;
+  char* row;
+  int64_t n;
+
+  static constexpr DType type() { return kBf16 ? DType::kBF16 : DType::kF32; }
+  COTERIE_INLINE void add_to(VF (&v)[kCount]) const {
+    for (int i = 0; i < kCount; ++i) v[i] += load_any(row, type(), i * kWidth, kVectors ? kWidth : n);
+  }
+  COTERIE_INLINE void store(const VF (&v)[kCount]) const {
+    if constexpr (kBf16 && kVectors == 2) {
+      return store_halves(reinterpret_cast<uint16_t*>(row), round_to_bf16(v[0]), round_to_bf16(v[1]));
+    }
+    for (int i = 0; i < kCount; ++i) store_any(row, type(), i * kWidth, kVectors ? kWidth : n, v[i]);
+  }
+  COTERIE_INLINE void stream(const VF (&v)[kCount]) const {  // past the caches
+    if constexpr (kBf16) {
+      auto* const halves = reinterpret_cast<uint16_t*>(row);
+      if constexpr (kVectors == 2) return stream_halves(halves, round_to_bf16(v[0]), round_to_bf16(v[1]));
+      return stream_halves(halves, round_to_bf16(v[0]));
+    }
+    for (int i = 0; i < kCount; ++i) stream_floats(reinterpret_cast<float*>(row) + i * kWidth, v[i]);
+  }
+  static constexpr int64_t alignment() { return kBf16 ? kVectorBytes / 2 * kCount : kVectorBytes; }
+};
+
+// A vector of the sums of a row, with bias.
+COTERIE_INLINE VF biased(const float* sums, const float* bias, int64_t n) {
+  return bias ? load(sums) + load_any(bias, DType::kF32, 0, n) : load(sums);
 }
 
-// kWhole: the columns are whole vectors.
-template <bool kBf16, bool kWhole, bool kGated, Activation kActivation>
-void store_rows(const TileStore& s) {
-  const bool past_caches = kWhole && may_stream<kBf16>(s);
+template <bool kBf16, int kVectors, bool kGated, Activation kActivation>
+void store_rows(const TileStore& s, int64_t column, int64_t n) {
+  using Memory = RowMemory<kBf16, kVectors>;
+  constexpr int64_t kBytes = kBf16 ? 2 : 4;
+  char* const c = static_cast<char*>(s.c) + column * kBytes;
+  char* const pre = s.pre ? static_cast<char*>(s.pre) + column * kBytes : nullptr;
+  const bool streams = kVectors && s.stream && reinterpret_cast<uintptr_t>(c) % Memory::alignment() == 0 &&
+                       s.c_stride * kBytes % Memory::alignment() == 0;
   for (int64_t r = 0; r < s.rows; ++r) {
-    const float* const sums = s.tile + r * 2 * kWidth;
-    for (int64_t j = 0; j < s.cols; j += kWidth) {
-      const int64_t n = kWhole ? kWidth : lanes_left(j, s.cols), at = r * s.c_stride + j, pre_at = r * s.pre_stride + j;
-      VF v = load(sums + j), up = kGated ? load(sums + kWidth) : VF{};
-      if (s.bias) {
-        v += load_floats(s.bias, j, n);
-        if (kGated) up += load_floats(s.bias_up, j, n);
-      }
-      if (s.pre) {
-        store_as<kBf16>(s.pre, pre_at, n, v);
-        if (kGated) store_as<kBf16>(s.pre, pre_at + s.pre_up_offset, n, up);
-      }
-      v = activation_value(kActivation, v);
-      if (kGated) v *= up;
-      if (s.accumulate) v += load_any(s.c, s.c_dtype, at, n);
-      if (past_caches) {
-        stream_as<kBf16>(s.c, at, v);
-      } else {
-        store_as<kBf16>(s.c, at, n, v);
-      }
+    const float* const sums = s.tile + r * 2 * kWidth + column;
+    VF v[Memory::kCount], up[Memory::kCount];
+    for (int i = 0; i < Memory::kCount; ++i) {
+      v[i] = biased(sums + i * kWidth, s.bias ? s.bias + column + i * kWidth : nullptr, n);
+      if (kGated) up[i] = biased(sums + kWidth, s.bias_up, n);
+    }
+    if (pre) {
+      Memory{pre + r * s.pre_stride * kBytes, n}.store(v);
+      if (kGated) Memory{pre + (r * s.pre_stride + s.pre_up_offset) * kBytes, n}.store(up);
+    }
+    for (int i = 0; i < Memory::kCount; ++i) {
+      v[i] = activation_value(kActivation, v[i]);
+      if (kGated) v[i] *= up[i];
+    }
+    const Memory out = {c + r * s.c_stride * kBytes, n};
+    if (s.accumulate) out.add_to(v);
+    if (streams) {
+      out.stream(v);
+    } else {
+      out.store(v);
     }
   }
 }
 
-template <bool kBf16, bool kWhole, bool kGated>
-void store_activated(const TileStore& s) {
-  switch (s.activation) {
-    case Activation::kNone:
-      return store_rows<kBf16, kWhole, kGated, Activation::kNone>(s);
-    case Activation::kRelu:
-      return store_rows<kBf16, kWhole, kGated, Activation::kRelu>(s);
-    case Activation::kGelu:
-      return store_rows<kBf16, kWhole, kGated, Activation::kGelu>(s);
-    case Activation::kGeluTanh:
-      return store_rows<kBf16, kWhole, kGated, Activation::kGeluTanh>(s);
-    case Activation::kSilu:
-      return store_rows<kBf16, kWhole, kGated, Activation::kSilu>(s);
+// Both vectors of a tile at once where they are whole, else one after the other.
+template <bool kBf16, bool kGated, Activation kActivation>
+void store_columns(const TileStore& s) {
+  if (!kGated && s.cols == 2 * kWidth) return store_rows<kBf16, 2, kGated, kActivation>(s, 0, kWidth);
+  for (int64_t column = 0; column < s.cols; column += kWidth) {
+    const int64_t n = lanes_left(column, s.cols);
+    if (n == kWidth) {
+      store_rows<kBf16, 1, kGated, kActivation>(s, column, n);
+    } else {
+      store_rows<kBf16, 0, kGated, kActivation>(s, column, n);
+    }
   }
 }
 
-template <bool kBf16>
-void store_tile_as(const TileStore& s) {
-  const bool whole = s.cols % kWidth == 0;
-  if (s.gated) return whole ? store_activated<kBf16, true, true>(s) : store_activated<kBf16, false, true>(s);
-  return whole ? store_activated<kBf16, true, false>(s) : store_activated<kBf16, false, false>(s);
+template <bool kBf16, bool kGated>
+void store_activated(const TileStore& s) {
+  switch (s.activation) {
+    case Activation::kNone:
+      return store_columns<kBf16, kGated, Activation::kNone>(s);
+    case Activation::kRelu:
+      return store_columns<kBf16, kGated, Activation::kRelu>(s);
+    case Activation::kGelu:
+      return store_columns<kBf16, kGated, Activation::kGelu>(s);
+    case Activation::kGeluTanh:
+      return store_columns<kBf16, kGated, Activation::kGeluTanh>(s);
+    case Activation::kSilu:
+      return store_columns<kBf16, kGated, Activation::kSilu>(s);
+  }
 }
 
 void store_tile(const TileStore& s) {
-  return s.c_dtype == DType::kBF16 ? store_tile_as<true>(s) : store_tile_as<false>(s);
+  if (s.c_dtype == DType::kBF16) return s.gated ? store_activated<true, true>(s) : store_activated<true, false>(s);
+  s.gated ? store_activated<false, true>(s) : store_activated<false, false>(s);
 }

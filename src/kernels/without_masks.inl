@@ -32,6 +32,10 @@ COTERIE_INLINE VU load_halves(const uint16_t* p) {
 COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
   *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);
 }
+COTERIE_INLINE void store_halves(uint16_t* p, VU a, VU b) {
+  store_halves(p, a);
+  store_halves(p + kWidth, b);
+}
 COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
   const VH halves = __builtin_convertvector(v >> 16, VH);
   __builtin_memcpy(p, &halves, static_cast<size_t>(n) * 2);
