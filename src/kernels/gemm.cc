@@ -224,9 +224,9 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
     } else {
       b_panels = plan.b_panels + group_b * panel_units;
     }
-    for (int64_t pb = group_b; pb < end_b; ++pb, b_panels += panel_units) {
-      for (int64_t pa = first_a; pa < last_a; ++pa) {
-        compute_tile(plan, pa, pb, a_panels + plan.a_units(first_a, pa), b_panels);
+    for (int64_t pa = first_a; pa < last_a; ++pa) {
+      for (int64_t pb = group_b; pb < end_b; ++pb) {
+        compute_tile(plan, pa, pb, a_panels + plan.a_units(first_a, pa), b_panels + (pb - group_b) * panel_units);
       }
     }
   }
