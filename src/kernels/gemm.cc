@@ -27,6 +27,7 @@ constexpr int64_t kGroupBBytes = 512 << 10, kMostGroupB = 8;
 // B of a problem with few panels of A, or with few enough for a cache, is packed by the tasks. With more, C is
 // cut by rows too.
 constexpr int64_t kFewPanelsA = 6;
+constexpr int64_t kMostPacksOfA = 2;
 // A task that packs its own A should have this many panels of it, to read B seldom.
 constexpr int64_t kLeastOwnPanelsA = 4;
 // A task should outweigh handing it out (about 0.1 us) by far, and there should be several for every
@@ -150,6 +151,8 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
       plan.block_P = ceil_div(plan.block_P, 2);
     plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
     if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
+    // To pack A anew costs no more than to write it to memory and read it from there.
+    plan.own_a = plan.own_b && ceil_div(Q, plan.block_Q) <= kMostPacksOfA;
   }
   plan.first_task = first_task;
   plan.num_tasks = ceil_div(P, plan.block_P) * ceil_div(Q, plan.block_Q);
@@ -170,13 +173,10 @@ struct PackTask {
   }
 };
 
-void compute_tile(const Plan& plan, int64_t pa, int64_t pb, const uint32_t* a_panel, const uint32_t* b_panel) {
-  alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
+// A tile of sums becomes a part of C.
+void store_tile(const Plan& plan, int64_t pa, int64_t pb, const float* tile) {
   const GemmProblem& p = *plan.problem;
-  const KernelTable& kernels = *plan.b.kernels;
   const int rows = plan.rows.rows(pa);
-  kernels.multiply[plan.b.type == DType::kBF16][rows - 1](plan.units, a_panel, b_panel, tile);
-
   const int64_t row = plan.rows.first_row(pa), column = pb * plan.b.width();
   TileStore store;
   store.tile = tile;
@@ -200,7 +200,30 @@ void compute_tile(const Plan& plan, int64_t pa, int64_t pb, const uint32_t* a_pa
   store.gated = p.gated;
   store.accumulate = p.accumulate;
   store.stream = plan.stream;
-  kernels.store_tile(store);
+  plan.b.kernels->store_tile(store);
+}
+
+// One panel of A with panels [first_b, last_b) of B. Where K is long, a slice of it at a time, so that the panel of A
+// stays in the L1 cache; sums wait in fp32, which changes no bit of them.
+void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
+                   const uint32_t* b_panels) {
+  constexpr int64_t kTile = kMaxPanelRows * kMaxPanelColumns;
+  alignas(64) float tiles[kMostGroupB * kTile];
+  const KernelTable& kernels = *plan.b.kernels;
+  const bool bf16 = plan.b.type == DType::kBF16;
+  const int rows = plan.rows.rows(pa);
+  int64_t done = 0;
+  do {
+    const int64_t units = std::min(plan.units - done, kernels.slice_units[bf16]);
+    const bool last = done + units == plan.units;
+    const uint32_t* b = b_panels + done * kernels.panel_columns();
+    for (int64_t pb = first_b; pb < last_b; ++pb, b += plan.b.panel_units()) {
+      float* const tile = tiles + (last && done == 0 ? 0 : (pb - first_b) * kTile);
+      kernels.multiply[bf16][rows - 1](units, a_panel + done * rows, b, tile, done > 0);
+      if (last) store_tile(plan, pa, pb, tile);
+    }
+    done += units;
+  } while (done < plan.units);
 }
 
 // own_a and own_b are the thread's memory for panels.
@@ -225,9 +248,7 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
       b_panels = plan.b_panels + group_b * panel_units;
     }
     for (int64_t pa = first_a; pa < last_a; ++pa) {
-      for (int64_t pb = group_b; pb < end_b; ++pb) {
-        compute_tile(plan, pa, pb, a_panels + plan.a_units(first_a, pa), b_panels + (pb - group_b) * panel_units);
-      }
+      compute_tiles(plan, pa, group_b, end_b, a_panels + plan.a_units(first_a, pa), b_panels);
     }
   }
   plan.b.kernels->end_products();

@@ -99,8 +99,9 @@ inline constexpr int kPeakSums = 12;  // independent sums: enough to hide the la
 
 struct KernelTable {
   std::string_view name;
-  int width;          // floats in a vector
-  int panel_rows[2];  // most rows of a panel of A: fp32, bf16
+  int width;               // floats in a vector
+  int panel_rows[2];       // most rows of a panel of A: fp32, bf16
+  int64_t slice_units[2];  // whole chunks of K at once, for which a panel of A stays in the L1 cache: fp32, bf16
   int panel_columns() const { return 2 * width; }
 
   // Panels [first, last) of A as panels of `type`, one behind the other.
@@ -109,8 +110,9 @@ struct KernelTable {
   // Panels [first, last) of B. N counts the columns of C; B has 2N rows when gated.
   void (*pack_b)(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last,
                  uint32_t* memory);
-  // tile[rows][2 * width] = A panel * B panel; [type][rows - 1]. tile has room for kMaxPanelRows rows.
-  void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile);
+  // tile[rows][2 * width] = A panel * B panel, or += it with `add`; [type][rows - 1]. A tile has room for
+  // kMaxPanelRows rows.
+  void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add);
   // A thread's multiplications stand between these two; they set up and let go what the CPU needs for them.
   void (*begin_products)();
   void (*end_products)();

@@ -17,6 +17,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.width = kWidth;
   table.panel_rows[0] = kPanelRowsF32;
   table.panel_rows[1] = kPanelRowsBf16;
+  table.slice_units[0] = table.slice_units[1] = std::numeric_limits<int64_t>::max();
   table.pack_a = pack_a;
   table.pack_b = pack_b;
   fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());

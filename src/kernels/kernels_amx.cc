@@ -21,6 +21,7 @@ namespace {
 constexpr int kTileRows = 16;
 constexpr int kPanelRowsTiles = 2 * kTileRows;  // 2 x 2 tiles of sums, 2 of A, 2 of B: all eight
 constexpr int64_t kPanelUnits = 32;             // units of a row of a panel of B
+constexpr int64_t kSliceUnits = 128;            // a panel of A is 16 KiB then
 constexpr int kLineBytes = 64, kPanelRowBytes = 128;
 
 // Palette 1: every tile has 16 rows of 64 bytes.
@@ -38,12 +39,20 @@ void end_tiles() { _tile_release(); }
 
 // Rows past kRows of the last tile of A hold what lies behind them in memory, and give sums that nobody reads.
 template <int kRows>
-void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) {
+void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add) {
   constexpr bool kSecond = kRows > kTileRows;
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kSecond) _tile_zero(2);
-  if constexpr (kSecond) _tile_zero(3);
+  float* const second = tile + kTileRows * kPanelUnits;
+  if (add) {
+    _tile_loadd(0, tile, kPanelRowBytes);
+    _tile_loadd(1, tile + 16, kPanelRowBytes);
+    if constexpr (kSecond) _tile_loadd(2, second, kPanelRowBytes);
+    if constexpr (kSecond) _tile_loadd(3, second + 16, kPanelRowBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kSecond) _tile_zero(2);
+    if constexpr (kSecond) _tile_zero(3);
+  }
   for (; units > 0; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * kPanelUnits) {
     _tile_loadd(6, b, kPanelRowBytes);
     _tile_loadd(4, a, kLineBytes);
@@ -63,8 +72,8 @@ void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* 
   }
   _tile_stored(0, tile, kPanelRowBytes);
   _tile_stored(1, tile + 16, kPanelRowBytes);
-  if constexpr (kSecond) _tile_stored(2, tile + kTileRows * kPanelUnits, kPanelRowBytes);
-  if constexpr (kSecond) _tile_stored(3, tile + kTileRows * kPanelUnits + 16, kPanelRowBytes);
+  if constexpr (kSecond) _tile_stored(2, second, kPanelRowBytes);
+  if constexpr (kSecond) _tile_stored(3, second + 16, kPanelRowBytes);
 }
 
 constexpr int kPeakProducts = 4;
@@ -97,6 +106,7 @@ void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
 KernelTable with_tiles(KernelTable table) {
   table.name = "amx";
   table.panel_rows[1] = kPanelRowsTiles;
+  table.slice_units[1] = kSliceUnits;
   fill_multiply(table, std::make_integer_sequence<int, kPanelRowsTiles>());
   table.begin_products = begin_tiles;
   table.end_products = end_tiles;

@@ -27,8 +27,15 @@ COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, VF (&sum
 }
 
 template <bool kBf16, int kRows>
-void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) {
+void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add) {
   VF sums[kRows][2] = {};
+  if (add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      sums[i][0] = load(tile + i * 2 * kWidth);
+      sums[i][1] = load(tile + i * 2 * kWidth + kWidth);
+    }
+  }
   for (; units >= kChunkUnits; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * 2 * kWidth) {
 #pragma GCC unroll 16  // a tenth faster than a loop
     for (int64_t u = 0; u < kChunkUnits; ++u) multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, sums);
@@ -42,7 +49,7 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile) 
 }
 
 template <bool kBf16, int... kIndex>
-constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, float*),
+constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, float*, bool),
                              std::integer_sequence<int, kIndex...>) {
   ((functions[kIndex] = multiply<kBf16, kIndex + 1>), ...);
 }
