@@ -24,8 +24,9 @@ namespace {
 constexpr int64_t kBlockABytes = 1 << 20;
 // Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
 constexpr int64_t kGroupBBytes = 512 << 10, kMostGroupB = 8;
-// B of a problem with few panels of A, or with few enough for a cache, is packed by the tasks. With more, C is
-// cut by rows too.
+// B of a problem with few panels of A, or with few enough for a cache (in fp32 a further one: arithmetic is slow enough
+// to read A from there), is packed by the tasks. With more, C is cut by rows too.
+constexpr int64_t kSharedABytes[2] = {2 << 20, kBlockABytes};  // fp32, bf16
 constexpr int64_t kFewPanelsA = 6;
 constexpr int64_t kMostPacksOfA = 2;
 // A task that packs its own A should have this many panels of it, to read B seldom.
@@ -126,7 +127,8 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K), type, p.gated, N};
   plan.units = units_of(type, K);
   plan.Q = plan.b.count();
-  plan.own_b = !p.packed_b && (plan.P() <= kFewPanelsA || 4 * plan.all_a_units() <= kBlockABytes);
+  plan.own_b =
+      !p.packed_b && (plan.P() <= kFewPanelsA || 4 * plan.all_a_units() <= kSharedABytes[type == DType::kBF16]);
   return plan;
 }
 
@@ -152,7 +154,7 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
     plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
     if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
     // To pack A anew costs no more than to write it to memory and read it from there.
-    plan.own_a = plan.own_b && ceil_div(Q, plan.block_Q) <= kMostPacksOfA;
+    plan.own_a = plan.own_b && 4 * plan.all_a_units() <= kBlockABytes && ceil_div(Q, plan.block_Q) <= kMostPacksOfA;
   }
   plan.first_task = first_task;
   plan.num_tasks = ceil_div(P, plan.block_P) * ceil_div(Q, plan.block_Q);
