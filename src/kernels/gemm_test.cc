@@ -66,7 +66,7 @@ double tolerance(const Case& c, double value, double sum_of_abs) {
   if (c.activation != Activation::kNone) error = 1.13 * error + 16 * u * std::abs(value);
   if (c.gated) error = 2 * 1.13 * error * sum_of_abs + 2 * u * std::abs(value);
   if (c.accumulate) error += 2 * u * (std::abs(value) + sum_of_abs);
-  return error + std::abs(value) * (c.c == DType::kBF16 ? 2 * kBf16UnitRoundoff : u);
+  return error + std::abs(value) * (c.c == DType::kBF16 ? kBf16UnitRoundoff : u);
 }
 
 // A problem of the case with all the memory that it points to.

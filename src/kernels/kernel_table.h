@@ -95,6 +95,24 @@ struct ActivationBackwardRow {
   bool gated = false;
 };
 
+struct SoftmaxSum {
+  float sum = 0.0f;      // of exponentials relative to the maximum
+  float maximum = 0.0f;  // of the row
+};
+
+// One query's weights from its scores, and the gradient of the scores from that of the weights.
+struct AttentionBackwardRow {
+  const float* scores = nullptr;  // before scaling
+  const float* grad_weights = nullptr;
+  void* weights = nullptr;      // receives exp(scale * scores - logsumexp)
+  void* grad_scores = nullptr;  // receives weights * (grad_weights - delta) * scale
+  DType dtype = DType::kF32;    // of these two
+  int64_t n = 0;
+  float scale = 1.0f;
+  float logsumexp = 0.0f;
+  float delta = 0.0f;
+};
+
 inline constexpr int kPeakSums = 12;  // independent sums: enough to hide the latency, few enough for 16 registers
 
 struct KernelTable {
@@ -130,6 +148,9 @@ struct KernelTable {
   void (*softmax_row)(const float* x, int64_t n, float* out);
   void (*rope_head)(float* x, const float* cosine, const float* sine, int64_t half);
   void (*attend)(const AttendStep& step);
+  // out = exp(scale * (x - the maximum of x)), scale > 0.
+  SoftmaxSum (*exponentials_row)(const float* x, int64_t n, float scale, void* out, DType dtype);
+  void (*attention_backward_row)(const AttentionBackwardRow& row);
 
   // Rows of kF32 or kBF16.
   void (*convert_row)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n);

@@ -9,6 +9,7 @@
 #include "kernels/store_tile.inl"
 #include "kernels/activation_rows.inl"
 #include "kernels/attend.inl"
+#include "kernels/causal_rows.inl"
 // clang-format on
 
 constexpr KernelTable make_kernel_table(std::string_view name) {
@@ -34,6 +35,8 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.softmax_row = softmax_row;
   table.rope_head = rope_head;
   table.attend = attend;
+  table.exponentials_row = exponentials_row;
+  table.attention_backward_row = attention_backward_row;
   table.convert_row = convert_row;
   table.scale_row = scale_row;
   table.add_row = add_row;

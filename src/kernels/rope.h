@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "base/thread_pool.h"
+#include "kernels/matrix.h"
 
 namespace coterie {
 
@@ -13,5 +14,10 @@ namespace coterie {
 // head_dim/2 angles per position step, theta^(-2i/head_dim) in the plain case.
 void rope(float* x, int64_t token_stride, const int32_t* positions_T, const float* inverse_frequency, int64_t T,
           int64_t num_heads, int64_t head_dim, ThreadPool& pool);
+
+// The same for whole sequences of S tokens, one behind the other: row t of x, fp32 or bf16, has position t % S. Columns
+// behind the heads stay as they are.
+void rope_sequences(const Matrix& x, int64_t S, const float* inverse_frequency, int64_t num_heads, int64_t head_dim,
+                    ThreadPool& pool);
 
 }  // namespace coterie

@@ -11,7 +11,7 @@
 namespace coterie {
 
 inline constexpr double kUnitRoundoff = 0x1p-24;  // of fp32
-inline constexpr double kBf16UnitRoundoff = 0x1p-9;
+inline constexpr double kBf16UnitRoundoff = 0x1p-8;
 
 // Runs the body once for every ISA that this CPU runs.
 template <typename Body>

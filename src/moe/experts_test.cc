@@ -206,7 +206,7 @@ void check(const Case& c, ThreadPool& pool) {
       obvious(f.shape, f.dispatch, absolute, [](double v) { return v; }, [](double v) { return 1.13 + 0.8 * v; });
   const bool halves = c.x == DType::kBF16 || c.weights == DType::kBF16;
   const double steps = static_cast<double>(2 * c.D + c.F + f.shape.up_rows() + f.dispatch.num_rows() + 40);
-  const double relative = steps * kUnitRoundoff + (halves ? 12 * kBf16UnitRoundoff : 0.0);
+  const double relative = steps * kUnitRoundoff + (halves ? 6 * kBf16UnitRoundoff : 0.0);
 
   expect_near(f.forward(pool).doubles(), expected.out_TD, bound.out_TD, relative, "out");
   Gradients g(f);

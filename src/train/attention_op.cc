@@ -4,8 +4,10 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/causal_attention.h"
 #include "kernels/rope.h"
 #include "train/ops.h"
+#include "train/pooled_tensor.h"
 #include "train/torch_pool.h"
 #include "train/views.h"
 
@@ -15,53 +17,50 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A rotation is orthogonal: its gradient is the rotation by the opposite angle.
-void rotate_in_place(const at::Tensor& x, int64_t sequence_length, int64_t head_dim, double theta, float direction) {
-  std::vector<int32_t> positions_T(static_cast<size_t>(x.size(0)));
-  for (size_t t = 0; t < positions_T.size(); ++t) positions_T[t] = static_cast<int32_t>(t % sequence_length);
-  std::vector<float> inverse_frequency(static_cast<size_t>(head_dim / 2));
+// Rotates queries and keys in place. A rotation is orthogonal: its gradient is the rotation by the opposite angle.
+void rotate(const at::Tensor& qkv_TC, const CausalShape& shape, double theta, float direction) {
+  std::vector<float> inverse_frequency(static_cast<size_t>(shape.d / 2));
   for (size_t i = 0; i < inverse_frequency.size(); ++i) {
-    inverse_frequency[i] = direction * static_cast<float>(std::pow(theta, -2.0 * i / static_cast<double>(head_dim)));
+    inverse_frequency[i] = direction * static_cast<float>(std::pow(theta, -2.0 * i / static_cast<double>(shape.d)));
   }
-  rope(x.mutable_data_ptr<float>(), x.stride(0), positions_T.data(), inverse_frequency.data(), x.size(0),
-       x.size(1) / head_dim, head_dim, torch_pool());
+  rope_sequences(matrix(qkv_TC), shape.S, inverse_frequency.data(), shape.H + shape.G, shape.d, torch_pool());
 }
 
-struct RotateOp : torch::autograd::Function<RotateOp> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, int64_t sequence_length, int64_t head_dim,
-                            double theta) {
-    context->saved_data["sequence_length"] = sequence_length;
-    context->saved_data["head_dim"] = head_dim;
+struct AttentionOp : torch::autograd::Function<AttentionOp> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& qkv, const CausalShape& shape, double theta) {
+    at::Tensor rotated = qkv;
+    if (theta > 0) {
+      rotated = pooled_empty(qkv.sizes(), qkv.scalar_type());
+      rotated.copy_(qkv);
+      rotate(rotated, shape, theta, 1.0f);
+    }
+    const at::Tensor out = pooled_empty({qkv.size(0), shape.H * shape.d}, qkv.scalar_type());
+    const at::Tensor logsumexp_BHS = at::empty({shape.B, shape.H, shape.S}, at::kFloat);
+    causal_attention(shape, const_matrix(rotated), matrix(out), logsumexp_BHS.mutable_data_ptr<float>(), torch_pool());
+    context->save_for_backward({rotated, out, logsumexp_BHS});
+    context->saved_data["shape"] = std::vector<int64_t>{shape.B, shape.S, shape.H, shape.G, shape.d};
     context->saved_data["theta"] = theta;
-    context->mark_dirty({x});
-    rotate_in_place(x, sequence_length, head_dim, theta, 1.0f);
-    return x;
+    return out;
   }
 
-  static variable_list backward(AutogradContext* context, variable_list grads) {
-    const at::Tensor grad = grads[0].clone(at::MemoryFormat::Contiguous);
-    rotate_in_place(grad, context->saved_data["sequence_length"].toInt(), context->saved_data["head_dim"].toInt(),
-                    context->saved_data["theta"].toDouble(), -1.0f);
-    return {grad, at::Tensor(), at::Tensor(), at::Tensor()};
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const std::vector<int64_t> s = context->saved_data["shape"].toIntVector();
+    const CausalShape shape{.B = s[0], .S = s[1], .H = s[2], .G = s[3], .d = s[4]};
+    const double theta = context->saved_data["theta"].toDouble();
+    const at::Tensor grad_out = grads[0].contiguous();
+    const at::Tensor grad = pooled_empty(saved[0].sizes(), saved[0].scalar_type());
+    causal_attention_backward(shape, const_matrix(saved[0]), const_matrix(saved[1]), saved[2].const_data_ptr<float>(),
+                              const_matrix(grad_out), matrix(grad), torch_pool());
+    if (theta > 0) rotate(grad, shape, theta, -1.0f);
+    return {grad, at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor rotate(const at::Tensor& x, int64_t sequence_length, int64_t head_dim, double theta) {
-  return RotateOp::apply(x, sequence_length, head_dim, theta);
-}
-
-at::Tensor causal_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t sequence_length,
-                            int64_t head_dim) {
-  // [T, heads * d] -> [B, heads, S, d]
-  const auto heads_first = [&](const at::Tensor& x) {
-    return x.view({-1, sequence_length, x.size(1) / head_dim, head_dim}).transpose(1, 2);
-  };
-  const at::Tensor out = at::scaled_dot_product_attention(
-      heads_first(q), heads_first(k), heads_first(v), /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true,
-      /*scale=*/std::nullopt, /*enable_gqa=*/q.size(1) != k.size(1));
-  return out.transpose(1, 2).reshape({q.size(0), q.size(1)});
+at::Tensor causal_attention(const at::Tensor& qkv_TC, const CausalShape& shape, double theta) {
+  return AttentionOp::apply(qkv_TC.contiguous(), shape, theta);
 }
 
 }  // namespace coterie

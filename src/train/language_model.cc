@@ -180,24 +180,26 @@ at::Tensor LanguageModel::normalize(const at::Tensor& x, const Norm& norm) const
 }
 
 at::Tensor LanguageModel::attention(const Layer& layer, const at::Tensor& x, int64_t sequence_length) const {
-  at::Tensor q = linear(x, layer.q.weight, layer.q.bias);
-  at::Tensor k = linear(x, layer.k.weight, layer.k.bias);
-  at::Tensor v = linear(x, layer.v.weight, layer.v.bias);
+  const CausalShape shape{.B = x.size(0) / sequence_length,
+                          .S = sequence_length,
+                          .H = config_.num_heads,
+                          .G = config_.num_kv_heads,
+                          .d = config_.head_dim};
+  const at::ScalarType type = layer.q.weight.scalar_type();
+  const bool changed = config_.qk_norm != QkNorm::kNone || config_.clip_qkv > 0;  // before a product rounds it
+  const at::Tensor bias = layer.q.bias.defined() ? at::cat({layer.q.bias, layer.k.bias, layer.v.bias}) : at::Tensor();
+  at::Tensor qkv =
+      linear(x, at::cat({layer.q.weight, layer.k.weight, layer.v.weight}), bias, changed ? at::kFloat : type);
   if (config_.qk_norm != QkNorm::kNone) {
+    const auto parts = qkv.split_with_sizes({shape.H * shape.d, shape.G * shape.d, shape.G * shape.d}, 1);
     const auto norm = [&](const at::Tensor& y, const at::Tensor& weight) {
-      return rms_norm(y.view({-1, weight.size(0)}), weight, config_.norm_eps).view(y.sizes());
+      return rms_norm(y.reshape({-1, weight.size(0)}), weight, config_.norm_eps).view(y.sizes());
     };
-    q = norm(q, layer.q_norm);
-    k = norm(k, layer.k_norm);
+    qkv = at::cat({norm(parts[0], layer.q_norm), norm(parts[1], layer.k_norm), parts[2]}, 1);
   }
-  if (config_.clip_qkv > 0) {
-    for (at::Tensor* y : {&q, &k, &v}) *y = y->clamp(-config_.clip_qkv, config_.clip_qkv);
-  }
-  if (config_.positions == PositionKind::kRope) {
-    q = rotate(q, sequence_length, config_.head_dim, config_.rope_theta);
-    k = rotate(k, sequence_length, config_.head_dim, config_.rope_theta);
-  }
-  return linear(causal_attention(q, k, v, sequence_length, config_.head_dim), layer.o.weight, layer.o.bias);
+  if (config_.clip_qkv > 0) qkv = qkv.clamp(-config_.clip_qkv, config_.clip_qkv);
+  const double theta = config_.positions == PositionKind::kRope ? config_.rope_theta : 0.0;
+  return linear(causal_attention(qkv.to(type), shape, theta), layer.o.weight, layer.o.bias, at::kFloat);
 }
 
 at::Tensor LanguageModel::feed_forward(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x,

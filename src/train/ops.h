@@ -1,29 +1,29 @@
 // Differentiable operations over our kernels: what LanguageModel is made of, beside ATen's own.
-// LanguageModel's activations are fp32 in every mode, its weights fp32 or bf16 (then the products take bf16
-// operands and accumulate in fp32, as the engine does), its biases, norms and routers fp32. The ops that Python
-// sees too (torch.ops.coterie) also take bf16 activations and biases.
-// Legend: T tokens, D hidden, N outputs, E experts, K top-k, U rows of an expert's up matrix, F inner
-// size, V vocabulary.
+// LanguageModel's weights are fp32 or bf16 (then the products take bf16 operands and accumulate in fp32, as the engine
+// does), its biases, norms and routers fp32. Its activations are fp32, but for those of bf16 models that only products
+// read: queries, keys and values, and what attention makes of them, are bf16 as the products would round them. The ops
+// that Python sees too (torch.ops.coterie) also take bf16 activations and biases. Legend: T tokens, D hidden, N
+// outputs, E experts, K top-k, U rows of an expert's up matrix, F inner size, V vocabulary.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 
 #include "kernels/activation.h"
+#include "kernels/causal_attention.h"
 #include "moe/router.h"
 
 namespace coterie {
 
-// x W_ND^T + b_N of x [..., D]. `bias` may be undefined. Python: coterie::linear.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight_ND, const at::Tensor& bias_N);
+// x W_ND^T + b_N of x [..., D], in x's type unless another is given. `bias` may be undefined. Python: coterie::linear.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight_ND, const at::Tensor& bias_N,
+                  std::optional<at::ScalarType> dtype = std::nullopt);
 
-// Rotates q or k [T, heads * head_dim] in place (rope.h); token t of the batch has position t % sequence_length.
-at::Tensor rotate(const at::Tensor& x, int64_t sequence_length, int64_t head_dim, double theta);
-
-// Causal self-attention of whole sequences: q [T, H * d], k and v [T, G * d] -> [T, H * d].
-at::Tensor causal_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t sequence_length,
-                            int64_t head_dim);
+// Causal self-attention of whole sequences (kernels/causal_attention.h): qkv [T, (H + 2 G) * d] -> [T, H * d], both
+// fp32 or both bf16. With theta > 0, queries and keys are rotated before (rope.h); token t has position t % S.
+at::Tensor causal_attention(const at::Tensor& qkv_TC, const CausalShape& shape, double theta);
 
 at::Tensor rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps);
 

@@ -84,18 +84,38 @@ TEST(RmsNormOp, EqualsAten) {
   }
 }
 
-TEST(RotateOp, EqualsTheFormula) {
-  constexpr int64_t kSequence = 5, kHeads = 3, kDim = 8;
-  const at::Tensor x = random_leaf({2 * kSequence, kHeads * kDim}, 1);
-  const auto oracle = [&] {
-    const at::Tensor frequency = at::pow(10000.0, at::arange(kDim / 2, at::kDouble) * (-2.0 / kDim));
-    const at::Tensor angle = (at::arange(2 * kSequence, at::kDouble).remainder(kSequence).unsqueeze(1) * frequency);
-    const at::Tensor c = angle.cos().to(at::kFloat).unsqueeze(1), s = angle.sin().to(at::kFloat).unsqueeze(1);
-    const at::Tensor heads = x.view({-1, kHeads, kDim});
-    const at::Tensor a = heads.narrow(2, 0, kDim / 2), b = heads.narrow(2, kDim / 2, kDim / 2);
-    return at::cat({a * c - b * s, b * c + a * s}, 2).view(x.sizes());
+// The formula of rotary positions, in doubles.
+at::Tensor rotated(const at::Tensor& x, int64_t sequence, int64_t dim) {
+  const at::Tensor frequency = at::pow(10000.0, at::arange(dim / 2, at::kDouble) * (-2.0 / dim));
+  const at::Tensor angle = at::arange(x.size(0), at::kDouble).remainder(sequence).unsqueeze(1) * frequency;
+  const at::Tensor c = angle.cos().to(at::kFloat).unsqueeze(1), s = angle.sin().to(at::kFloat).unsqueeze(1);
+  const at::Tensor heads = x.view({x.size(0), -1, dim});
+  const at::Tensor a = heads.narrow(2, 0, dim / 2), b = heads.narrow(2, dim / 2, dim / 2);
+  return at::cat({a * c - b * s, b * c + a * s}, 2).view(x.sizes());
+}
+
+at::Tensor slow_attention(const at::Tensor& qkv, const CausalShape& shape, bool rotate) {
+  const auto parts = qkv.split_with_sizes({shape.H * shape.d, shape.G * shape.d, shape.G * shape.d}, 1);
+  const auto heads_first = [&](const at::Tensor& x, bool rotates) {
+    const at::Tensor y = rotates ? rotated(x.contiguous(), shape.S, shape.d) : x;
+    return y.reshape({shape.B, shape.S, -1, shape.d}).transpose(1, 2);
   };
-  expect_same({x}, [&] { return rotate(x.clone(), kSequence, kDim, 10000.0); }, oracle);
+  const at::Tensor out = at::scaled_dot_product_attention(heads_first(parts[0], rotate), heads_first(parts[1], rotate),
+                                                          heads_first(parts[2], false), {}, 0.0,
+                                                          /*is_causal=*/true, std::nullopt, /*enable_gqa=*/true);
+  return out.transpose(1, 2).reshape({shape.num_tokens(), -1});
+}
+
+TEST(AttentionOp, EqualsAten) {
+  for (const CausalShape& shape :
+       {CausalShape{.B = 2, .S = 5, .H = 3, .G = 3, .d = 8}, CausalShape{.B = 1, .S = 65, .H = 4, .G = 2, .d = 32}}) {
+    const at::Tensor qkv = random_leaf({shape.num_tokens(), shape.columns()}, 1);
+    for (const bool rotates : {false, true}) {
+      expect_same(
+          {qkv}, [&] { return causal_attention(qkv, shape, rotates ? 10000.0 : 0.0); },
+          [&] { return slow_attention(qkv, shape, rotates); });
+    }
+  }
 }
 
 struct ExpertCase {
