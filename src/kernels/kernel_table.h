@@ -113,6 +113,28 @@ struct AttentionBackwardRow {
   float delta = 0.0f;
 };
 
+// What a step of AdamW is for every element (Loshchilov and Hutter 2019, algorithm 2), with g = grad_scale * grad:
+//   exp_avg = beta1 exp_avg + (1 - beta1) g,  exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2,
+//   master = decay master - step_size exp_avg / (inverse_root sqrt(exp_avg_sq) + eps)
+struct AdamWFactors {
+  float grad_scale = 1.0f;
+  float beta1 = 0.0f, beta2 = 0.0f;
+  float decay = 1.0f;         // 1 - learning rate * weight decay
+  float step_size = 0.0f;     // learning rate / (1 - beta1^t)
+  float inverse_root = 1.0f;  // 1 / sqrt(1 - beta2^t)
+  float eps = 0.0f;
+};
+struct AdamWRow {
+  AdamWFactors factors;
+  const void* grad = nullptr;  // null: zeros
+  DType grad_dtype = DType::kF32;
+  float* master = nullptr;
+  float* exp_avg = nullptr;
+  float* exp_avg_sq = nullptr;
+  void* parameter = nullptr;  // receives the master in bf16; null: not wanted
+  int64_t n = 0;
+};
+
 inline constexpr int kPeakSums = 12;  // independent sums: enough to hide the latency, few enough for 16 registers
 
 struct KernelTable {
@@ -151,6 +173,9 @@ struct KernelTable {
   // out = exp(scale * (x - the maximum of x)), scale > 0.
   SoftmaxSum (*exponentials_row)(const float* x, int64_t n, float scale, void* out, DType dtype);
   void (*attention_backward_row)(const AttentionBackwardRow& row);
+
+  float (*square_sum_row)(const void* x, DType dtype, int64_t n);
+  void (*adamw_row)(const AdamWRow& row);
 
   // Rows of kF32 or kBF16.
   void (*convert_row)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n);

@@ -10,6 +10,7 @@
 #include "kernels/activation_rows.inl"
 #include "kernels/attend.inl"
 #include "kernels/causal_rows.inl"
+#include "kernels/adamw_rows.inl"
 // clang-format on
 
 constexpr KernelTable make_kernel_table(std::string_view name) {
@@ -37,6 +38,8 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.attend = attend;
   table.exponentials_row = exponentials_row;
   table.attention_backward_row = attention_backward_row;
+  table.square_sum_row = square_sum_row;
+  table.adamw_row = adamw_row;
   table.convert_row = convert_row;
   table.scale_row = scale_row;
   table.add_row = add_row;

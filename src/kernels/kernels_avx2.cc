@@ -21,6 +21,7 @@ constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
 #include "kernels/simd.inl"
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+COTERIE_INLINE VF root(VF a) { return _mm256_sqrt_ps(a); }
 
 #include "kernels/without_masks.inl"
 

@@ -22,6 +22,7 @@ constexpr int kPanelRowsF32 = 12, kPanelRowsBf16 = 12;
 #include "kernels/simd.inl"
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+COTERIE_INLINE VF root(VF a) { return _mm512_maskz_sqrt_ps(0xffff, a); }
 
 // p * 2^n, n a whole number.
 COTERIE_INLINE VF times_power(VF p, VF n) { return _mm512_maskz_scalef_ps(0xffff, p, n); }

@@ -16,6 +16,10 @@ constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
 #include "kernels/simd.inl"
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
+COTERIE_INLINE VF root(VF a) {
+  for (int lane = 0; lane < kWidth; ++lane) a[lane] = std::sqrt(a[lane]);
+  return a;
+}
 
 #include "kernels/without_masks.inl"
 

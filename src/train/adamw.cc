@@ -3,6 +3,14 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "kernels/kernel_table.h"
+#include "train/torch_pool.h"
+#include "train/views.h"
+
 namespace coterie {
 namespace {
 
@@ -11,35 +19,35 @@ at::Tensor master_of(const at::Tensor& parameter) {
   return parameter.scalar_type() == at::kFloat ? parameter.detach() : parameter.detach().to(at::kFloat);
 }
 
-std::vector<at::Tensor> select(const std::vector<at::Tensor>& tensors, const std::vector<size_t>& members) {
-  std::vector<at::Tensor> selected;
-  for (size_t i : members) selected.push_back(tensors[i]);
-  return selected;
+// Elements of a task, about 20 us; and of a partial sum of squares, whose order is thereby fixed.
+constexpr int64_t kChunk = 16 << 10;
+
+const void* element(const at::Tensor& tensor, int64_t index) {
+  return static_cast<const char*>(tensor.const_data_ptr()) + index * static_cast<int64_t>(tensor.element_size());
 }
 
 }  // namespace
 
 AdamW::AdamW(const std::vector<Parameter>& parameters, const TrainSettings& settings)
     : parameters_(parameters), settings_(settings), gradients_(parameters.size()) {
-  groups_ = {{settings.weight_decay, {}}, {0.0, {}}};
   for (size_t i = 0; i < parameters.size(); ++i) {
     masters_.push_back(master_of(parameters[i].tensor));
     exp_avg_.push_back(at::zeros_like(masters_[i]));
     exp_avg_sq_.push_back(at::zeros_like(masters_[i]));
-    if (!parameters[i].tensor.requires_grad()) continue;  // kept and saved with the others, but not trained
-    const std::string& name = parameters[i].name;
-    const bool decays = parameters[i].tensor.dim() >= 2 && !name.ends_with(".bias");
-    groups_[decays ? 0 : 1].members.push_back(i);
   }
+}
+
+bool AdamW::decays(size_t parameter) const {
+  return parameters_[parameter].tensor.dim() >= 2 && !parameters_[parameter].name.ends_with(".bias");
 }
 
 void AdamW::accumulate_gradients() {
   c10::NoGradGuard no_grad;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     at::Tensor& grad = parameters_[i].tensor.mutable_grad();
-    // A parameter that no token reached (an expert layer that was never built, say) has none: zero.
-    at::Tensor part = grad.defined() ? grad.to(at::kFloat) : at::zeros_like(masters_[i]);
-    gradients_[i] = gradients_[i].defined() ? gradients_[i].add_(part) : part;
+    if (!grad.defined()) continue;  // a parameter that no token reached (an expert layer that was never built, say)
+    // The first part stays as it came; from the second on the sum is fp32.
+    gradients_[i] = gradients_[i].defined() ? gradients_[i].to(at::kFloat).add_(grad) : grad.contiguous();
     grad.reset();
   }
 }
@@ -47,20 +55,56 @@ void AdamW::accumulate_gradients() {
 double AdamW::step(double learning_rate) {
   c10::NoGradGuard no_grad;
   ++num_steps_;
-  const double norm = at::stack(at::_foreach_norm(gradients_)).norm().item<double>();
-  if (settings_.max_grad_norm > 0 && norm > settings_.max_grad_norm) {
-    at::_foreach_mul_(gradients_, settings_.max_grad_norm / norm);
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (!parameters_[i].tensor.requires_grad()) continue;  // kept and saved with the others, but not trained
+    const int64_t size = masters_[i].numel();
+    for (int64_t first = 0; first < size; first += kChunk) chunks.push_back({i, first, std::min(kChunk, size - first)});
   }
-  for (const Group& group : groups_) {
-    const std::vector<at::Tensor> steps(group.members.size(), at::scalar_tensor(num_steps_, at::kFloat));
-    at::_fused_adamw_(select(masters_, group.members), select(gradients_, group.members),
-                      select(exp_avg_, group.members), select(exp_avg_sq_, group.members), /*max_exp_avg_sqs=*/{},
-                      steps, learning_rate, settings_.beta1, settings_.beta2, group.weight_decay, settings_.eps,
-                      /*amsgrad=*/false, /*maximize=*/false);
-  }
+  const double norm = gradient_norm(chunks);
+  const bool clips = settings_.max_grad_norm > 0 && norm > settings_.max_grad_norm;
+  const auto steps = static_cast<double>(num_steps_);
+  AdamWFactors factors{.grad_scale = clips ? static_cast<float>(settings_.max_grad_norm / norm) : 1.0f,
+                       .beta1 = static_cast<float>(settings_.beta1),
+                       .beta2 = static_cast<float>(settings_.beta2)};
+  factors.step_size = static_cast<float>(learning_rate / (1.0 - std::pow(settings_.beta1, steps)));
+  factors.inverse_root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(settings_.beta2, steps)));
+  factors.eps = static_cast<float>(settings_.eps);
+  const auto decay = static_cast<float>(1.0 - learning_rate * settings_.weight_decay);
+  torch_pool().run(static_cast<int64_t>(chunks.size()), [&](int64_t task, int) {
+    const Chunk& chunk = chunks[static_cast<size_t>(task)];
+    AdamWFactors own = factors;
+    own.decay = decays(chunk.parameter) ? decay : 1.0f;
+    update(chunk, own);
+  });
   for (at::Tensor& gradient : gradients_) gradient.reset();
-  publish_masters();
   return norm;
+}
+
+double AdamW::gradient_norm(const std::vector<Chunk>& chunks) const {
+  std::vector<float> sums(chunks.size(), 0.0f);
+  torch_pool().run(static_cast<int64_t>(chunks.size()), [&](int64_t task, int) {
+    const Chunk& chunk = chunks[static_cast<size_t>(task)];
+    const at::Tensor& gradient = gradients_[chunk.parameter];
+    if (!gradient.defined()) return;
+    sums[static_cast<size_t>(task)] =
+        active_kernels().square_sum_row(element(gradient, chunk.first), dtype_of(gradient), chunk.count);
+  });
+  return std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+}
+
+void AdamW::update(const Chunk& chunk, const AdamWFactors& factors) const {
+  const auto [i, first, count] = chunk;
+  const at::Tensor &parameter = parameters_[i].tensor, &gradient = gradients_[i];
+  AdamWRow row{.factors = factors,
+               .master = masters_[i].mutable_data_ptr<float>() + first,
+               .exp_avg = exp_avg_[i].mutable_data_ptr<float>() + first,
+               .exp_avg_sq = exp_avg_sq_[i].mutable_data_ptr<float>() + first,
+               .n = count};
+  if (gradient.defined()) row.grad = element(gradient, first);
+  if (gradient.defined()) row.grad_dtype = dtype_of(gradient);
+  if (parameter.scalar_type() == at::kBFloat16) row.parameter = parameter.mutable_data_ptr<at::BFloat16>() + first;
+  active_kernels().adamw_row(row);
 }
 
 void AdamW::visit_masters(const std::function<void(const std::string&, const at::Tensor&)>& visit) const {

@@ -1,6 +1,7 @@
 // AdamW (Loshchilov and Hutter 2019) over the parameters of a LanguageModel: fp32 master weights and
-// moments; bf16 parameters are rounded from their masters after every step, and their gradients are
-// summed in fp32 over the micro-batches of a step.
+// moments; bf16 parameters are rounded from their masters in every step, and their gradients are summed in fp32 over
+// the micro-batches of a step. A step reads the gradients once for their norm and once, with all else, to update.
+// Results don't depend on the number of threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/kernel_table.h"
 #include "train/language_model.h"
 #include "train/settings.h"
 
@@ -34,19 +36,22 @@ class AdamW {
   void set_num_steps(int64_t steps) { num_steps_ = steps; }
 
  private:
-  // Indices of parameters that share a weight decay.
-  struct Group {
-    double weight_decay;
-    std::vector<size_t> members;
+  // Elements [first, first + count) of a parameter.
+  struct Chunk {
+    size_t parameter;
+    int64_t first, count;
   };
+
+  bool decays(size_t parameter) const;  // matrices alone
+  double gradient_norm(const std::vector<Chunk>& chunks) const;
+  void update(const Chunk& chunk, const AdamWFactors& factors) const;
 
   const std::vector<Parameter>& parameters_;
   const TrainSettings& settings_;
   std::vector<at::Tensor> masters_;    // the parameter itself when it is fp32
-  std::vector<at::Tensor> gradients_;  // fp32 sums
+  std::vector<at::Tensor> gradients_;  // sums of this step: as the first micro-batch left them, or fp32; undefined: 0
   std::vector<at::Tensor> exp_avg_;
   std::vector<at::Tensor> exp_avg_sq_;
-  std::vector<Group> groups_;
   int64_t num_steps_ = 0;
 };
 

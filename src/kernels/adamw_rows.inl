@@ -1,0 +1,40 @@
+// The optimizer's pass over a stretch of a parameter.
+
+float square_sum_row(const void* x, DType dtype, int64_t n) {
+  VF sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const VF v = load_any(x, dtype, i + j * kWidth, kWidth);
+      sums[j] = fma(v, v, sums[j]);
+    }
+  }
+  for (; i < n; i += kWidth) {
+    const VF v = load_any(x, dtype, i, lanes_left(i, n));
+    sums[0] = fma(v, v, sums[0]);
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <DType kGradType>
+void adamw_row_of(const AdamWRow& row) {
+  const AdamWFactors& f = row.factors;
+  for (int64_t i = 0; i < row.n; i += kWidth) {
+    const int64_t m = lanes_left(i, row.n);
+    const VF grad = row.grad ? load_any(row.grad, kGradType, i, m) * f.grad_scale : VF{};
+    const VF average = fma(load_floats(row.exp_avg, i, m) - grad, broadcast(f.beta1), grad);
+    const VF square = grad * grad;
+    const VF average_square = fma(load_floats(row.exp_avg_sq, i, m) - square, broadcast(f.beta2), square);
+    const VF step = f.step_size * average / fma(root(average_square), broadcast(f.inverse_root), broadcast(f.eps));
+    const VF master = fma(load_floats(row.master, i, m), broadcast(f.decay), -step);
+    store_floats(row.exp_avg, i, m, average);
+    store_floats(row.exp_avg_sq, i, m, average_square);
+    store_floats(row.master, i, m, master);
+    if (row.parameter) store_any(row.parameter, DType::kBF16, i, m, master);
+  }
+}
+
+void adamw_row(const AdamWRow& row) {
+  row.grad_dtype == DType::kBF16 ? adamw_row_of<DType::kBF16>(row) : adamw_row_of<DType::kF32>(row);
+}

@@ -1,0 +1,112 @@
+// The optimizer against torch's AdamW formula in doubles, over several steps.
+#include "train/adamw.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+namespace coterie {
+namespace {
+
+constexpr double kLearningRate = 0.05;
+
+TrainSettings settings() {
+  TrainSettings s;
+  s.weight_decay = 0.1;
+  s.max_grad_norm = 1.0;
+  return s;
+}
+
+// A matrix, larger than one task, a bias of two axes and a vector; the last has no gradient at first.
+std::vector<Parameter> parameters(at::ScalarType dtype) {
+  at::manual_seed(1);
+  std::vector<Parameter> made;
+  for (const auto& [name, sizes] : {std::pair("up.weight", std::vector<int64_t>{3, 70, 100}),
+                                    {"up.bias", std::vector<int64_t>{3, 70}},
+                                    {"norm.weight", std::vector<int64_t>{5}}}) {
+    const bool matrix = made.empty();
+    made.push_back({name, at::randn(sizes).to(matrix ? dtype : at::kFloat).set_requires_grad(true)});
+  }
+  return made;
+}
+
+at::Tensor random_gradient(const Parameter& parameter, uint64_t seed) {
+  at::manual_seed(seed);
+  return at::randn(parameter.tensor.sizes()).to(parameter.tensor.scalar_type());
+}
+
+struct Oracle {
+  at::Tensor w, m, v;
+
+  void step(const at::Tensor& gradient, double decay, int t) {
+    const TrainSettings s = settings();
+    m = s.beta1 * m + (1 - s.beta1) * gradient;
+    v = s.beta2 * v + (1 - s.beta2) * gradient * gradient;
+    const at::Tensor root = (v / (1 - std::pow(s.beta2, t))).sqrt() + s.eps;
+    w = w * (1 - kLearningRate * decay) - kLearningRate * m / (1 - std::pow(s.beta1, t)) / root;
+  }
+};
+
+// Three steps of `micro_batches` each. An element moves by about the learning rate in a step, so that errors of fp32,
+// a few hundred 2^-24 of it in three steps (rows_test.cc has the bound of one), stay below 1e-5.
+void check(at::ScalarType dtype, int micro_batches) {
+  const std::vector<Parameter> trained = parameters(dtype);
+  const TrainSettings s = settings();
+  AdamW optimizer(trained, s);
+  std::vector<Oracle> oracles;
+  for (const Parameter& p : trained) {
+    const at::Tensor w = p.tensor.detach().to(at::kDouble);
+    oracles.push_back({w, at::zeros_like(w), at::zeros_like(w)});
+  }
+  for (int t = 1; t <= 3; ++t) {
+    std::vector<at::Tensor> sums;
+    double squares = 0;
+    for (size_t i = 0; i < trained.size(); ++i) sums.push_back(at::zeros_like(oracles[i].w));
+    for (int part = 0; part < micro_batches; ++part) {
+      for (size_t i = 0; i < trained.size(); ++i) {
+        if (i == 2 && t == 1) continue;
+        at::Tensor(trained[i].tensor).mutable_grad() = random_gradient(trained[i], 100 * t + 10 * part + i);
+        sums[i] += trained[i].tensor.grad();
+      }
+      optimizer.accumulate_gradients();
+      for (const Parameter& p : trained) EXPECT_FALSE(p.tensor.grad().defined());
+    }
+    for (const at::Tensor& sum : sums) squares += sum.square().sum().item<double>();
+    EXPECT_NEAR(optimizer.step(kLearningRate), std::sqrt(squares), 1e-5 * std::sqrt(squares));
+    for (size_t i = 0; i < trained.size(); ++i)
+      oracles[i].step(sums[i] / std::sqrt(squares), i == 0 ? s.weight_decay : 0.0, t);
+  }
+  size_t i = 0;
+  optimizer.visit_masters([&](const std::string& name, const at::Tensor& master) {
+    EXPECT_LT((master - oracles[i].w).abs().max().item<double>(), 1e-5) << name;
+    EXPECT_TRUE(trained[i].tensor.equal(master.to(trained[i].tensor.scalar_type()))) << name;
+    ++i;
+  });
+}
+
+TEST(AdamW, EqualsTheFormula) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    for (const int micro_batches : {1, 3}) check(dtype, micro_batches);
+  }
+}
+
+TEST(AdamW, BitsDontDependOnThreads) {
+  const int before = at::get_num_threads();
+  std::vector<at::Tensor> results;
+  for (const int threads : {1, 2}) {
+    at::set_num_threads(threads);
+    const std::vector<Parameter> trained = parameters(at::kBFloat16);
+    const TrainSettings s = settings();
+    AdamW optimizer(trained, s);
+    for (const Parameter& p : trained) at::Tensor(p.tensor).mutable_grad() = random_gradient(p, 7);
+    optimizer.accumulate_gradients();
+    results.push_back(at::scalar_tensor(optimizer.step(kLearningRate), at::kDouble));
+    results.push_back(trained[0].tensor.detach());
+  }
+  at::set_num_threads(before);
+  EXPECT_TRUE(results[0].equal(results[2]));
+  EXPECT_TRUE(results[1].equal(results[3]));
+}
+
+}  // namespace
+}  // namespace coterie
