@@ -1,7 +1,11 @@
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <numeric>
 
 #include "kernels/gemm.h"
+#include "kernels/kernel_table.h"
+#include "kernels/parallel_rows.h"
 #include "train/ops.h"
 #include "train/torch_op.h"
 
@@ -48,7 +52,7 @@ class HeadPass {
   HeadPass(const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& targets, int64_t ignore_index,
            const TeacherSignal* teacher, Wanted wanted)
       : hidden_(hidden),
-        targets_(targets),
+        targets_(targets.contiguous()),
         ignore_index_(ignore_index),
         teacher_(teacher),
         wanted_(wanted),
@@ -58,6 +62,7 @@ class HeadPass {
     grad_hidden = gradient_of(hidden, wanted[0]);
     grad_head = wanted[1] ? pooled_empty(head.sizes(), at::kFloat) : at::empty({0}, at::kFloat);
     num_scored_ = targets.ne(ignore_index).sum().item<int64_t>();
+    check_targets(head.size(0));
   }
 
   void run() {
@@ -79,20 +84,8 @@ class HeadPass {
   void chunk(int64_t first, int64_t count) {
     const at::Tensor x = hidden_.narrow(0, first, count);
     const at::Tensor logits = product(x, packed_head_);
-    const at::Tensor label = targets_.narrow(0, first, count).unsqueeze(1);
-    const at::Tensor scored = label.ne(ignore_index_).to(at::kFloat);  // [count, 1]
-    const at::Tensor target = label.mul(scored.to(at::kLong));         // 0 where it is not scored
-    check_targets(target, logits.size(1));
-    at::Tensor log_probs = at::log_softmax(logits, 1);
-    cross_entropy -= log_probs.gather(1, target).mul_(scored).sum().item<double>();
-    at::Tensor grad;
-    if (wanted_[0] || wanted_[1]) {
-      grad = log_probs.exp_();
-      grad.scatter_add_(1, target, at::full_like(target, -1.0, grad.options()));
-    }
-    if (teacher_) add_teacher(first, count, logits, scored, grad);
-    if (!grad.defined()) return;
-    grad.mul_(scored.div_(static_cast<double>(num_scored_)));
+    const at::Tensor grad = softmax(first, logits);
+    if (teacher_) add_teacher(first, count, logits, grad);
     if (wanted_[0]) {
       gemm({.a = const_matrix(grad),
             .packed_b = &packed_head_transposed_,
@@ -108,25 +101,60 @@ class HeadPass {
          torch_pool());
   }
 
-  static void check_targets(const at::Tensor& target, int64_t num_words) {
-    const auto [least, most] = target.aminmax();
-    for (const int64_t value : {least.item<int64_t>(), most.item<int64_t>()}) {
-      TORCH_CHECK_INDEX(value >= 0 && value < num_words, kOp, ": targets has ", value, ", outside of a vocabulary of ",
-                        num_words);
+  // Adds to the cross entropy, and gives its gradient: (softmax - 1 at the target) / number of scored tokens, in the
+  // type that the products round it to, or fp32 where the teacher's part is still to come.
+  at::Tensor softmax(int64_t first, const at::Tensor& logits) {
+    const int64_t count = logits.size(0), V = logits.size(1);
+    const bool fp32 = teacher_ || packed_head_.dtype() == DType::kF32;
+    const at::Tensor grad = pooled_empty({count, V}, fp32 ? at::kFloat : at::kBFloat16);
+    const Matrix grad_rows = matrix(grad);
+    const auto* const targets = targets_.const_data_ptr<int64_t>() + first;
+    const auto* const logits_V = logits.const_data_ptr<float>();
+    std::vector<double> losses(static_cast<size_t>(count), 0.0);
+    parallel_rows(count, 4 * V, torch_pool(), [&](int64_t t) {
+      void* const row = grad_rows.row_range(t, 1).data;
+      const float share = targets[t] == ignore_index_ ? 0.0f : 1.0f / static_cast<float>(num_scored_);
+      losses[static_cast<size_t>(t)] = softmax_row(logits_V + t * V, V, targets[t], share, row, grad_rows.dtype);
+    });
+    cross_entropy += std::accumulate(losses.begin(), losses.end(), 0.0);
+    return grad;
+  }
+
+  // A token's loss; grad = share * (softmax - 1 at the target), 0 where it is ignored.
+  double softmax_row(const float* logits, int64_t V, int64_t target, float share, void* grad, DType dtype) const {
+    const KernelTable& kernels = active_kernels();
+    static thread_local std::vector<float> exponentials;
+    exponentials.resize(static_cast<size_t>(V));
+    const SoftmaxSum softmax = kernels.exponentials_row(logits, V, 1.0f, exponentials.data(), DType::kF32);
+    const bool scored = target != ignore_index_;
+    const float scale = share / softmax.sum;
+    kernels.scale_row(exponentials.data(), DType::kF32, scale, grad, dtype, V);
+    if (!scored) return 0.0;
+    const float at_target = exponentials[static_cast<size_t>(target)] * scale - share;
+    kernels.convert_row(&at_target, DType::kF32, static_cast<char*>(grad) + target * dtype_size(dtype), dtype, 1);
+    return std::log(double{softmax.sum}) + softmax.maximum - logits[target];
+  }
+
+  void check_targets(int64_t num_words) const {
+    const auto* const targets = targets_.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < targets_.size(0); ++t) {
+      TORCH_CHECK_INDEX(targets[t] == ignore_index_ || (targets[t] >= 0 && targets[t] < num_words), kOp,
+                        ": targets has ", targets[t], ", outside of a vocabulary of ", num_words);
     }
   }
 
   // d/dlogits of alpha tau^2 KL(p || q) with p, q the softmaxes of teacher and student at
   // temperature tau is alpha tau (q - p).
-  void add_teacher(int64_t first, int64_t count, const at::Tensor& logits, const at::Tensor& scored,
-                   const at::Tensor& grad) {
+  void add_teacher(int64_t first, int64_t count, const at::Tensor& logits, const at::Tensor& grad) {
     const double tau = teacher_->temperature;
+    const at::Tensor scored = targets_.narrow(0, first, count).ne(ignore_index_).to(at::kFloat).unsqueeze(1);
     const at::Tensor teacher_logits = product(teacher_->hidden_TD.narrow(0, first, count), packed_teacher_);
     const at::Tensor log_p = at::log_softmax(tau == 1.0 ? teacher_logits : teacher_logits / tau, 1);
     const at::Tensor log_q = at::log_softmax(tau == 1.0 ? logits : logits / tau, 1);
     const at::Tensor p = log_p.exp();
     kl += (p * (log_p - log_q)).sum(1, true).mul_(scored).sum().item<double>();
-    if (grad.defined()) grad.add_(log_q.exp_().sub_(p), teacher_->alpha * tau);
+    const double share = teacher_->alpha * tau / static_cast<double>(num_scored_);
+    grad.add_(log_q.exp_().sub_(p).mul_(scored), share);
   }
 
   static at::Tensor product(const at::Tensor& x, const PackedMatrix& head) {
@@ -136,7 +164,7 @@ class HeadPass {
   }
 
   const at::Tensor& hidden_;
-  const at::Tensor& targets_;
+  const at::Tensor targets_;
   const int64_t ignore_index_;
   int64_t num_scored_ = 0;
   const TeacherSignal* teacher_;
