@@ -167,6 +167,8 @@ struct KernelTable {
   void (*rms_norm_backward_row)(const float* x, const float* weight, const float* grad, float eps, int64_t D,
                                 float* grad_x, float* grad_weight_sum);
   void (*layer_norm_row)(const float* x, const float* weight, const float* bias, float eps, int64_t D, float* out);
+  void (*layer_norm_backward_row)(const float* x, const float* weight, const float* grad, float eps, int64_t D,
+                                  float* grad_x, float* grad_weight_sum, float* grad_bias_sum);
   void (*softmax_row)(const float* x, int64_t n, float* out);
   void (*rope_head)(float* x, const float* cosine, const float* sine, int64_t half);
   void (*attend)(const AttendStep& step);

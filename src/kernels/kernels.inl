@@ -33,6 +33,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.rms_norm_row = rms_norm_row;
   table.rms_norm_backward_row = rms_norm_backward_row;
   table.layer_norm_row = layer_norm_row;
+  table.layer_norm_backward_row = layer_norm_backward_row;
   table.softmax_row = softmax_row;
   table.rope_head = rope_head;
   table.attend = attend;

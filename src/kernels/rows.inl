@@ -116,6 +116,36 @@ void layer_norm_row(const float* x, const float* weight, const float* bias, floa
   }
 }
 
+// With r = 1 / sqrt(var(x) + eps), n = (x - mean(x)) r and g = grad * weight: grad_x = r (g - mean(g) - n mean(g n)).
+void layer_norm_backward_row(const float* x, const float* weight, const float* grad, float eps, int64_t D,
+                             float* grad_x, float* grad_weight_sum, float* grad_bias_sum) {
+  VF sums = {}, grads = {};
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int64_t m = lanes_left(i, D);
+    sums += load_floats(x, i, m);
+    grads = fma(load_floats(grad, i, m), load_floats(weight, i, m), grads);
+  }
+  const auto width = static_cast<float>(D);
+  const float mean = sum_lanes(sums) / width, mean_grad = sum_lanes(grads) / width;
+  VF squares = {}, products = {};  // of the centred values
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int64_t m = lanes_left(i, D);
+    VF v = load_floats(x, i, m) - mean;
+    for (int64_t lane = m; lane < kWidth; ++lane) v[lane] = 0.0f;
+    squares = fma(v, v, squares);
+    products = fma(load_floats(grad, i, m) * load_floats(weight, i, m), v, products);
+  }
+  const float scale = 1.0f / std::sqrt(sum_lanes(squares) / width + eps);
+  const float along_x = scale * scale * sum_lanes(products) / width;
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int64_t m = lanes_left(i, D);
+    const VF v = load_floats(x, i, m) - mean, g = load_floats(grad, i, m);
+    store_floats(grad_weight_sum, i, m, fma(g, v * scale, load_floats(grad_weight_sum, i, m)));
+    store_floats(grad_bias_sum, i, m, load_floats(grad_bias_sum, i, m) + g);
+    store_floats(grad_x, i, m, (fma(g, load_floats(weight, i, m), broadcast(-mean_grad)) - v * along_x) * scale);
+  }
+}
+
 void softmax_row(const float* x, int64_t n, float* out) {
   float maximum = -std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < n; ++i) maximum = x[i] > maximum ? x[i] : maximum;

@@ -55,7 +55,15 @@ TEST(Norm, RmsNormBackwardAgreesWithDifferences) {
       const std::vector<float> x = random_floats(T * D, random, 3.0f), weight = random_floats(D, random);
       const std::vector<float> grad = random_floats(T * D, random);
       std::vector<float> grad_x(x.size()), grad_weight(weight.size());
-      rms_norm_backward(x.data(), weight.data(), grad.data(), 1e-5f, T, D, grad_x.data(), grad_weight.data(), pool);
+      rms_norm_backward({.x_TD = x.data(),
+                         .weight_D = weight.data(),
+                         .grad_TD = grad.data(),
+                         .eps = 1e-5f,
+                         .T = T,
+                         .D = D,
+                         .grad_x_TD = grad_x.data(),
+                         .grad_weight_D = grad_weight.data()},
+                        pool);
       const auto value = [&](int64_t t, const std::vector<double>& row) {  // sum of grad * rms_norm of row t
         double squares = 0, sum = 0;
         for (double v : row) squares += v * v;
@@ -84,6 +92,64 @@ TEST(Norm, RmsNormBackwardAgreesWithDifferences) {
       }
       for (int64_t i = 0; i < D; ++i) {
         ASSERT_NEAR(grad_weight[i], expected_weight[i], magnitude[i] * (D + T + 8) * u);
+      }
+    }
+  });
+}
+
+// With the formula in doubles. A mean of D values has an error of at most (D + 2) u of the mean magnitude; centring by
+// it keeps that absolute error, so that with m the largest |x| and d the deviation, n is off by (D + 4) u (m / d + |n|)
+// and d by (D + 4) u (1 + m / d) of itself. All terms of grad_x are at most max |g| (1 + |n|^2) / d.
+TEST(Norm, LayerNormBackwardAgreesWithDoubles) {
+  std::mt19937 random(14);
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (int64_t D : {1, 7, 16, 33, 256}) {
+      const int64_t T = 131;  // more rows than a part holds
+      const std::vector<float> x = random_floats(T * D, random, 3.0f), weight = random_floats(D, random);
+      const std::vector<float> grad = random_floats(T * D, random), residual = random_floats(T * D, random);
+      std::vector<float> grad_x(x.size()), grad_weight(weight.size()), grad_bias(weight.size());
+      layer_norm_backward({.x_TD = x.data(),
+                           .weight_D = weight.data(),
+                           .grad_TD = grad.data(),
+                           .residual_TD = residual.data(),
+                           .eps = 0.01f,
+                           .T = T,
+                           .D = D,
+                           .grad_x_TD = grad_x.data(),
+                           .grad_weight_D = grad_weight.data(),
+                           .grad_bias_D = grad_bias.data()},
+                          pool);
+      std::vector<double> weights(D, 0.0), weight_errors(D, 0.0), biases(D, 0.0), magnitudes(D, 0.0);
+      const double width = static_cast<double>(D), terms = (width + 16) * u;
+      for (int64_t t = 0; t < T; ++t) {
+        const float *row = x.data() + t * D, *g = grad.data() + t * D;
+        double mean = 0, variance = 0, mean_grad = 0, mean_product = 0, largest = 0, largest_grad = 0;
+        for (int64_t i = 0; i < D; ++i) mean += row[i] / width;
+        for (int64_t i = 0; i < D; ++i) variance += (row[i] - mean) * (row[i] - mean) / width;
+        const double deviation = std::sqrt(variance + 0.01f);
+        for (int64_t i = 0; i < D; ++i) {
+          const double product = double{g[i]} * weight[i];
+          mean_grad += product / width;
+          mean_product += product * (row[i] - mean) / deviation / width;
+          largest = std::max(largest, std::abs(double{row[i]}));
+          largest_grad = std::max(largest_grad, std::abs(product));
+        }
+        const double relative = terms * (1 + largest / deviation);
+        for (int64_t i = 0; i < D; ++i) {
+          const double n = (row[i] - mean) / deviation;
+          const double expected = (double{g[i]} * weight[i] - mean_grad - n * mean_product) / deviation;
+          const double bound = 4 * relative * largest_grad * (2 + std::abs(n)) * (1 + largest / deviation) / deviation;
+          ASSERT_NEAR(grad_x[t * D + i], expected + residual[t * D + i], bound + 2 * u * std::abs(residual[t * D + i]));
+          weights[i] += g[i] * n;
+          weight_errors[i] += std::abs(g[i]) * (1 + std::abs(n)) * (relative + T * u);
+          biases[i] += g[i];
+          magnitudes[i] += std::abs(g[i]);
+        }
+      }
+      for (int64_t i = 0; i < D; ++i) {
+        ASSERT_NEAR(grad_weight[i], weights[i], weight_errors[i]);
+        ASSERT_NEAR(grad_bias[i], biases[i], T * u * magnitudes[i]);
       }
     }
   });

@@ -156,14 +156,19 @@ at::Tensor LanguageModel::head() const {
 
 ForwardResult LanguageModel::forward(const at::Tensor& tokens_BS, const ForwardOptions& options) const {
   ForwardResult result;
-  at::Tensor x = embed(tokens_BS);
+  at::Tensor x = embed(tokens_BS), y;  // the residual stream, and what the last block adds to it
+  const auto normed = [&](const Norm& norm) {
+    Normalized next = add_norm(x, y, norm.weight, norm.bias, {config_.norm, config_.norm_eps});
+    x = next.sum_TD;
+    return next.normed_TD;
+  };
   for (int64_t i = 0; i < config_.num_layers(); ++i) {
     const Layer& layer = layers_[static_cast<size_t>(i)];
-    x = x + attention(layer, normalize(x, layer.input_norm), tokens_BS.size(1));
-    x = x + feed_forward(config_.layers[static_cast<size_t>(i)], layer, normalize(x, layer.post_attention_norm), i,
-                         options, result);
+    y = attention(layer, normed(layer.input_norm), tokens_BS.size(1));
+    y = feed_forward(config_.layers[static_cast<size_t>(i)], layer, normed(layer.post_attention_norm), i, options,
+                     result);
   }
-  result.hidden_TD = normalize(x, norm_named("model.norm"));
+  result.hidden_TD = normed(norm_named("model.norm"));
   return result;
 }
 
@@ -172,11 +177,6 @@ at::Tensor LanguageModel::embed(const at::Tensor& tokens_BS) const {
   if (config_.positions == PositionKind::kRope) return x;
   const at::Tensor positions = get("model.embed_positions.weight").narrow(0, 0, tokens_BS.size(1)).to(at::kFloat);
   return (x.view({tokens_BS.size(0), tokens_BS.size(1), -1}) + positions).view({-1, config_.hidden_size});
-}
-
-at::Tensor LanguageModel::normalize(const at::Tensor& x, const Norm& norm) const {
-  if (config_.norm == NormKind::kRmsNorm) return rms_norm(x, norm.weight, config_.norm_eps);
-  return at::layer_norm(x, {x.size(-1)}, norm.weight, norm.bias, config_.norm_eps);
 }
 
 at::Tensor LanguageModel::attention(const Layer& layer, const at::Tensor& x, int64_t sequence_length) const {

@@ -94,7 +94,6 @@ class LanguageModel {
   Layer layer_named(int64_t index) const;
 
   at::Tensor embed(const at::Tensor& tokens_BS) const;
-  at::Tensor normalize(const at::Tensor& x, const Norm& norm) const;
   at::Tensor attention(const Layer& layer, const at::Tensor& x, int64_t sequence_length) const;
   at::Tensor feed_forward(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x, int64_t index,
                           const ForwardOptions& options, ForwardResult& result) const;

@@ -13,6 +13,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/causal_attention.h"
+#include "model/config.h"
 #include "moe/router.h"
 
 namespace coterie {
@@ -24,6 +25,18 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight_ND, const at::Te
 // Causal self-attention of whole sequences (kernels/causal_attention.h): qkv [T, (H + 2 G) * d] -> [T, H * d], both
 // fp32 or both bf16. With theta > 0, queries and keys are rotated before (rope.h); token t has position t % S.
 at::Tensor causal_attention(const at::Tensor& qkv_TC, const CausalShape& shape, double theta);
+
+// The next value of the residual stream, and what the next block reads: sum = x + y, or x where y is undefined, and
+// normed = its RMSNorm or LayerNorm. `bias_D` may be undefined. All fp32.
+struct NormSettings {
+  NormKind kind = NormKind::kRmsNorm;
+  float eps = 1e-5f;
+};
+struct Normalized {
+  at::Tensor sum_TD, normed_TD;
+};
+Normalized add_norm(const at::Tensor& x_TD, const at::Tensor& y_TD, const at::Tensor& weight_D,
+                    const at::Tensor& bias_D, const NormSettings& settings);
 
 at::Tensor rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps);
 

@@ -84,6 +84,25 @@ TEST(RmsNormOp, EqualsAten) {
   }
 }
 
+TEST(AddNormOp, EqualsAten) {
+  const at::Tensor x = random_leaf({37, 48}, 1), y = random_leaf({37, 48}, 2), w = random_leaf({48}, 3);
+  const at::Tensor b = random_leaf({48}, 4);
+  const auto both = [](const Normalized& n) { return n.sum_TD + n.normed_TD.sin(); };
+  expect_same(
+      {x, y, w, b}, [&] { return both(add_norm(x, y, w, b, {NormKind::kLayerNorm, 1e-5f})); },
+      [&] { return both({x + y, at::layer_norm(x + y, {48}, w, b, 1e-5)}); });
+  expect_same(
+      {x, w, b}, [&] { return both(add_norm(x, {}, w, b, {NormKind::kLayerNorm, 1e-5f})); },
+      [&] { return both({x, at::layer_norm(x, {48}, w, b, 1e-5)}); });
+  expect_same(
+      {x, y, w}, [&] { return both(add_norm(x, y, w, {}, {NormKind::kRmsNorm, 1e-5f})); },
+      [&] { return both({x + y, at::rms_norm(x + y, {48}, w, 1e-5)}); });
+  // One of the two results alone.
+  expect_same(
+      {x, y, w}, [&] { return add_norm(x, y, w, {}, {NormKind::kRmsNorm, 1e-5f}).normed_TD; },
+      [&] { return at::rms_norm(x + y, {48}, w, 1e-5); });
+}
+
 // The formula of rotary positions, in doubles.
 at::Tensor rotated(const at::Tensor& x, int64_t sequence, int64_t dim) {
   const at::Tensor frequency = at::pow(10000.0, at::arange(dim / 2, at::kDouble) * (-2.0 / dim));
