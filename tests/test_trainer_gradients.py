@@ -2,13 +2,18 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import coterie.torch  # noqa: F401  (and torch, which coterie._train needs loaded)
 from coterie import _train
@@ -108,6 +113,7 @@ def run_oracle(model: CoterieForCausalLM) -> tuple[dict[str, float], dict[str, n
     """The losses and gradients of one training step."""
     tokens = torch.from_numpy(windows()).long()
     output = model(tokens[:, :-1], shift_labels=tokens[:, 1:], draws=draws_of_model(model.config))
+    model.zero_grad()
     output.loss.backward()
     losses = {"loss": output.ce_loss, "balance_loss": output.balance_loss, "z_loss": output.z_loss}
     if any(layer.router.chooser == "experts" for layer in model.config.layer_configs()):
@@ -243,46 +249,124 @@ def test_capacity_drops(case: str) -> None:
     assert not torch.equal(by_order, by_position)
 
 
-@pytest.mark.parametrize(
-    ("case", "seed"),  # seeds for which no rounding changes an expert
-    [("sum-top1-dropless", 3), ("learned-top2-dropless", 4), ("sum-top1-capacity", 3), ("sum-top2-capacity", 1)],
-)
-def test_bf16_gradients(case: str, seed: int, tmp_path: Path) -> None:
-    """The trainer in bf16 rounds operands of products and gradients of matrices to 8 bits; the oracle
-    has the same rounded weights and computes in fp32.
+BF16_CASES = ["sum-top1-dropless", "learned-top2-dropless", "sum-top1-capacity", "sum-top2-capacity"]
+BF16_ROUNDOFF = 2**-8
+# A normal deviation is beyond 5 times its root mean square once in two millions, and the root mean square of 8 draws
+# is rarely below three quarters of that.
+NOISY_RUNS, DEVIATIONS = 8, 6.5
 
-    A rounding has a relative error of at most u = 2^-8, uniformly spread: u / sqrt(3) in the mean
-    square. Squares of independent errors add up: N roundings on the way leave sqrt(N / 3) * u. Forward
-    those are the inputs of 8 products in each layer and of the head, backward two operands of each
-    product, and one rounding of the result; twice that, for what norms, softmax and the mixture of
-    experts amplify. A token that meets another expert is another function, so none may.
+
+class Noise(torch.autograd.Function):
+    """x and its gradient, each off by a relative error of up to the given sizes, uniformly spread."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: float, gradient_size: float) -> Tensor:
+        ctx.gradient_size = gradient_size
+        return x * (1 + size * (2 * torch.rand_like(x) - 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * (1 + ctx.gradient_size * (2 * torch.rand_like(grad) - 1)), None, None
+
+
+class NoisyProducts(TorchFunctionMode):
+    """Every product as far off as bf16 makes it, but for those with the matrices ``exact``.
+
+    Both operands of a product are rounded, and so is the gradient of the result, an operand of both products of
+    the backward pass; matrices that are parameters are rounded for good. Queries and keys are rounded twice,
+    after the projection and after the rotation.
     """
+
+    def __init__(self, exact: list[Tensor]) -> None:
+        super().__init__()
+        self.exact = {tensor.data_ptr() for tensor in exact}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        once, twice = BF16_ROUNDOFF, math.sqrt(2) * BF16_ROUNDOFF
+        if func is functional.linear and args[1].data_ptr() not in self.exact:
+            return Noise.apply(func(Noise.apply(args[0], once, 0.0), *args[1:], **(kwargs or {})), 0.0, once)
+        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return Noise.apply(func(*(Noise.apply(x, twice, 0.0) for x in args)), 0.0, once)
+        return func(*args, **(kwargs or {}))
+
+
+class FixedChoices:
+    """Stands in for ``Router._choose``: these experts, whatever the scores are, which are noted."""
+
+    def __init__(self, expert_ids_TK: Tensor) -> None:
+        self.expert_ids_TK = expert_ids_TK
+        self.scores_TE: list[Tensor] = []
+
+    def __call__(self, logits_TE: Tensor, scores_TE: Tensor, draws: RouterDraws) -> Tensor:
+        self.scores_TE.append(scores_TE.detach())
+        return self.expert_ids_TK
+
+    def assert_best(self) -> None:
+        """They are the best by the first scores, but for what the later ones, which are noisy, leave open.
+
+        Each of two scores that change places may be off by what the largest deviation was, or twice that.
+        """
+        scores_TE, *noisy = self.scores_TE
+        deviation = max(float((other - scores_TE).abs().max()) for other in noisy)
+        worst_chosen_T = scores_TE.gather(1, self.expert_ids_TK).amin(1)
+        last_of_best_T = scores_TE.topk(self.expert_ids_TK.shape[1]).values[:, -1]
+        assert (last_of_best_T - worst_chosen_T).max() <= 4 * deviation
+
+
+def choose_as(model: CoterieForCausalLM, trainer: _train.Model) -> list[FixedChoices]:
+    """Gives the model's routers the trainer's choices."""
+    chosen = trainer.expert_ids(np.ascontiguousarray(windows()[:, :-1]), training=True, seed=SEED, step=STEP)
+    routers = [layer.router for layer in model.model.layers if layer.router is not None]
+    for router, ids in zip(routers, chosen, strict=True):
+        router._choose = FixedChoices(torch.from_numpy(ids).long())
+    return [router._choose for router in routers]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("case", BF16_CASES)
+def test_bf16_gradients(case: str, seed: int, tmp_path: Path) -> None:
+    """The trainer in bf16 rounds operands of products and gradients of matrices; the oracle has the same rounded
+    weights, meets the same experts, and computes in fp32.
+
+    What roundings do to a gradient is found by stochastic arithmetic (Vignes, "A stochastic arithmetic for
+    reliable scientific computation", 1993): the oracle runs again and again with a random error of a rounding's
+    size wherever the trainer rounds, and the trainer is no farther from the exact run than those runs are.
+    """
+    assert worst_share(case, seed, tmp_path) < 1
+
+
+def worst_share(case: str, seed: int, directory: Path) -> float:
+    """The largest error of a loss or a gradient, as a share of what is allowed."""
     model = oracle(CASES[case], seed, rounded=True)
-    expected_losses, expected = run_oracle(model)
-    trainer = load_trainer(model, tmp_path, "bf16")
+    trainer = load_trainer(model, directory, "bf16")
     losses, gradients = run_trainer(trainer)
-    assert_same_experts(trainer, model)
-    roundings = 3 * (8 * model.config.num_hidden_layers + 1) + 1
-    tolerance = 2 * math.sqrt(roundings / 3) * 2**-8
-    assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=tolerance)
-    errors = {
-        name: float(np.linalg.norm(gradients[name] - gradient) / np.linalg.norm(gradient))
-        for name, gradient in expected.items()
-    }
-    assert max(errors.values()) < tolerance, max(errors, key=errors.get)
-    assert max(errors.values()) > FP32_TOLERANCE, "nothing was rounded: is this bf16?"
+    choices = choose_as(model, trainer)
+    expected_losses, expected = run_oracle(model)
+    exact = [p for name, p in model.named_parameters() if name.endswith(("router.weight", "mix.weight"))]
+    noisy_runs = []
+    for run in range(NOISY_RUNS):
+        torch.manual_seed(run)
+        with NoisyProducts(exact):
+            noisy_runs.append(run_oracle(model))
+    for layer in choices:
+        layer.assert_best()
 
+    def share(error: float, noise: list[float], own: float) -> float:
+        return error / (DEVIATIONS * math.sqrt(sum(d * d for d in noise) / NOISY_RUNS) + own)
 
-def assert_same_experts(trainer: _train.Model, model: CoterieForCausalLM) -> None:
-    """The training step meets the same experts in both, in the same order where that decides who is dropped."""
-    drops = model.config.layers[0]["router"]["capacity_factor"] > 0
-    inputs = np.ascontiguousarray(windows()[:, :-1])
-    with torch.no_grad():
-        expected = model(torch.from_numpy(inputs).long(), draws=draws_of_model(model.config)).expert_ids
-    chosen = trainer.expert_ids(inputs, training=True, seed=SEED, step=STEP)
-    for ids, reference in zip(chosen, expected, strict=True):
-        pair = (ids, reference.numpy()) if drops else (np.sort(ids), np.sort(reference.numpy()))
-        np.testing.assert_array_equal(*pair, "give this case another seed")
+    shares = [
+        share(abs(losses[name] - value), [noisy[name] - value for noisy, _ in noisy_runs], 1e-5 * abs(value))
+        for name, value in expected_losses.items()
+    ]
+    for name, gradient in expected.items():
+        noise = [float(np.linalg.norm(noisy[name] - gradient)) for _, noisy in noisy_runs]
+        # It is rounded itself, at the end.
+        own = (FP32_TOLERANCE + BF16_ROUNDOFF / math.sqrt(3)) * float(np.linalg.norm(gradient))
+        shares.append(share(float(np.linalg.norm(gradients[name] - gradient)), noise, own))
+    assert max(shares) > 0.02, "nothing was rounded: is this bf16?"
+    return max(shares)
 
 
 def test_names_shapes_and_initial_values() -> None:
