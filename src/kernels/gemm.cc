@@ -5,7 +5,8 @@
 // B is read once per block, lies in the L1 or L2 cache meanwhile, and A comes from L2.
 //
 // An operand that is not in panels yet is packed where it costs least: by the task that uses it, straight
-// into the cache, when no other task needs the same part; else beforehand, once for all tasks.
+// into the cache, when no other task needs the same part; else beforehand, once for all tasks. With few rows of
+// A, B is not packed at all but read where it lies (multiply_in_place.inl), by tasks that take all rows of A.
 #include "kernels/gemm.h"
 
 #include <algorithm>
@@ -24,6 +25,8 @@ namespace {
 constexpr int64_t kBlockABytes = 1 << 20;
 // Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
 constexpr int64_t kGroupBBytes = 512 << 10, kMostGroupB = 8;
+// With at most so many rows of A, B is read where it lies. (With twice as many, packing it costs about as much.)
+constexpr int64_t kMostRowsInPlace = 64;
 // B of a problem with few panels of A, or with few enough for a cache (in fp32 a further one: arithmetic is slow enough
 // to read A from there), is packed by the tasks. With more, C is cut by rows too.
 constexpr int64_t kSharedABytes[2] = {2 << 20, kBlockABytes};  // fp32, bf16
@@ -73,6 +76,9 @@ struct PanelsB {
   }
 };
 
+// How B is read where it lies: not at all, with K contiguous (then A is in strips), or with columns contiguous.
+enum class InPlace { kNo, kAlongK, kAlongN };
+
 // A problem with its cut.
 struct Plan {
   const GemmProblem* problem;
@@ -85,6 +91,7 @@ struct Plan {
   int64_t first_task, num_tasks;
   bool stream;                   // C past the caches
   bool own_a, own_b;             // tasks pack the operand themselves
+  InPlace in_place;              // few rows of A: they are packed beforehand, and B is read where it lies
   uint32_t* a_panels = nullptr;  // all of A, unless own_a
   const uint32_t* b_panels = nullptr;
 
@@ -92,8 +99,11 @@ struct Plan {
   int64_t a_units(int64_t first, int64_t last) const {
     return (rows.first_row(last) - rows.first_row(first)) * padded_row_units(units);
   }
-  int64_t all_a_units() const { return rows.M * padded_row_units(units); }
-  bool packs_b_before() const { return !problem->packed_b && !own_b; }
+  bool in_strips() const { return in_place == InPlace::kAlongK; }
+  int64_t strips() const { return ceil_div(rows.M, b.kernels->width); }
+  int64_t strip_units() const { return b.kernels->width * padded_row_units(units); }
+  int64_t all_a_units() const { return in_strips() ? strips() * strip_units() : rows.M * padded_row_units(units); }
+  bool packs_b_before() const { return !problem->packed_b && !own_b && in_place == InPlace::kNo; }
   double cost(int64_t panels_a, int64_t panels_b) const {
     const double m = static_cast<double>(panels_a) * static_cast<double>(rows.M) / static_cast<double>(P());
     return static_cast<double>(panels_b * b.panel_units()) * (m + kUnitCost) + m;
@@ -115,6 +125,14 @@ void check_problem(const GemmProblem& p) {
                 "B was packed for another ISA");
 }
 
+// Where rows of A are so few that packing B would not pay, and it lies such that it can be read as it is.
+InPlace in_place(const GemmProblem& p, DType type) {
+  if (p.c.rows > kMostRowsInPlace) return InPlace::kNo;
+  if (!p.b.data || p.b.dtype != type || p.b_gather_K) return InPlace::kNo;
+  if (p.b.col_stride == 1) return InPlace::kAlongK;
+  return p.b.row_stride == 1 ? InPlace::kAlongN : InPlace::kNo;
+}
+
 Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   check_problem(p);
   Plan plan = {};
@@ -127,8 +145,9 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K), type, p.gated, N};
   plan.units = units_of(type, K);
   plan.Q = plan.b.count();
-  plan.own_b =
-      !p.packed_b && (plan.P() <= kFewPanelsA || 4 * plan.all_a_units() <= kSharedABytes[type == DType::kBF16]);
+  plan.in_place = in_place(p, type);
+  const bool few = plan.P() <= kFewPanelsA || 4 * plan.all_a_units() <= kSharedABytes[type == DType::kBF16];
+  plan.own_b = !p.packed_b && plan.in_place == InPlace::kNo && few;
   return plan;
 }
 
@@ -139,7 +158,8 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
   const int64_t fitting_P = std::max<int64_t>(1, kBlockABytes / std::max<int64_t>(panel_bytes, 1));
   plan.block_P = std::min(P, fitting_P);
   plan.block_Q = Q;
-  if (plan.own_b) {
+  const bool all_rows = plan.own_b || plan.in_place != InPlace::kNo;
+  if (all_rows) {
     plan.block_P = P;
   } else {
     // Whole rows of C when they make tasks of a sensible size; then nobody else needs their part of A.
@@ -149,8 +169,7 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
     if (plan.own_a) plan.block_P = ceil_div(P, ceil_div(P, own));
   }
   if (!plan.own_a) {
-    while (plan.block_P > 1 && !plan.own_b && plan.cost(plan.block_P, 1) > most)
-      plan.block_P = ceil_div(plan.block_P, 2);
+    while (plan.block_P > 1 && !all_rows && plan.cost(plan.block_P, 1) > most) plan.block_P = ceil_div(plan.block_P, 2);
     plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
     if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
     // To pack A anew costs no more than to write it to memory and read it from there.
@@ -160,7 +179,7 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
   plan.num_tasks = ceil_div(P, plan.block_P) * ceil_div(Q, plan.block_Q);
 }
 
-// Panels [first, last) of one operand of one problem.
+// Panels [first, last) of one operand of one problem, or strips of A.
 struct PackTask {
   const Plan* plan;
   bool is_b;
@@ -169,17 +188,19 @@ struct PackTask {
   void run() const {
     if (is_b) {
       plan->b.pack(first, last, const_cast<uint32_t*>(plan->b_panels) + first * plan->b.panel_units());
+    } else if (plan->in_strips()) {
+      plan->b.kernels->pack_strips(plan->a, plan->b.type, plan->rows.M, first, last,
+                                   plan->a_panels + first * plan->strip_units());
     } else {
       plan->b.kernels->pack_a(plan->a, plan->b.type, plan->rows, first, last, plan->a_panels + plan->a_units(0, first));
     }
   }
 };
 
-// A tile of sums becomes a part of C.
-void store_tile(const Plan& plan, int64_t pa, int64_t pb, const float* tile) {
+// Sums of rows [row, row + rows) of C and of panel pb of B become a part of C.
+void store_tile(const Plan& plan, int64_t row, int64_t rows, int64_t pb, const float* tile) {
   const GemmProblem& p = *plan.problem;
-  const int rows = plan.rows.rows(pa);
-  const int64_t row = plan.rows.first_row(pa), column = pb * plan.b.width();
+  const int64_t column = pb * plan.b.width();
   TileStore store;
   store.tile = tile;
   store.rows = rows;
@@ -222,24 +243,90 @@ void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b
     for (int64_t pb = first_b; pb < last_b; ++pb, b += plan.b.panel_units()) {
       float* const tile = tiles + (last && done == 0 ? 0 : (pb - first_b) * kTile);
       kernels.multiply[bf16][rows - 1](units, a_panel + done * rows, b, tile, done > 0);
-      if (last) store_tile(plan, pa, pb, tile);
+      if (last) store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
     }
     done += units;
   } while (done < plan.units);
 }
 
+// Panel pb of B where it lies. The one after it is asked for unless the task ends here.
+PanelInPlace panel_in_place(const Plan& plan, int64_t pb, bool last) {
+  const int64_t width = plan.b.kernels->width, N = plan.problem->c.cols, column = pb * plan.b.width();
+  const ConstMatrix& b = plan.problem->b;
+  const auto size = static_cast<int64_t>(dtype_size(b.dtype));
+  PanelInPlace panel;
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t row = column + half * (plan.b.gated ? N : width), left = N - (plan.b.gated ? column : row);
+    panel.count[half] = static_cast<int>(std::clamp<int64_t>(left, 0, width));
+    panel.start[half] = static_cast<const char*>(b.data) + row * b.row_stride * size;
+  }
+  panel.stride_bytes = (plan.in_strips() ? b.row_stride : b.col_stride) * size;
+  panel.cols = b.cols;
+  panel.columns_ahead = last ? 0 : plan.b.width();
+  return panel;
+}
+
+void multiply_along_k(const Plan& plan, int64_t first_b, int64_t last_b) {
+  alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
+  const KernelTable& kernels = *plan.b.kernels;
+  for (int64_t pb = first_b; pb < last_b; ++pb) {
+    PanelInPlace b = panel_in_place(plan, pb, pb + 1 == last_b);
+    for (int64_t strip = 0; strip < plan.strips(); strip += 2) {
+      const int64_t row = strip * kernels.width, rows = std::min(plan.rows.M - row, int64_t{kernels.panel_columns()});
+      const uint32_t* const strips = plan.a_panels + strip * plan.strip_units();
+      kernels.multiply_along_k[plan.b.type == DType::kBF16](b, plan.units, strips, rows, tile);
+      store_tile(plan, row, rows, pb, tile);
+      b.columns_ahead = 0;  // asked for
+    }
+  }
+}
+
+// The tiles of C of the first panel of A and of panels [first_b, last_b) of B, at most kMostGroupB. They take turns at
+// short parts of K, so that a row of B is read in long pieces. `packed`: null, or where the panels of B are left.
+void multiply_group_along_n(const Plan& plan, int64_t first_b, int64_t last_b, uint32_t* packed) {
+  constexpr int64_t kTile = kMaxPanelRows * kMaxPanelColumns;
+  alignas(64) float tiles[kMostGroupB * kTile];
+  const bool bf16 = plan.b.type == DType::kBF16;
+  const int rows = plan.rows.rows(0);
+  const auto multiply = plan.b.kernels->multiply_along_n[bf16][rows - 1];
+  std::fill_n(tiles, (last_b - first_b) * kTile, 0.0f);
+  for (int64_t u = 0; u < plan.units; u += kPartUnits) {
+    const int64_t units = std::min(kPartUnits, plan.units - u), k = bf16 ? 2 * u : u;
+    for (int64_t pb = first_b; pb < last_b; ++pb) {
+      PanelInPlace b = panel_in_place(plan, pb, true);
+      for (const void*& start : b.start) start = static_cast<const char*>(start) + k * b.stride_bytes;
+      b.cols = std::min(bf16 ? 2 * units : units, b.cols - k);
+      const int64_t part = (pb - first_b) * plan.b.panel_units() + u * plan.b.kernels->panel_columns();
+      multiply(b, units, plan.a_panels + u * rows, packed ? packed + part : nullptr, tiles + (pb - first_b) * kTile);
+    }
+  }
+  for (int64_t pb = first_b; pb < last_b; ++pb) store_tile(plan, 0, rows, pb, tiles + (pb - first_b) * kTile);
+}
+
+// The first panel of A leaves panels of B in own_b for the others.
+void multiply_along_n(const Plan& plan, int64_t first_b, int64_t last_b, uint32_t* own_b) {
+  const int64_t whole = plan.problem->c.cols / plan.b.width(), panel_units = plan.b.panel_units();
+  for (int64_t group_b = first_b; group_b < last_b; group_b += kMostGroupB) {
+    const int64_t end_b = std::min(group_b + kMostGroupB, last_b), end_whole = std::min(end_b, whole);
+    multiply_group_along_n(plan, group_b, end_whole, plan.P() > 1 ? own_b : nullptr);
+    if (end_whole < end_b) plan.b.pack(whole, end_b, own_b + (whole - group_b) * panel_units);
+    for (int64_t pa = 0; pa < plan.P(); ++pa) {
+      const int64_t first = pa == 0 ? end_whole : group_b;
+      const uint32_t* const a = plan.a_panels + plan.a_units(0, pa);
+      compute_tiles(plan, pa, first, end_b, a, own_b + (first - group_b) * panel_units);
+    }
+  }
+}
+
 // own_a and own_b are the thread's memory for panels.
-void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) {
-  const int64_t blocks_P = ceil_div(plan.P(), plan.block_P);
-  const int64_t first_a = task % blocks_P * plan.block_P, last_a = std::min(first_a + plan.block_P, plan.P());
-  const int64_t first_b = task / blocks_P * plan.block_Q, last_b = std::min(first_b + plan.block_Q, plan.Q);
+void multiply_panels(const Plan& plan, int64_t first_a, int64_t last_a, int64_t first_b, int64_t last_b,
+                     uint32_t* own_a, uint32_t* own_b) {
   const uint32_t* a_panels = own_a;
   if (plan.own_a) {
     plan.b.kernels->pack_a(plan.a, plan.b.type, plan.rows, first_a, last_a, own_a);
   } else {
     a_panels = plan.a_panels + plan.a_units(0, first_a);
   }
-  plan.b.kernels->begin_products();
   const int64_t group = plan.b.group(), panel_units = plan.b.panel_units();
   for (int64_t group_b = first_b; group_b < last_b; group_b += group) {
     const int64_t end_b = std::min(group_b + group, last_b);
@@ -252,6 +339,24 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
     for (int64_t pa = first_a; pa < last_a; ++pa) {
       compute_tiles(plan, pa, group_b, end_b, a_panels + plan.a_units(first_a, pa), b_panels);
     }
+  }
+}
+
+void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) {
+  const int64_t blocks_P = ceil_div(plan.P(), plan.block_P);
+  const int64_t first_a = task % blocks_P * plan.block_P, last_a = std::min(first_a + plan.block_P, plan.P());
+  const int64_t first_b = task / blocks_P * plan.block_Q, last_b = std::min(first_b + plan.block_Q, plan.Q);
+  plan.b.kernels->begin_products();
+  switch (plan.in_place) {
+    case InPlace::kNo:
+      multiply_panels(plan, first_a, last_a, first_b, last_b, own_a, own_b);
+      break;
+    case InPlace::kAlongK:
+      multiply_along_k(plan, first_b, last_b);
+      break;
+    case InPlace::kAlongN:
+      multiply_along_n(plan, first_b, last_b, own_b);
+      break;
   }
   plan.b.kernels->end_products();
   if (plan.stream) std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed stores keep no order else
@@ -303,6 +408,7 @@ class GroupedGemm {
     for (const Plan& plan : plans_) {
       const int64_t panel_a_units = kMaxPanelRows * padded_row_units(plan.units);
       if (plan.own_a) own_a_units_ = std::max(own_a_units_, plan.block_P * panel_a_units);
+      if (plan.in_place == InPlace::kAlongN) own_b_units_ = std::max(own_b_units_, kMostGroupB * plan.b.panel_units());
       if (plan.own_b) own_b_units_ = std::max(own_b_units_, plan.b.group() * plan.b.panel_units());
       if (!plan.own_a) bytes += unit_bytes(plan.all_a_units());
       if (plan.packs_b_before()) bytes += unit_bytes(plan.Q * plan.b.panel_units());
@@ -326,7 +432,8 @@ class GroupedGemm {
     for (const Plan& plan : plans_) {
       if (!plan.own_a) {
         total += plan.all_a_units();
-        add_pack_tasks(plan, false, plan.P(), ceil_div(plan.all_a_units(), plan.P()));
+        const int64_t panels = plan.in_strips() ? plan.strips() : plan.P();
+        add_pack_tasks(plan, false, panels, ceil_div(plan.all_a_units(), panels));
       }
       if (plan.packs_b_before()) {
         total += plan.Q * plan.b.panel_units();

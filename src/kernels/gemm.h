@@ -1,9 +1,12 @@
 // C = A * B^T, dense and grouped, the one matrix product that everything here is made of.
 // Legend: M rows of A, K reduced, N columns of C. B is [N, K], as weights are stored ([out, in]).
 //
-// Arithmetic: both operands are packed into panels of one type, B's unless another is given, products are accumulated
-// in fp32 over all of K, and C is rounded once, at the end. The order of accumulation depends on K and the ISA alone,
-// never on M, threads or neighbours: a row has the same bits alone and in a batch.
+// Arithmetic: both operands are converted to one type, B's unless another is given, products are accumulated in fp32
+// over all of K, and C is rounded once, at the end. The order of accumulation depends on K and the ISA alone, never on
+// M, threads or neighbours: a row has the same bits alone and in a batch.
+//
+// With up to 64 rows of A, a B of that type with contiguous rows or columns is read once and where it lies. Otherwise
+// B is packed into panels on the way, which many rows of A pay for; or it comes packed.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +47,7 @@ class PackedMatrix {
   int64_t cols_ = 0;
 };
 
-// One product of a group. Exactly one of b and packed_b is given; b is packed on the way.
+// One product of a group. Exactly one of b and packed_b is given.
 struct GemmProblem {
   ConstMatrix a = {};                      // [M, K], or the matrix that gather_M reads rows of
   const int32_t* gather_M = nullptr;       // row i of A is a.row(gather_M[i]); a.rows counts the source rows

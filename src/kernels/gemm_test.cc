@@ -11,6 +11,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -242,6 +243,65 @@ TEST(Gemm, RowsHaveTheSameBitsAloneAndInABatch) {
         std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
         gemm(row, two);
         for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
+        row.packed_b = nullptr;
+        row.b = batch.b.view;
+        std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
+        gemm(row, two);
+        for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
+      }
+    }
+  });
+}
+
+// With few rows plain weights are read where they lie, and come to the bits of packed ones, epilogues and all.
+TEST(Gemm, FewRowsHaveTheSameBitsInPlaceAndPacked) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (DType type : {DType::kF32, DType::kBF16}) {
+      for (int64_t M : {1, 2, 5, 9, 16, 17, 24, 33, 63, 64, 65}) {
+        for (int bits = 0; bits < 32; ++bits) {
+          const bool whole = bits & 1;
+          Case c = {.M = M, .N = whole ? 96 : 77, .K = whole ? 128 : 101, .b = type, .bias = true};
+          c.a = bits >> 1 & 1 ? DType::kBF16 : DType::kF32;
+          c.c = c.a;
+          c.pre = c.c == DType::kF32;
+          c.gather = c.gated = bits >> 2 & 1;
+          c.activation = c.gated ? Activation::kSilu : Activation::kNone;
+          c.accumulate = !c.gated;
+          c.padding = bits >> 3 & 1 ? 3 : 0;
+          c.b_transposed = bits >> 4 & 1;
+          SCOPED_TRACE(describe(c, active_kernels()));
+          Fixture in_place(c), packed(c);
+          packed.pack(pool);
+          gemm(in_place.problem, pool);
+          gemm(packed.problem, pool);
+          ASSERT_EQ(in_place.pre, packed.pre);
+          ASSERT_EQ(in_place.c_floats, packed.c_floats);
+          for (size_t i = 0; i < packed.c_halves.size(); ++i) {
+            ASSERT_EQ(to_float(in_place.c_halves[i]), to_float(packed.c_halves[i])) << i;
+          }
+        }
+      }
+    }
+  });
+}
+
+// What lies behind the end of a row of B is not read into sums: infinity times the zeros that fill up A is NaN.
+TEST(Gemm, FewRowsDoNotSeeWhatLiesBehindTheWeights) {
+  NativeThreadPool pool(1);
+  for_each_isa([&] {
+    for (DType type : {DType::kF32, DType::kBF16}) {
+      const Case c = {.M = 3, .N = 35, .K = 37, .b = type, .padding = 64};
+      Fixture fixture(c);
+      for (int64_t n = 0; n < c.N; ++n) {
+        for (int64_t k = c.K; k < c.K + c.padding; ++k) {
+          fixture.b.floats[n * (c.K + c.padding) + k] = std::numeric_limits<float>::infinity();
+          fixture.b.halves[n * (c.K + c.padding) + k] = to_bfloat16(std::numeric_limits<float>::infinity());
+        }
+      }
+      gemm(fixture.problem, pool);
+      for (int64_t m = 0; m < c.M; ++m) {
+        for (int64_t n = 0; n < c.N; ++n) ASSERT_TRUE(std::isfinite(reference::load(fixture.problem.c, m, n)));
       }
     }
   });

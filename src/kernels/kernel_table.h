@@ -49,6 +49,27 @@ struct PackSource {
   const int32_t* gather_cols = nullptr;
 };
 
+// Units of K that multiply_along_n takes at a time.
+inline constexpr int64_t kPartUnits = 4 * kChunkUnits;
+
+// A panel of B where it lies, of the panels' type, as a product with few rows of A reads it: two vectors of columns
+// of C. When gated, the first are the gate and the second up.
+struct PanelInPlace {
+  const void* start[2] = {};  // the first column's first element
+  int count[2] = {};          // columns that are there, at most width; the sums of others are never looked at
+  int64_t stride_bytes = 0;   // along K: from a column to the next; along N: from an element of K to the next
+  int64_t cols = 0;           // K
+  int64_t columns_ahead = 0;  // along K: the panel to ask for meanwhile begins so many columns behind; 0: none
+
+  // Along K, what to ask for while byte `at` of a column is read, from the column's start: what comes soon, in this
+  // panel or the next. All columns together are a good part of an L1 cache ahead, and a small one of an L2.
+  int64_t byte_ahead(int64_t column_bytes, int64_t at) const {
+    constexpr int64_t kMostAhead = 2048;
+    const int64_t next = at + (column_bytes < kMostAhead ? column_bytes : kMostAhead);
+    return next < column_bytes ? next : columns_ahead * stride_bytes + next - column_bytes;
+  }
+};
+
 // What happens to a finished tile of products on its way to C. Columns are those of the tile; when
 // gated, the first vector of the tile is the gate and the second is up, for the same columns of C.
 struct TileStore {
@@ -153,6 +174,15 @@ struct KernelTable {
   // tile[rows][2 * width] = A panel * B panel, or += it with `add`; [type][rows - 1]. A tile has room for
   // kMaxPanelRows rows.
   void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add);
+  // B in place (see multiply_in_place.inl), with K contiguous: A lies in strips of `width` rows, [units][width], zero
+  // up to a whole chunk and a whole strip. Packs strips [first, last) of the M rows.
+  void (*pack_strips)(const PackSource& source, DType type, int64_t M, int64_t first, int64_t last, uint32_t* memory);
+  // tile[rows][2 * width] = one or two strips with `rows` rows, at most 2 * width, times the panel.
+  void (*multiply_along_k[2])(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile);
+  // B in place with columns contiguous, all of them there: adds a part of K, whole chunks but for the end, to the sums
+  // of `tile`, and asks for the next part. Unless `packed` is null, the part of the panel of B is left there.
+  void (*multiply_along_n[2][kMaxPanelRows])(const PanelInPlace& b, int64_t units, const uint32_t* a, uint32_t* packed,
+                                             float* tile);
   // A thread's multiplications stand between these two; they set up and let go what the CPU needs for them.
   void (*begin_products)();
   void (*end_products)();

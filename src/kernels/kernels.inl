@@ -6,6 +6,7 @@
 #include "kernels/rows.inl"
 #include "kernels/pack.inl"
 #include "kernels/multiply.inl"
+#include "kernels/multiply_in_place.inl"
 #include "kernels/store_tile.inl"
 #include "kernels/activation_rows.inl"
 #include "kernels/attend.inl"
@@ -24,6 +25,11 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.pack_b = pack_b;
   fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
   fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
+  table.pack_strips = pack_strips;
+  table.multiply_along_k[0] = multiply_along_k<false>;
+  table.multiply_along_k[1] = multiply_along_k<true>;
+  fill_along_n<false>(table.multiply_along_n[0], std::make_integer_sequence<int, kPanelRowsF32>());
+  fill_along_n<true>(table.multiply_along_n[1], std::make_integer_sequence<int, kPanelRowsBf16>());
   table.begin_products = table.end_products = [] {};
   table.store_tile = store_tile;
   table.register_peak[0] = register_peak<false>;

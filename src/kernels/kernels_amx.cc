@@ -18,6 +18,9 @@
 namespace coterie {
 namespace {
 
+constexpr int kVectorBytes = 64;
+#include "kernels/simd.inl"
+
 constexpr int kTileRows = 16;
 constexpr int kPanelRowsTiles = 2 * kTileRows;  // 2 x 2 tiles of sums, 2 of A, 2 of B: all eight
 constexpr int64_t kPanelUnits = 32;             // units of a row of a panel of B
@@ -76,6 +79,125 @@ void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* 
   if constexpr (kSecond) _tile_stored(3, second + 16, kPanelRowBytes);
 }
 
+// 16 units of K of a vector of rows of the stored B, copied, with zeros for what is not there.
+struct PaddedChunk {
+  alignas(64) char lines[kTileRows][kLineBytes] = {};
+
+  PaddedChunk(const PanelInPlace& b, int half, int64_t unit) {
+    const int64_t left = 2 * b.cols - 4 * unit;
+    const auto bytes = static_cast<size_t>(left < kLineBytes ? left : kLineBytes);
+    for (int i = 0; i < b.count[half]; ++i) {
+      __builtin_memcpy(lines[i], static_cast<const char*>(b.start[half]) + i * b.stride_bytes + 4 * unit, bytes);
+    }
+  }
+};
+
+// The strips' share of a step: the tiles 4 and 5 of B are loaded.
+template <int kStrips>
+COTERIE_INLINE void multiply_strips(const uint32_t* strips, int64_t strip_units) {
+  _tile_loadd(6, strips, kLineBytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 5, 6);
+  if constexpr (kStrips == 2) {
+    _tile_loadd(7, strips + strip_units, kLineBytes);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// See multiply_in_place.inl: 16 rows of a line of the stored B are a tile as they are, and a strip is a row of tiles
+// [16 pairs of K][16 rows of A].
+template <int kStrips>
+void multiply_tiles_along_k(const PanelInPlace& b, int64_t units, const uint32_t* strips, float* tile) {
+  const auto *first = static_cast<const char*>(b.start[0]), *second = static_cast<const char*>(b.start[1]);
+  const int64_t strip_units = padded_row_units(units) * kTileRows;
+  const bool all_there = b.count[0] == kTileRows && b.count[1] == kTileRows;
+  const int64_t whole = all_there ? b.cols / 2 / kChunkUnits * kChunkUnits : 0;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kStrips == 2) _tile_zero(2);
+  if constexpr (kStrips == 2) _tile_zero(3);
+  int64_t u = 0;
+  for (; u < whole; u += kChunkUnits, strips += kChunkUnits * kTileRows) {
+    _tile_loadd(4, first + 4 * u, b.stride_bytes);
+    _tile_loadd(5, second + 4 * u, b.stride_bytes);
+    multiply_strips<kStrips>(strips, strip_units);
+    const int64_t ahead = b.byte_ahead(2 * b.cols, 4 * u);
+    for (int i = 0; i < kTileRows; ++i) {
+      __builtin_prefetch(first + ahead + i * b.stride_bytes, 0, 2);
+      __builtin_prefetch(second + ahead + i * b.stride_bytes, 0, 2);
+    }
+  }
+  for (; u < units; u += kChunkUnits, strips += kChunkUnits * kTileRows) {
+    const PaddedChunk chunk0(b, 0, u), chunk1(b, 1, u);
+    _tile_loadd(4, chunk0.lines, kLineBytes);
+    _tile_loadd(5, chunk1.lines, kLineBytes);
+    multiply_strips<kStrips>(strips, strip_units);
+  }
+  alignas(64) float sums[4][kTileRows * kTileRows];  // [column of C][row of A]
+  _tile_stored(0, sums[0], kLineBytes);
+  _tile_stored(1, sums[1], kLineBytes);
+  if constexpr (kStrips == 2) _tile_stored(2, sums[2], kLineBytes);
+  if constexpr (kStrips == 2) _tile_stored(3, sums[3], kLineBytes);
+  for (int i = 0; i < 2 * kStrips; ++i) turn_sums(sums[i], tile + (i / 2 * kTileRows * 2 + i % 2) * kTileRows);
+}
+
+void multiply_along_k(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile) {
+  if (rows <= kTileRows) return multiply_tiles_along_k<1>(b, units, strips, tile);
+  multiply_tiles_along_k<2>(b, units, strips, tile);
+}
+
+COTERIE_INLINE VU load_halves(const char* p) {
+  return reinterpret_cast<VU>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+
+// A chunk of a panel of B from columns that are contiguous.
+COTERIE_INLINE void pair_rows(const PanelInPlace& b, int64_t unit, uint32_t* chunk) {
+  const int64_t stride = b.stride_bytes;
+  for (int half = 0; half < 2; ++half) {
+    const char* p = static_cast<const char*>(b.start[half]) + 2 * unit * stride;
+    for (int64_t u = 0; u < kChunkUnits; ++u, p += 2 * stride) {
+      const int64_t left = b.cols - 2 * (unit + u);
+      VU v = left > 0 ? load_halves(p) : VU{};
+      if (left > 1) v |= load_halves(p + stride) << 16;
+      store_units(chunk + u * kPanelUnits + half * kWidth, v);
+      __builtin_prefetch(p + 2 * kPartUnits * stride, 0, 2);
+      __builtin_prefetch(p + (2 * kPartUnits + 1) * stride, 0, 2);
+    }
+  }
+}
+
+// A chunk of the panel of B is made just before its turn.
+template <int kRows>
+void multiply_tiles_along_n(const PanelInPlace& b, int64_t units, const uint32_t* a, uint32_t* packed, float* tile) {
+  alignas(64) uint32_t own_chunk[kChunkUnits * kPanelUnits];
+  constexpr bool kSecond = kRows > kTileRows;
+  float* const second = tile + kTileRows * kPanelUnits;
+  _tile_loadd(0, tile, kPanelRowBytes);
+  _tile_loadd(1, tile + 16, kPanelRowBytes);
+  if constexpr (kSecond) _tile_loadd(2, second, kPanelRowBytes);
+  if constexpr (kSecond) _tile_loadd(3, second + 16, kPanelRowBytes);
+  for (int64_t u = 0; u < units; u += kChunkUnits, a += kRows * kChunkUnits) {
+    uint32_t* const chunk = packed ? packed + u * kPanelUnits : own_chunk;
+    pair_rows(b, u, chunk);
+    _tile_loadd(6, chunk, kPanelRowBytes);
+    _tile_loadd(7, chunk + 16, kPanelRowBytes);
+    _tile_loadd(4, a, kLineBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kSecond) {
+      _tile_loadd(5, a + kTileRows * kChunkUnits, kLineBytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, tile, kPanelRowBytes);
+  _tile_stored(1, tile + 16, kPanelRowBytes);
+  if constexpr (kSecond) _tile_stored(2, second, kPanelRowBytes);
+  if constexpr (kSecond) _tile_stored(3, second + 16, kPanelRowBytes);
+}
+
 constexpr int kPeakProducts = 4;
 
 float tile_peak(int64_t steps) {
@@ -101,6 +223,7 @@ float tile_peak(int64_t steps) {
 template <int... kIndex>
 void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
   ((table.multiply[1][kIndex] = multiply_tiles<kIndex + 1>), ...);
+  ((table.multiply_along_n[1][kIndex] = multiply_tiles_along_n<kIndex + 1>), ...);
 }
 
 KernelTable with_tiles(KernelTable table) {
@@ -108,6 +231,7 @@ KernelTable with_tiles(KernelTable table) {
   table.panel_rows[1] = kPanelRowsTiles;
   table.slice_units[1] = kSliceUnits;
   fill_multiply(table, std::make_integer_sequence<int, kPanelRowsTiles>());
+  table.multiply_along_k[1] = multiply_along_k;
   table.begin_products = begin_tiles;
   table.end_products = end_tiles;
   table.register_peak[1] = tile_peak;

@@ -102,7 +102,8 @@ template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE void pack_panels_along_rows(const PackSource& s, int64_t units, int64_t N, int64_t first, int64_t last,
                                            uint32_t* memory) {
   constexpr int64_t kBytes = kSourceBf16 ? 2 : 4, kPerUnit = kPanelBf16 ? 2 : 1;
-  const int64_t first_row = first * 2 * kWidth, end_row = last * 2 * kWidth, panel = padded_row_units(units) * 2 * kWidth;
+  const int64_t first_row = first * 2 * kWidth, end_row = last * 2 * kWidth,
+                panel = padded_row_units(units) * 2 * kWidth;
   const int64_t last_row = end_row < N ? end_row : N, piece = (last_row - first_row) * kBytes;
   const int64_t ahead = kBytesAheadAcross / piece + 1;
   for (int64_t u = 0; u < units; ++u) {

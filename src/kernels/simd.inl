@@ -70,6 +70,16 @@ COTERIE_INLINE void transpose(VU (&rows)[kWidth]) {
   if constexpr (kStep > 1) transpose<kStep / 2>(rows);
 }
 
+// A block [kWidth][kWidth] transposed into the rows of a tile [kWidth][2 * kWidth].
+COTERIE_INLINE void turn_sums(const float* sums, float* tile) {
+  VU rows[kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) rows[i] = load_units(sums + i * kWidth);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) store(tile + i * 2 * kWidth, reinterpret_cast<VF>(rows[i]));
+}
+
 // Lane i of the result is the sum of the lanes of rows[i]. Destroys rows. The order of the additions
 // is the same for every i.
 template <int kStep = kWidth / 2>
