@@ -10,31 +10,31 @@
 #include <thread>
 #include <vector>
 
+#include "base/task_shares.h"
 #include "coterie/error.h"
 
 namespace coterie {
 
 // A job is published by raising `generation`; workers spin on it for a short while (a decode step
-// has hundreds of short jobs) and then sleep. `next` hands out task indices; `active` counts the
+// has hundreds of short jobs) and then sleep. `shares` hands out task indices; `active` counts the
 // workers that have not yet left the job, so that `task` stays valid until all are out.
 struct NativeThreadPool::State {
   // About 50 us at 4 GHz: longer than the gap between two jobs of a forward pass, and shorter
   // than what a sleeping worker would notice between two requests.
   static constexpr int kSpins = 2000;
 
+  explicit State(int num_threads) : shares(num_threads) {}
+
   std::vector<std::thread> workers;
   std::atomic<uint64_t> generation{0};
-  std::atomic<int64_t> next{0};
+  TaskShares shares;
   std::atomic<int> active{0};
-  int64_t num_tasks = 0;
   const std::function<void(int64_t, int)>* task = nullptr;
   std::atomic<bool> stopping{false};
   std::mutex mutex;
   std::condition_variable wake;
 
-  void drain(int thread) {
-    for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) (*task)(i, thread);
-  }
+  void drain(int thread) { shares.drain(thread, *task); }
 
   uint64_t wait_for_job(uint64_t seen) {
     for (int spin = 0; spin < kSpins; ++spin) {
@@ -66,8 +66,9 @@ struct NativeThreadPool::State {
   }
 };
 
-NativeThreadPool::NativeThreadPool(int num_threads) : state_(std::make_unique<State>()) {
+NativeThreadPool::NativeThreadPool(int num_threads) {
   if (num_threads < 1) throw InvalidArgument("threads: " + std::to_string(num_threads) + " is below 1");
+  state_ = std::make_unique<State>(num_threads);
   for (int thread = 1; thread < num_threads; ++thread) {
     state_->workers.emplace_back([state = state_.get(), thread] { state->work(thread); });
   }
@@ -88,8 +89,7 @@ void NativeThreadPool::run(int64_t num_tasks, const std::function<void(int64_t, 
     return;
   }
   state_->task = &task;
-  state_->num_tasks = num_tasks;
-  state_->next.store(0, std::memory_order_relaxed);
+  state_->shares.assign(num_tasks);
   state_->active.store(static_cast<int>(state_->workers.size()), std::memory_order_relaxed);
   state_->publish();
   state_->drain(0);

@@ -18,7 +18,7 @@ class ThreadPool {
   virtual int num_threads() const = 0;
 
   // Calls task(index, thread) once for every index in [0, num_tasks), thread in [0, num_threads()),
-  // and returns when all are done. Indices are handed out in order, one at a time. Tasks don't
+  // and returns when all are done. Every thread begins with its share of consecutive indices. Tasks don't
   // throw. Not reentrant: a task doesn't call run, and one caller at a time.
   virtual void run(int64_t num_tasks, const std::function<void(int64_t index, int thread)>& task) = 0;
 };

@@ -49,7 +49,8 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, 
 }
 
 template <bool kBf16, int... kIndex>
-constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, float*, bool),
+constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, float*,
+                                                                 bool),
                              std::integer_sequence<int, kIndex...>) {
   ((functions[kIndex] = multiply<kBf16, kIndex + 1>), ...);
 }

@@ -2,7 +2,9 @@
 
 #include <ATen/Parallel.h>
 
-#include <atomic>
+#include <algorithm>
+
+#include "base/task_shares.h"
 
 namespace coterie {
 namespace {
@@ -12,12 +14,12 @@ class TorchThreadPool : public ThreadPool {
   int num_threads() const override { return at::get_num_threads(); }
 
   void run(int64_t num_tasks, const std::function<void(int64_t, int)>& task) override {
-    std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(num_tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    const int64_t slots = std::min<int64_t>(num_tasks, at::get_num_threads());
+    TaskShares shares(static_cast<int>(slots));
+    shares.assign(num_tasks);
+    at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t /*end*/) {
       // One worker may be given several slots; draining under one of them is enough.
-      for (int64_t slot = begin; slot < end; ++slot) {
-        for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) task(i, static_cast<int>(slot));
-      }
+      shares.drain(static_cast<int>(begin), task);
     });
   }
 };
