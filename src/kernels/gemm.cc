@@ -146,14 +146,23 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   plan.units = units_of(type, K);
   plan.Q = plan.b.count();
   plan.in_place = in_place(p, type);
-  const bool few = plan.P() <= kFewPanelsA || 4 * plan.all_a_units() <= kSharedABytes[type == DType::kBF16];
-  plan.own_b = !p.packed_b && plan.in_place == InPlace::kNo && few;
   return plan;
+}
+
+// Whether the tasks pack B: where A has few panels, or few enough for a cache. But with a small B the work is writing
+// C, and where that stays in the caches, tasks should have whole rows of it: columns of a matrix compete for a part of
+// the places in a cache.
+bool should_own_b(const Plan& plan) {
+  if (plan.problem->packed_b || plan.in_place != InPlace::kNo) return false;
+  const bool by_rows = !plan.stream && plan.Q * plan.b.panel_units() <= kInlinePackUnits;
+  const int64_t most_bytes = kSharedABytes[plan.b.type == DType::kBF16];
+  return plan.P() <= kFewPanelsA || (4 * plan.all_a_units() <= most_bytes && !by_rows);
 }
 
 // Chooses blocks so that a task costs about `most`, and numbers the tasks.
 void cut_plan(Plan& plan, double most, int64_t first_task) {
   const int64_t P = plan.P(), Q = plan.Q;
+  plan.own_b = should_own_b(plan);
   const int64_t panel_bytes = 4 * ceil_div(plan.all_a_units(), P);
   const int64_t fitting_P = std::max<int64_t>(1, kBlockABytes / std::max<int64_t>(panel_bytes, 1));
   plan.block_P = std::min(P, fitting_P);
@@ -396,9 +405,9 @@ class GroupedGemm {
     const double most = std::clamp(total / (num_threads * kTasksPerThread), kLeastTaskCost, kMostTaskCost);
     int64_t first_task = 0;
     for (Plan& plan : plans_) {
+      plan.stream = c_bytes > kStreamBytes && !plan.problem->accumulate;
       cut_plan(plan, most, first_task);
       first_task += plan.num_tasks;
-      plan.stream = c_bytes > kStreamBytes && !plan.problem->accumulate;
     }
   }
 

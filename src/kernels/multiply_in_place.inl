@@ -157,7 +157,7 @@ void multiply_transposed(const PanelInPlace& b, int64_t units, const uint32_t* s
 template <bool kBf16>
 void multiply_strip(const PanelInPlace& b, int64_t units, const uint32_t* strip, int64_t rows, float* tile) {
   // A product of bf16 is worth more than a step of a transposition, one of fp32 is not.
-  if (kBf16 && rows <= kWidth / 4) return multiply_transposed<kBf16, kWidth / 4>(b, units, strip, tile);
+  if (rows <= kWidth / 4) return multiply_transposed<kBf16, kWidth / 4>(b, units, strip, tile);
   if (kBf16 && rows <= kWidth / 2) return multiply_transposed<kBf16, kWidth / 2>(b, units, strip, tile);
   multiply_broadcast<kBf16, 1>(b, units, strip, tile);
 }
