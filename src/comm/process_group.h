@@ -33,8 +33,8 @@
 namespace coterie {
 
 class Transport;
-struct CommContext;
 class Operation;
+struct GroupState;
 
 // Something under way. Move-only; a default one is done.
 class Work {
@@ -71,10 +71,10 @@ class ProcessGroup {
   ProcessGroup(const ProcessGroup&) = delete;
   ProcessGroup& operator=(const ProcessGroup&) = delete;
 
-  int rank() const { return rank_; }
-  int size() const { return static_cast<int>(world_ranks_.size()); }
-  int world_rank(int rank) const { return world_ranks_[static_cast<size_t>(rank)]; }
-  const std::string& name() const { return name_; }
+  int rank() const;
+  int size() const;
+  int world_rank(int rank) const;  // of a rank of this group
+  const std::string& name() const;
   std::string_view backend() const;  // "threads", "mpi", "gloo"
   double timeout_s() const;
 
@@ -100,7 +100,7 @@ class ProcessGroup {
   void barrier(std::string_view label);
 
   // Collective over this group: ranks of the same color form a group, in the order of (key, rank); nullptr for a
-  // negative color. Up to 4095 calls in a run (ResourceExhausted).
+  // negative color. A run has room for 4095 calls (ResourceExhausted).
   std::unique_ptr<ProcessGroup> split(int color, int key, const std::string& name);
   // Collective over this group: the group of these ranks of it, in this order; nullptr for the others.
   std::unique_ptr<ProcessGroup> subgroup(std::span<const int> ranks, const std::string& name);
@@ -110,15 +110,10 @@ class ProcessGroup {
   void progress();
 
  private:
-  friend class Operation;
-  ProcessGroup(std::shared_ptr<CommContext> context, std::vector<int> world_ranks, int rank, int id, std::string name);
+  friend class AllToAll;
+  explicit ProcessGroup(std::shared_ptr<GroupState> state);
 
-  std::shared_ptr<CommContext> context_;
-  std::vector<int> world_ranks_;
-  int rank_;
-  int id_;                   // part of every tag; the same on all ranks
-  uint32_t operations_ = 0;  // started so far; part of every tag
-  std::string name_;
+  std::shared_ptr<GroupState> state_;
 };
 
 }  // namespace coterie
