@@ -18,10 +18,13 @@ inline void register_exceptions(nanobind::module_& m) {
     nb::exception<InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
     nb::exception<CorruptFile>(m, "CorruptFile", PyExc_ValueError);
     nb::exception<ResourceExhausted>(m, "ResourceExhausted", PyExc_RuntimeError);
+    nb::exception<CommError>(m, "CommError", PyExc_RuntimeError);
     return;
   }
   const nb::module_ shared = nb::module_::import_(owner.c_str());
-  for (const char* name : {"InvalidArgument", "CorruptFile", "ResourceExhausted"}) m.attr(name) = shared.attr(name);
+  for (const char* name : {"InvalidArgument", "CorruptFile", "ResourceExhausted", "CommError"}) {
+    m.attr(name) = shared.attr(name);
+  }
 }
 
 }  // namespace coterie

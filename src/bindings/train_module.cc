@@ -5,12 +5,15 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 #include <torch/library.h>
 
 #include "bindings/errors.h"
+#include "bindings/process_group_binding.h"
 #include "io/safetensors.h"
 #include "model/config.h"
+#include "train/torch_process_group.h"
 #include "train/trainer.h"
 
 namespace nb = nanobind;
@@ -171,6 +174,8 @@ nb::dict evaluate(const Trainer& trainer) {
 NB_MODULE(_train, m) {
   using namespace coterie;
   register_exceptions(m);
+  bind_process_group(m);
+  m.def("torch_process_group", &torch_process_group, "name"_a, "timeout_s"_a);
   nb::class_<Trainer>(m, "Trainer")
       .def(
           "__init__",

@@ -156,6 +156,15 @@ std::unique_ptr<ProcessGroup> ProcessGroup::subgroup(std::span<const int> ranks,
   return split(key < 0 ? -1 : 0, key, name);
 }
 
+void ProcessGroup::finish() {
+  CommContext& context = *state_->context;
+  COTERIE_CHECK(state_->id == 0, "finish: group " + name() + " is not the world");
+  barrier("finish");
+  COTERIE_CHECK(context.pending.empty(), "finish: operations are under way");
+  context.failure = "rank " + std::to_string(rank()) + ", group world: has finished";
+  context.transport->finish();
+}
+
 void ProcessGroup::progress() {
   state_->context->check();
   state_->context->progress();

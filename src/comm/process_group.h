@@ -105,6 +105,11 @@ class ProcessGroup {
   // Collective over this group: the group of these ranks of it, in this order; nullptr for the others.
   std::unique_ptr<ProcessGroup> subgroup(std::span<const int> ranks, const std::string& name);
 
+  // The good end of a run: a barrier, then the backend's farewell. Called on the world, by all
+  // ranks; every later call is a CommError. Without it MPI takes the end of a process for a crash, and stops the others
+  // at once, which is right after an exception.
+  void finish();
+
   // Moves operations under way, without blocking. Backends without a thread of their own (MPI) move large messages only
   // inside calls: long computations that are to hide an operation call it now and then (it costs under 1 us).
   void progress();

@@ -188,16 +188,18 @@ TEST_P(Ranks, GroupsThatShareRanksDontMixTheirMessages) {
     EXPECT_EQ(backwards->rank(), world.size() - 1 - world.rank());
     const auto inner = backwards->split(0, 0, "inner");  // of a subgroup: ids differ from both
     std::vector<ProcessGroup*> groups = {&world, backwards.get(), inner.get()};
-    std::vector<int64_t> sums;
+    constexpr size_t kCount = 1000;  // two stages
+    std::vector<std::vector<int64_t>> sums;
     std::vector<Work> works;
-    for (size_t i = 0; i < 30; ++i) sums.push_back(static_cast<int64_t>(i) * 1000 + world.rank());
+    for (size_t i = 0; i < 30; ++i) sums.emplace_back(kCount, static_cast<int64_t>(i) * 1000 + world.rank());
     for (size_t i = 0; i < sums.size(); ++i) {
-      works.push_back(groups[i % 3]->start_all_reduce(&sums[i], 1, DType::kI64, ReduceOp::kSum, ""));
+      works.push_back(groups[i % 3]->start_all_reduce(sums[i].data(), kCount, DType::kI64, ReduceOp::kSum, ""));
     }
     const bool reverse = world.rank() % 2 == 1;
     for (size_t i = 0; i < works.size(); ++i) works[reverse ? works.size() - 1 - i : i].wait();
     for (size_t i = 0; i < sums.size(); ++i) {
-      EXPECT_EQ(sums[i], static_cast<int64_t>(i) * 1000 * world.size() + world.size() * (world.size() - 1) / 2);
+      const int64_t sum = static_cast<int64_t>(i) * 1000 * world.size() + world.size() * (world.size() - 1) / 2;
+      EXPECT_EQ(sums[i], std::vector<int64_t>(kCount, sum));
     }
   });
 }

@@ -41,7 +41,11 @@ class Transport {
   virtual std::unique_ptr<Message> send(int to, int tag, const void* data, size_t bytes) = 0;
   virtual std::unique_ptr<Message> receive(int from, int tag, void* data, size_t bytes) = 0;
 
-  // After this nothing reads or writes memory of messages under way; the transport is of no further use.
+  // The good end, after the last message, with all ranks: MPI takes a process that ends without it for one that
+  // crashed, and stops the others. The transport is of no further use.
+  virtual void finish() { close(); }
+
+  // The bad end. After it nothing reads or writes memory of messages under way; the transport is of no further use.
   virtual void close() noexcept = 0;
 };
 
