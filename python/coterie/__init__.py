@@ -11,15 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coterie._engine import CorruptFile, InvalidArgument, ResourceExhausted
+    from coterie._engine import CommError, CorruptFile, InvalidArgument, ResourceExhausted
     from coterie.llm import LLM, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CorruptFile", "InvalidArgument", "ResourceExhausted", "SamplingParams"]
+__all__ = ["LLM", "CommError", "CorruptFile", "InvalidArgument", "ResourceExhausted", "SamplingParams"]
 
 _HOME = {
     "LLM": "coterie.llm",
     "SamplingParams": "coterie.llm",
+    "CommError": "coterie._engine",
     "CorruptFile": "coterie._engine",
     "InvalidArgument": "coterie._engine",
     "ResourceExhausted": "coterie._engine",

@@ -27,8 +27,10 @@ int tag_of(int group, uint32_t operation, int stage) {
                           static_cast<uint32_t>(stage));
 }
 
-double seconds_since(CommClock::time_point begin) {
-  return std::chrono::duration<double>(CommClock::now() - begin).count();
+std::string seconds_since(CommClock::time_point begin) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s", std::chrono::duration<double>(CommClock::now() - begin).count());
+  return text;
 }
 
 }  // namespace
@@ -91,13 +93,14 @@ void Operation::wait() {
   CommContext& context = *group_->context;
   context.check();
   const CommClock::time_point begin = CommClock::now(), deadline = begin + context.timeout;
+  context.wait_begin = begin;
   while (!advance()) {
     // A transport that can't look would hide what the older ones need: they go first.
     const bool can_poll = context.transport->can_poll();
     Operation& next = can_poll ? *this : *context.pending.front();
     const bool alone = !can_poll || context.pending.size() == 1;
     next.wait_for_first_part(alone ? deadline : std::min(deadline, CommClock::now() + kSlice));
-    if (CommClock::now() >= deadline && !next.advance()) next.fail_late(begin);
+    if (CommClock::now() >= deadline && !next.advance()) next.fail_late();
     if (!alone || &next != this) context.progress();
   }
 }
@@ -185,7 +188,7 @@ std::byte* Operation::scratch(int64_t bytes) {
   return memory_.back().as<std::byte>();
 }
 
-void Operation::fail_late(CommClock::time_point begin) {
+void Operation::fail_late() {
   std::vector<int> missing;
   const CommClock::time_point now = CommClock::now();
   for (Part& part : parts_) {
@@ -196,12 +199,12 @@ void Operation::fail_late(CommClock::time_point begin) {
     }
     missing.push_back(part.peer);
   }
-  char seconds[32];
-  std::snprintf(seconds, sizeof seconds, "%.1f s", seconds_since(begin));
-  fail(ranks_text(missing) + " did not arrive within " + seconds);
+  fail(ranks_text(missing) + " did not arrive within " + seconds_since(group_->context->wait_begin));
 }
 
-void Operation::fail_lost(int peer, const std::string& reason) { fail(ranks_text({peer}) + " is lost: " + reason); }
+void Operation::fail_lost(int peer, const std::string& reason) {
+  fail(ranks_text({peer}) + " is lost after " + seconds_since(group_->context->wait_begin) + ": " + reason);
+}
 
 void Operation::fail(const std::string& what) {
   CommContext& context = *group_->context;

@@ -20,9 +20,10 @@ struct CommContext {
   std::unique_ptr<Transport> transport;
   CommClock::duration timeout;
   int next_group_id = 1;
-  std::string failure;                     // why nothing works any more; empty while all is well
-  std::vector<Operation*> pending;         // in the order of their starts
-  std::vector<AlignedBuffer> free_memory;  // fresh memory costs more than a message of its size
+  CommClock::time_point wait_begin = CommClock::now();  // of the last wait; of the group before the first
+  std::string failure;                                  // why nothing works any more; empty while all is well
+  std::vector<Operation*> pending;                      // in the order of their starts
+  std::vector<AlignedBuffer> free_memory;               // fresh memory costs more than a message of its size
 
   void check() const;  // CommError after a failure
   void progress();     // moves every pending operation
@@ -79,7 +80,7 @@ class Operation {
   bool take_done_parts();
   void finish();
   void wait_for_first_part(CommClock::time_point deadline);
-  [[noreturn]] void fail_late(CommClock::time_point begin);
+  [[noreturn]] void fail_late();
   [[noreturn]] void fail_lost(int peer, const std::string& reason);
   [[noreturn]] void fail(const std::string& what);
   std::string prefix() const;

@@ -16,6 +16,7 @@
 // - wait() and the blocking forms end within timeout_s() of their call. What did not arrive by then, or a peer that is
 //   known to be lost, is a CommError of one line:
 //     rank 0, group ep2: all_to_all_v 'layer 3 dispatch': ranks 1, 3 did not arrive within 30.0 s
+//     rank 0, group ep2: all_to_all_v 'layer 3 dispatch': rank 1 is lost after 0.2 s: Connection closed by peer
 //   with the ranks of the whole run (world_rank). Afterwards the group and all its relatives are broken: every further
 //   call throws the same line at once, and memory of operations under way may be freed. The process should end.
 // - Arguments that can't be right are a std::logic_error (base/check.h).

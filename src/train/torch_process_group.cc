@@ -16,10 +16,12 @@ namespace {
 
 using Milliseconds = std::chrono::milliseconds;
 
-// The first line: c10 puts a C++ trace behind it.
+// "[pair.cc:545] Read error: Connection reset by peer. This is typically ...", a trace: what happened, of all that.
 std::string reason_of(const std::exception& error) {
-  const std::string what = error.what();
-  return what.substr(0, what.find('\n'));
+  std::string what = error.what();
+  what = what.substr(0, std::min(what.find('\n'), what.find(". This is typically")));
+  if (const size_t end = what.find("] "); what.starts_with('[') && end != what.npos) what = what.substr(end + 2);
+  return what;
 }
 
 class GlooMessage final : public Message {

@@ -1,7 +1,7 @@
 """The command `coterie`: one file per subcommand, and here the one place where errors become exit codes.
 
-0: done. 2: the input is at fault, one line on stderr says where. 130: stopped by Ctrl-C. Anything else is
-a bug of ours, and shows its trace.
+0: done. 2: the input is at fault, one line on stderr says where. 3: another rank was lost, one line says which.
+130: stopped by Ctrl-C. Anything else is a bug of ours, and shows its trace.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from coterie.cli.inspect import inspect
 from coterie.cli.train import train
 from coterie.config import ConfigError
 from coterie.corpus import DataError
+from coterie.distributed import COMM_FAILED, LaunchError
 from coterie.training import Interrupted, MissingPackageError
 
 app = typer.Typer(
@@ -67,19 +68,21 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except _errors_of_input() as error:
         return _refuse(str(error))
+    except _engine_errors("CommError") as error:
+        print(f"coterie: {error}", file=sys.stderr)
+        return COMM_FAILED
 
 
 def _errors_of_input() -> tuple[type[Exception], ...]:
-    """The exceptions that say what is wrong with the input. The engine's are known once it is loaded."""
+    """The exceptions that say what is wrong with the input."""
+    ours = (BenchError, ConfigError, DataError, LaunchError, MissingPackageError)
+    return (*ours, *_engine_errors("InvalidArgument", "CorruptFile", "ResourceExhausted"))
+
+
+def _engine_errors(*names: str) -> tuple[type[Exception], ...]:
+    """Exceptions of the engine; none before it is loaded."""
     engine = sys.modules.get("coterie._engine")
-    names = ("InvalidArgument", "CorruptFile", "ResourceExhausted")
-    return (
-        BenchError,
-        ConfigError,
-        DataError,
-        MissingPackageError,
-        *(getattr(engine, name) for name in names if engine),
-    )
+    return tuple(getattr(engine, name) for name in names if engine)
 
 
 def _refuse(message: str) -> int:
