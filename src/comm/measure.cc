@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <functional>
 #include <vector>
 
 #include "base/memory.h"
@@ -31,6 +30,8 @@ struct EvenExchange {
   std::vector<int64_t> counts, offsets;
 };
 
+}  // namespace
+
 double median_seconds(int rounds, const std::function<void()>& run) {
   std::vector<double> seconds;
   for (int i = 0; i < rounds; ++i) {
@@ -41,8 +42,6 @@ double median_seconds(int rounds, const std::function<void()>& run) {
   std::sort(seconds.begin(), seconds.end());
   return seconds[seconds.size() / 2];
 }
-
-}  // namespace
 
 double measure_operation(ProcessGroup& group, const std::string& operation, int64_t bytes, int rounds) {
   if (bytes < 0 || rounds < 1) throw InvalidArgument("measure: bytes or rounds out of range");

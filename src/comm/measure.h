@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "comm/process_group.h"
@@ -12,5 +13,8 @@ namespace coterie {
 // "all_to_all" (bytes is what a rank sends to all others together), "all_reduce" (fp32, bytes of the vector) or
 // "barrier". InvalidArgument for another name.
 double measure_operation(ProcessGroup& group, const std::string& operation, int64_t bytes, int rounds);
+
+// Median seconds of `rounds` calls, as this rank sees them.
+double median_seconds(int rounds, const std::function<void()>& run);
 
 }  // namespace coterie

@@ -26,12 +26,12 @@ inline std::vector<float> random_floats(int seed, int64_t count) {
   return values;
 }
 
-// An all_to_all_v of bytes(from, to) bytes, each rank's blocks with gaps between them; `expected` is what a loop over
+// An all_to_all_v of bytes(from, to) bytes, each rank's blocks with gaps before them; `expected` is what a loop over
 // the senders puts into `output`, gaps included.
-struct UnevenExchange {
-  static constexpr int64_t kGap = 3;
+using BytesBetween = std::function<int64_t(int from, int to)>;
 
-  UnevenExchange(int rank, int size, const std::function<int64_t(int from, int to)>& bytes) {
+struct UnevenExchange {
+  UnevenExchange(int rank, int size, const BytesBetween& bytes, int64_t gap = 3) : gap_(gap) {
     for (int r = 0; r < size; ++r) {
       append(send_bytes, send_offsets, input, bytes(rank, r), rank, r);
       append(receive_bytes, receive_offsets, expected, bytes(r, rank), r, rank);
@@ -47,9 +47,9 @@ struct UnevenExchange {
   std::vector<std::byte> input, output, expected;
 
  private:
-  static void append(std::vector<int64_t>& counts, std::vector<int64_t>& offsets, std::vector<std::byte>& memory,
-                     int64_t bytes, int from, int to) {
-    memory.resize(memory.size() + kGap);
+  void append(std::vector<int64_t>& counts, std::vector<int64_t>& offsets, std::vector<std::byte>& memory,
+              int64_t bytes, int from, int to) {
+    memory.resize(memory.size() + static_cast<size_t>(gap_));
     counts.push_back(bytes);
     offsets.push_back(static_cast<int64_t>(memory.size()));
     for (int64_t i = 0; i < bytes; ++i) {
@@ -57,6 +57,8 @@ struct UnevenExchange {
       memory.push_back(static_cast<std::byte>(mixed(seed)));
     }
   }
+
+  int64_t gap_;
 };
 
 }  // namespace coterie
