@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from coterie.cli import main
-from coterie.distributed import process_group, this_rank
+from coterie.distributed import process_group, require_same, this_rank
 
 
 def part(rank: int, count: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def stop_at_step_3(group, how: str) -> None:
 
 
 def compare(group, argument: str) -> None:
-    group.require_same(f"seed = {3 if group.rank == 2 else 0}", "configuration")
+    require_same(group, f"seed = {3 if group.rank == 2 else 0}", "configuration")
 
 
 def uneven(group, argument: str) -> None:

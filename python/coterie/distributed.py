@@ -7,7 +7,7 @@
 Inside a rank:
 
     with process_group(timeout_s) as group:
-        group.require_same(settings_json, "configuration")
+        require_same(group, settings_json, "configuration")
         ...
 
 Between processes of one machine MPI is much faster than Gloo (docs/performance.md), so "auto" takes MPI where it is
@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +141,34 @@ def _torch_group(here: Rank, timeout_s: float) -> ProcessGroup:
         reason = str(error).partition("\n")[0]
         raise _train.CommError(f"rank {here.rank}: start, with {here.size} ranks in all: {reason}") from None
     return _train.torch_process_group(dist.group.WORLD.group_name, timeout_s)
+
+
+def require_same(group: ProcessGroup, text: str, what: str) -> None:
+    """Refuses ranks that were told something else than rank 0.
+
+    Parameters
+    ----------
+    group
+        All of its ranks call this.
+    text
+        What must be the same, of any length; hashes are compared.
+    what
+        Its name in the message.
+
+    Raises
+    ------
+    InvalidArgument
+        On rank 0, naming the first rank that differs; the others end with exit code 2, since one line is enough.
+    """
+    from coterie._engine import InvalidArgument
+
+    try:
+        group.require_same(text, what)
+    except InvalidArgument:
+        if group.rank == 0:
+            raise
+        time.sleep(1)  # a launcher stops everybody when the first one ends, and rank 0 has something to say
+        raise SystemExit(2) from None
 
 
 def choose_launcher(launcher: str = "auto") -> str:

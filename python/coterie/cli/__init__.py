@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as ended:  # after --help
         return ended.exit_code
     except Interrupted as interruption:
-        print(f"coterie: {interruption}; continue with --resume", file=sys.stderr)
+        _say(f"{interruption}; continue with --resume")
         return 130
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     except _errors_of_input() as error:
         return _refuse(str(error))
     except _engine_errors("CommError") as error:
-        print(f"coterie: {error}", file=sys.stderr)
+        _say(str(error))
         return COMM_FAILED
 
 
@@ -86,5 +86,10 @@ def _engine_errors(*names: str) -> tuple[type[Exception], ...]:
 
 
 def _refuse(message: str) -> int:
-    print("coterie: " + " ".join(message.split()), file=sys.stderr)
+    _say(message)
     return 2
+
+
+def _say(message: str) -> None:
+    """One line on stderr in one piece, since other ranks may write there too."""
+    sys.stderr.write("coterie: " + " ".join(message.split()) + "\n")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from coterie import bench as benches
+from coterie import comm_bench
 from coterie.cli.console import JsonOption, human_bytes, notes, print_json, results
 
 bench = typer.Typer(help="Measure our layers against their peers, side by side in one run.", no_args_is_help=True)
@@ -98,6 +99,26 @@ def step(
         )
     ]
     _run(cells, peers, benches.Settings(threads, rounds, repeat), json)
+
+
+@bench.command()
+def comm(
+    ranks: Annotated[int, typer.Option(help="Processes of one thread on this machine.")] = 2,
+    launchers: Annotated[str, typer.Option(help="mpi, torchrun (Gloo).")] = "mpi,torchrun",
+    json: JsonOption = False,
+) -> None:
+    """Exchanges and sums between ranks, over each of the launchers."""
+    measured = comm_bench.measure(ranks, [launcher for launcher in launchers.split(",") if launcher])
+    if json:
+        print_json(measured)
+        return
+    table = Table("operation", *(Column(name, justify="right") for name in ("bytes", "backend", "us", "GB/s")))
+    table.box, table.padding = box.SIMPLE, (0, 1)
+    for row in sorted(measured["results"], key=lambda row: (row["operation"], row["bytes"], row["us"])):
+        figures = (f"{row['us']:.1f}", f"{row['gb_per_s']:.2f}")
+        table.add_row(row["operation"], f"{row['bytes']:,}", row["backend"], *figures)
+    results.print(f"{measured['ranks']} ranks, {measured['cpus']} processors")
+    results.print(table)
 
 
 def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, json: bool) -> None:
