@@ -155,17 +155,19 @@ class OneStage final : public Operation {
 
 class Barrier final : public Operation {
  public:
-  Barrier(const Group& group, std::string_view label) : Operation(group, "barrier", label) {}
+  Barrier(const Group& group, std::string_view label)
+      : Operation(group, "barrier", label), received_(static_cast<size_t>(size())) {}
 
  private:
   bool run_stage(int stage) override {
     if (stage == 1) return false;
-    for (int step = 1; step < size(); ++step) receive(peer(step), &nothing_received_, 1);
+    for (int step = 1; step < size(); ++step) receive(peer(step), &received_[static_cast<size_t>(step)], 1);
     for (int step = 1; step < size(); ++step) send(peer(step), &nothing_, 1);
     return true;
   }
 
-  std::byte nothing_{}, nothing_received_{};
+  std::byte nothing_{};
+  std::vector<std::byte> received_;
 };
 
 // The peers of a rank, each in its own order.
