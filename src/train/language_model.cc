@@ -81,7 +81,8 @@ LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, ui
     at::Tensor tensor = initial_values(spec, config_, seed, parameters_.size());
     if (!keeps_fp32(spec.name)) tensor = tensor.to(dtype);
     index_[spec.name] = parameters_.size();
-    parameters_.push_back({spec.name, tensor.set_requires_grad(!is_choice_bias(spec.name))});
+    tensor.set_requires_grad(!is_choice_bias(spec.name));
+    parameters_.push_back({spec.name, tensor, 0, tensor.size(0)});
   }
   for (int64_t i = 0; i < config_.num_layers(); ++i) layers_.push_back(layer_named(i));
 }

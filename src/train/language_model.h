@@ -18,6 +18,7 @@
 
 namespace coterie {
 
+class ProcessGroup;
 class TensorSource;
 
 // "fp32" or "bf16"; InvalidArgument for another name.
@@ -25,8 +26,13 @@ at::ScalarType parameter_type(const std::string& dtype);
 
 struct Parameter {
   std::string name;
-  at::Tensor
-      tensor;  // a leaf; matrices in the model's dtype, everything else fp32. Of choice biases without a gradient
+  // A leaf; matrices in the model's dtype, everything else fp32. Of choice biases without a gradient.
+  at::Tensor tensor;
+  // The tensor is rows [first_row, first_row + its own) of the logical one, which has so many along dimension 0.
+  int64_t first_row = 0;
+  int64_t logical_rows = 0;
+  // The ranks that hold the same rows, over which gradients are summed; null: this rank alone.
+  ProcessGroup* replicas = nullptr;
 };
 
 // The load of each MoE layer's experts that the balance loss is about.
