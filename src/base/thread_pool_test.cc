@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/task_shares.h"
 #include "coterie/error.h"
 
 namespace coterie {
@@ -27,6 +28,18 @@ TEST(ThreadPool, RunsEveryIndexOnce) {
       EXPECT_EQ(strangers, 0);
     }
   }
+}
+
+TEST(TaskShares, EveryThreadBeginsWithItsOwnAndThenHelps) {
+  TaskShares shares(3);
+  shares.assign(8);
+  std::vector<int64_t> order;
+  shares.drain(1, [&](int64_t index, int thread) {
+    EXPECT_EQ(thread, 1);
+    order.push_back(index);
+  });
+  EXPECT_EQ(order, (std::vector<int64_t>{2, 3, 4, 5, 6, 7, 0, 1}));
+  shares.drain(0, [](int64_t index, int) { ADD_FAILURE() << index << " was taken before"; });
 }
 
 // run returns only when all is done, and the next job sees what the last one wrote.
