@@ -2,7 +2,7 @@ VENV_PYTHON := .venv/bin/python
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.inl')
 PYTHON_DIRS := python scripts tests benches
 
-.PHONY: setup demo test lint bench format clean
+.PHONY: setup demo test parity lint bench format clean
 
 setup:
 	@scripts/setup
@@ -14,6 +14,11 @@ demo: setup
 test: setup
 	ctest --test-dir build/dev --output-on-failure
 	$(VENV_PYTHON) -m pytest
+
+# Our layers against DeepSpeed's own, which lives with the other peers of `coterie bench`.
+parity: setup
+	@benches/peers/setup
+	PYTHONPATH=python .venv-peers/bin/python -m pytest tests/test_torch_moe.py
 
 lint: setup
 	@.venv/bin/clang-format --dry-run -Werror $(CPP_FILES)

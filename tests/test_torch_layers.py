@@ -40,6 +40,23 @@ def test_grouped_experts_equal_modules_one_by_one(activation: str, gated: bool, 
     assert torch.allclose(ones, layer(x, ids, torch.ones(2, 9, 2)), rtol=FP32, atol=FP32)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu", False), ("gelu_new", False)])
+def test_gradients_by_finite_differences(activation: str, gated: bool, bias: bool) -> None:
+    """The path that our kernels are held against, in fp64; with an expert without tokens and choices of no expert."""
+    torch.manual_seed(4)
+    layer = GroupedExperts(4, 3, 5, activation, gated, bias).double()
+    ids = torch.tensor([[0, 2], [2, 1], [-1, 0], [1, 1]])
+    x, weights = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def run(x: torch.Tensor, weights: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x, ids, weights))
+
+    with aten_ops():
+        assert torch.autograd.gradcheck(run, [v.detach().requires_grad_() for v in (x, weights, *parameters)])
+
+
 def test_grouped_experts_begin_as_linear_layers_do() -> None:
     layer = GroupedExperts(3, 64, 16, bias=True)
     for part, inputs in ((layer.up, 64), (layer.down, 16)):

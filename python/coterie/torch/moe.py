@@ -418,17 +418,18 @@ def run_experts(
     activation: str | Callable[[Tensor], Tensor],
     gated: bool,
 ) -> Tensor:
-    """For every expert, its tokens through its MLP, added up by weight in fp32.
+    """For every expert, its tokens through its MLP, added up by weight in fp32 (fp64 for tokens in fp64).
 
     An id outside of [0, E) is a choice of no expert; weights of None are 1.
     """
     inner = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    sums = torch.promote_types(x_TD.dtype, torch.float32)
+    out_TD = torch.zeros_like(x_TD, dtype=sums)
     for e in range(up_EUD.shape[0]):
         token, choice = torch.where(expert_ids_TK == e)
         up = F.linear(x_TD[token], up_EUD[e], None if up_bias_EU is None else up_bias_EU[e])
         y = F.linear(
             feed_forward_inner(up, inner, gated), down_EDF[e], None if down_bias_ED is None else down_bias_ED[e]
-        ).float()
-        out_TD = out_TD.index_add(0, token, y if weights_TK is None else weights_TK[token, choice, None].float() * y)
+        ).to(sums)
+        out_TD = out_TD.index_add(0, token, y if weights_TK is None else weights_TK[token, choice, None].to(sums) * y)
     return out_TD.to(x_TD.dtype)
