@@ -26,7 +26,9 @@ constexpr int64_t kBlockABytes = 1 << 20;
 // Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
 constexpr int64_t kGroupBBytes = 512 << 10, kMostGroupB = 8;
 // With at most so many rows of A, B is read where it lies. (With twice as many, packing it costs about as much.)
-constexpr int64_t kMostRowsInPlace = 64;
+constexpr int64_t kMostRowsAlongK = 64, kMostRowsAlongN[2] = {8, 16};  // fp32, bf16
+// Pieces of 64 bytes, which bf16 is read in along N, are read well from caches alone: of B of a whole group up to this.
+constexpr int64_t kCachedBBytes = 16 << 20;
 // B of a problem with few panels of A, or with few enough for a cache (in fp32 a further one: arithmetic is slow enough
 // to read A from there), is packed by the tasks. With more, C is cut by rows too.
 constexpr int64_t kSharedABytes[2] = {2 << 20, kBlockABytes};  // fp32, bf16
@@ -126,14 +128,15 @@ void check_problem(const GemmProblem& p) {
 }
 
 // Where rows of A are so few that packing B would not pay, and it lies such that it can be read as it is.
-InPlace in_place(const GemmProblem& p, DType type) {
-  if (p.c.rows > kMostRowsInPlace) return InPlace::kNo;
+InPlace in_place(const GemmProblem& p, DType type, int64_t group_b_bytes) {
+  const bool bf16 = type == DType::kBF16;
   if (!p.b.data || p.b.dtype != type || p.b_gather_K) return InPlace::kNo;
-  if (p.b.col_stride == 1) return InPlace::kAlongK;
-  return p.b.row_stride == 1 ? InPlace::kAlongN : InPlace::kNo;
+  if (p.b.col_stride == 1) return p.c.rows <= kMostRowsAlongK ? InPlace::kAlongK : InPlace::kNo;
+  const bool along_n = p.b.row_stride == 1 && p.c.rows <= kMostRowsAlongN[bf16];
+  return along_n && (!bf16 || group_b_bytes <= kCachedBBytes) ? InPlace::kAlongN : InPlace::kNo;
 }
 
-Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
+Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b_bytes) {
   check_problem(p);
   Plan plan = {};
   plan.problem = &p;
@@ -145,7 +148,7 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels) {
   plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K), type, p.gated, N};
   plan.units = units_of(type, K);
   plan.Q = plan.b.count();
-  plan.in_place = in_place(p, type);
+  plan.in_place = in_place(p, type, group_b_bytes);
   return plan;
 }
 
@@ -393,9 +396,10 @@ class GroupedGemm {
     const KernelTable& kernels = active_kernels();
     plans_.clear();
     double total = 0;
-    int64_t c_bytes = 0;
+    int64_t b_bytes = 0, c_bytes = 0;
+    for (const GemmProblem& p : problems) b_bytes += p.b.rows * p.b.cols * static_cast<int64_t>(dtype_size(p.b.dtype));
     for (const GemmProblem& problem : problems) {
-      const Plan plan = make_plan(problem, kernels);
+      const Plan plan = make_plan(problem, kernels, b_bytes);
       // A problem without rows or columns has no task; leaving it out keeps first_task increasing.
       if (plan.P() == 0 || plan.Q == 0) continue;
       plans_.push_back(plan);
