@@ -25,7 +25,8 @@ namespace {
 constexpr int64_t kBlockABytes = 1 << 20;
 // Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
 constexpr int64_t kGroupBBytes = 512 << 10, kMostGroupB = 8;
-// With at most so many rows of A, B is read where it lies. (With twice as many, packing it costs about as much.)
+// With at most so many rows of A, B is read where it lies: along K, along N. (With twice as many, packing it costs
+// about as much.)
 constexpr int64_t kMostRowsAlongK = 64, kMostRowsAlongN[2] = {8, 16};  // fp32, bf16
 // Pieces of 64 bytes, which bf16 is read in along N, are read well from caches alone: of B of a whole group up to this.
 constexpr int64_t kCachedBBytes = 16 << 20;
