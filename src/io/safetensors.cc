@@ -34,13 +34,6 @@ std::optional<uint64_t> dtype_bits(const std::string& dtype) {
   return found == bits.end() ? std::nullopt : std::optional(found->second);
 }
 
-std::optional<DType> readable_dtype(const std::string& dtype) {
-  if (dtype == "F32") return DType::kF32;
-  if (dtype == "BF16") return DType::kBF16;
-  if (dtype == "F16") return DType::kF16;
-  return std::nullopt;
-}
-
 // A tensor of one file with its bytes [begin, end) in the file's data.
 struct Entry {
   StoredTensor tensor;
@@ -228,6 +221,13 @@ std::string resolve(const std::string& path) {
 }
 
 }  // namespace
+
+std::optional<DType> readable_dtype(const std::string& name) {
+  if (name == "F32") return DType::kF32;
+  if (name == "BF16") return DType::kBF16;
+  if (name == "F16") return DType::kF16;
+  return std::nullopt;
+}
 
 struct SafetensorsSource::State {
   struct Location {

@@ -7,6 +7,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -39,6 +40,10 @@ class SafetensorsSource : public TensorSource {
   struct State;
   std::unique_ptr<State> state_;
 };
+
+// The format's name of a dtype ("F32"), and the dtype of a name that can be read to fp32.
+const char* safetensors_dtype(DType dtype);
+std::optional<DType> readable_dtype(const std::string& name);
 
 struct TensorToWrite {
   std::string name;

@@ -13,26 +13,6 @@ using nlohmann::json;
 
 constexpr size_t kDataAlignment = 64;
 
-const char* stored_name(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return "F32";
-    case DType::kBF16:
-      return "BF16";
-    case DType::kF16:
-      return "F16";
-    case DType::kI8:
-      return "I8";
-    case DType::kU8:
-      return "U8";
-    case DType::kI32:
-      return "I32";
-    case DType::kI64:
-      return "I64";
-  }
-  COTERIE_CHECK(false, "unknown dtype");
-}
-
 size_t byte_count(const std::string& path, const TensorToWrite& tensor) {
   size_t bytes = dtype_size(tensor.dtype);
   for (const int64_t dim : tensor.shape) {
@@ -60,6 +40,26 @@ std::string header_text(const std::string& path, const json& header) {
 
 }  // namespace
 
+const char* safetensors_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "F32";
+    case DType::kBF16:
+      return "BF16";
+    case DType::kF16:
+      return "F16";
+    case DType::kI8:
+      return "I8";
+    case DType::kU8:
+      return "U8";
+    case DType::kI32:
+      return "I32";
+    case DType::kI64:
+      return "I64";
+  }
+  COTERIE_CHECK(false, "unknown dtype");
+}
+
 void write_safetensors(const std::string& path, std::span<const TensorToWrite> tensors,
                        const std::map<std::string, std::string>& metadata) {
   std::vector<const TensorToWrite*> order;
@@ -78,7 +78,7 @@ void write_safetensors(const std::string& path, std::span<const TensorToWrite> t
     const size_t begin = end;
     end += byte_count(path, *tensor);
     header[tensor->name] = {
-        {"dtype", stored_name(tensor->dtype)}, {"shape", tensor->shape}, {"data_offsets", {begin, end}}};
+        {"dtype", safetensors_dtype(tensor->dtype)}, {"shape", tensor->shape}, {"data_offsets", {begin, end}}};
   }
   const std::string text = header_text(path, header);
   const uint64_t length = text.size();

@@ -1,0 +1,125 @@
+#include "io/checkpoint_source.h"
+
+#include <zlib.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "coterie/error.h"
+#include "io/atomic_file.h"
+#include "io/printable.h"
+
+namespace coterie {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr char kManifest[] = "manifest.json";
+
+std::string tensor_at(const std::string& path, const std::string& name) {
+  return path + ": tensor " + printable(name) + ": ";
+}
+
+}  // namespace
+
+bool CheckpointSource::is_checkpoint(const std::string& directory) {
+  std::error_code ignored;  // what cannot be examined is none
+  return fs::exists(fs::path(directory) / kManifest, ignored);
+}
+
+std::string CheckpointSource::manifest_path() const { return (fs::path(path_) / kManifest).string(); }
+
+CheckpointSource::CheckpointSource(const std::string& directory) : path_(directory) {
+  if (!is_checkpoint(directory)) {
+    throw CorruptFile(directory + ": holds no " + kManifest + ", so it is no checkpoint of this version");
+  }
+  manifest_ = parse_manifest(read_text_file(manifest_path()), manifest_path());
+  check_coverage(manifest_, manifest_path());
+  open_files();
+  for (const auto& [name, tensor] : manifest_.tensors) {
+    const auto bytes = static_cast<size_t>(tensor.num_elements()) * dtype_size(tensor.dtype);
+    tensors_.push_back({name, tensor.shape, safetensors_dtype(tensor.dtype), bytes});
+  }
+}
+
+void CheckpointSource::open_files() {
+  std::map<std::string, size_t> listed;  // pieces per file
+  for (const auto& [name, tensor] : manifest_.tensors) {
+    for (const CheckpointPiece& piece : tensor.pieces) {
+      std::unique_ptr<SafetensorsSource>& file = files_[piece.file];
+      const std::string file_path = (fs::path(path_) / piece.file).string();
+      if (!file && !fs::is_regular_file(file_path)) {
+        throw CorruptFile(manifest_path() + ": tensor " + printable(name) + ": file " + printable(piece.file) +
+                          " is missing");
+      }
+      if (!file) file = std::make_unique<SafetensorsSource>(file_path);
+      check_piece(name, tensor, piece);
+      ++listed[piece.file];
+    }
+  }
+  for (const auto& [file, count] : listed) {
+    if (const size_t held = files_[file]->tensors().size(); held != count) {
+      throw CorruptFile((fs::path(path_) / file).string() + ": holds " + std::to_string(held) + " pieces, but " +
+                        kManifest + " lists " + std::to_string(count));
+    }
+  }
+}
+
+void CheckpointSource::check_piece(const std::string& name, const CheckpointTensor& tensor,
+                                   const CheckpointPiece& piece) const {
+  const SafetensorsSource& file = *files_.at(piece.file);
+  const std::string key = piece_key(name, piece.first);
+  const StoredTensor* stored = file.find(key);
+  if (!stored) throw CorruptFile(tensor_at(file.path(), key) + "is missing");
+  if (stored->shape != std::vector{piece.count} || stored->dtype != safetensors_dtype(tensor.dtype)) {
+    throw CorruptFile(tensor_at(file.path(), key) + "has another shape or dtype than " + kManifest + " says");
+  }
+}
+
+const StoredTensor* CheckpointSource::find(const std::string& name) const {
+  const auto found = std::lower_bound(tensors_.begin(), tensors_.end(), name,
+                                      [](const StoredTensor& tensor, const std::string& n) { return tensor.name < n; });
+  return found != tensors_.end() && found->name == name ? &*found : nullptr;
+}
+
+std::span<const std::byte> CheckpointSource::checked_bytes(const std::string& name,
+                                                           const CheckpointPiece& piece) const {
+  const SafetensorsSource& file = *files_.at(piece.file);
+  const std::string key = piece_key(name, piece.first);
+  const std::span<const std::byte> bytes = file.raw(key);
+  bool& intact = intact_[&piece];
+  if (!intact && crc32_z(0, reinterpret_cast<const Bytef*>(bytes.data()), bytes.size()) != piece.crc32) {
+    throw CorruptFile(tensor_at(file.path(), key) + "is damaged: its crc32 is not the one in " + kManifest);
+  }
+  intact = true;
+  return bytes;
+}
+
+void CheckpointSource::read_range(const std::string& name, int64_t first, int64_t count, float* out) const {
+  const auto found = manifest_.tensors.find(name);
+  if (found == manifest_.tensors.end()) throw InvalidArgument(tensor_at(path_, name) + "is missing");
+  const CheckpointTensor& tensor = found->second;
+  const int64_t elements = tensor.num_elements();
+  if (first < 0 || count < 0 || first > elements || count > elements - first) {
+    throw InvalidArgument(tensor_at(path_, name) + "has no " + std::to_string(count) + " elements from " +
+                          std::to_string(first) + " on, but " + std::to_string(elements));
+  }
+  // The last piece that begins at or before `first`, and those that follow.
+  auto piece = std::upper_bound(tensor.pieces.begin(), tensor.pieces.end(), first,
+                                [](int64_t at, const CheckpointPiece& p) { return at < p.first; });
+  const size_t size = dtype_size(tensor.dtype);
+  for (int64_t done = 0; done < count; ++piece) {
+    const CheckpointPiece& part = *std::prev(piece);
+    const int64_t skip = first + done - part.first, n = std::min(count - done, part.count - skip);
+    const std::span<const std::byte> bytes = checked_bytes(name, part);
+    convert_to_float(bytes.data() + static_cast<size_t>(skip) * size, tensor.dtype, out + done, static_cast<size_t>(n));
+    done += n;
+  }
+}
+
+void CheckpointSource::read(const std::string& name, float* out) const {
+  const StoredTensor* tensor = find(name);
+  read_range(name, 0, tensor ? tensor->num_elements() : 0, out);
+}
+
+}  // namespace coterie

@@ -1,0 +1,47 @@
+// A training checkpoint (checkpoint_directory.h) for reading: any range of any logical tensor, whatever pieces hold it,
+// whatever layout of ranks wrote them. Opening it checks that every logical tensor is covered exactly once and that its
+// pieces lie in their files; a piece's checksum is checked when it is first read. CorruptFile names what is missing,
+// twice there, or damaged. One thread at a time.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/checkpoint_manifest.h"
+#include "io/safetensors.h"
+#include "io/tensor_source.h"
+
+namespace coterie {
+
+class CheckpointSource : public TensorSource {
+ public:
+  explicit CheckpointSource(const std::string& directory);
+
+  static bool is_checkpoint(const std::string& directory);  // whether it holds a manifest.json
+
+  const std::string& path() const override { return path_; }
+  const std::vector<StoredTensor>& tensors() const override { return tensors_; }  // logical, by name
+  const StoredTensor* find(const std::string& name) const override;
+  void read(const std::string& name, float* out) const override;
+
+  // Elements [first, first + count) as fp32. InvalidArgument when there is no such tensor or it has fewer elements.
+  void read_range(const std::string& name, int64_t first, int64_t count, float* out) const;
+
+  const nlohmann::json& state() const { return manifest_.state; }
+  std::string manifest_path() const;
+
+ private:
+  void open_files();
+  void check_piece(const std::string& name, const CheckpointTensor& tensor, const CheckpointPiece& piece) const;
+  std::span<const std::byte> checked_bytes(const std::string& name, const CheckpointPiece& piece) const;
+
+  std::string path_;
+  CheckpointManifest manifest_;
+  std::vector<StoredTensor> tensors_;
+  std::map<std::string, std::unique_ptr<SafetensorsSource>> files_;
+  mutable std::map<const CheckpointPiece*, bool> intact_;  // pieces whose checksum was found right
+};
+
+}  // namespace coterie
