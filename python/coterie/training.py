@@ -148,12 +148,14 @@ def _train_to_end(trainer: Any, train: dict[str, Any], display: Display, log: _L
             display.stepped(step_metrics)
             step = trainer.step_index
             if stop.wanted:
-                raise Interrupted(step, trainer.save_checkpoint())
+                trainer.start_save()
+                raise Interrupted(step, trainer.finish_save())
             if not trainer.finished and _due(step, train["eval_every"]):
                 eval_metrics = _evaluate(trainer, display, log)
             if _due(step, train["save_every"]) or trainer.finished:
-                trainer.save_checkpoint()
+                trainer.start_save()
         eval_metrics = _evaluate(trainer, display, log)
+    trainer.finish_save()
     return {
         "loss": step_metrics.get("loss"),
         "valid_loss": eval_metrics["loss"],

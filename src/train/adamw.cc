@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
+#include "comm/process_group.h"
 #include "kernels/kernel_table.h"
 #include "train/torch_pool.h"
 #include "train/views.h"
@@ -107,15 +109,24 @@ void AdamW::update(const Chunk& chunk, const AdamWFactors& factors) const {
   active_kernels().adamw_row(row);
 }
 
-void AdamW::visit_masters(const std::function<void(const std::string&, const at::Tensor&)>& visit) const {
-  for (size_t i = 0; i < parameters_.size(); ++i) visit(parameters_[i].name, masters_[i]);
-}
-
-void AdamW::visit_moments(const std::function<void(const std::string&, const at::Tensor&)>& visit) const {
+std::vector<StateView> AdamW::state_views() const {
+  std::vector<StateView> views;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    visit(parameters_[i].name + ".exp_avg", exp_avg_[i]);
-    visit(parameters_[i].name + ".exp_avg_sq", exp_avg_sq_[i]);
+    const Parameter& parameter = parameters_[i];
+    StateView view{.name = parameter.name, .shape = parameter.tensor.sizes().vec(), .values = masters_[i]};
+    if (parameter.logical_rows > 0) {
+      view.first_element = parameter.first_row * parameter.tensor.stride(0);
+      view.shape[0] = parameter.logical_rows;
+    }
+    view.writes = !parameter.replicas || parameter.replicas->rank() == 0;
+    views.push_back(view);
+    for (const auto& [kind, moments] : {std::pair("exp_avg", &exp_avg_), {"exp_avg_sq", &exp_avg_sq_}}) {
+      view.name = std::string("optimizer.") + kind + "." + parameter.name;
+      view.values = (*moments)[i];
+      views.push_back(view);
+    }
   }
+  return views;
 }
 
 void AdamW::publish_masters() {

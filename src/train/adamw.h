@@ -6,13 +6,13 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "kernels/kernel_table.h"
 #include "train/language_model.h"
 #include "train/settings.h"
+#include "train/state_view.h"
 
 namespace coterie {
 
@@ -26,10 +26,10 @@ class AdamW {
   // Clips by the global norm, updates, clears the sum. Returns the norm before clipping.
   double step(double learning_rate);
 
-  // Calls visit(name, fp32 tensor) for masters ("<name>"), "<name>.exp_avg" and "<name>.exp_avg_sq",
-  // in a fixed order. Whoever writes to the tensors calls publish_masters() afterwards.
-  void visit_masters(const std::function<void(const std::string&, const at::Tensor&)>& visit) const;
-  void visit_moments(const std::function<void(const std::string&, const at::Tensor&)>& visit) const;
+  // All that this rank holds between steps: per parameter its master under the parameter's own name, then
+  // "optimizer.exp_avg.<name>" and "optimizer.exp_avg_sq.<name>". Whoever writes to the values calls publish_masters()
+  // afterwards.
+  std::vector<StateView> state_views() const;
   void publish_masters();
 
   int64_t num_steps() const { return num_steps_; }

@@ -76,12 +76,15 @@ void check(at::ScalarType dtype, int micro_batches) {
     for (size_t i = 0; i < trained.size(); ++i)
       oracles[i].step(sums[i] / std::sqrt(squares), i == 0 ? s.weight_decay : 0.0, t);
   }
-  size_t i = 0;
-  optimizer.visit_masters([&](const std::string& name, const at::Tensor& master) {
-    EXPECT_LT((master - oracles[i].w).abs().max().item<double>(), 1e-5) << name;
-    EXPECT_TRUE(trained[i].tensor.equal(master.to(trained[i].tensor.scalar_type()))) << name;
-    ++i;
-  });
+  const std::vector<StateView> views = optimizer.state_views();
+  ASSERT_EQ(views.size(), 3 * trained.size());
+  for (size_t i = 0; i < trained.size(); ++i) {
+    const at::Tensor& master = views[3 * i].values;
+    EXPECT_EQ(views[3 * i].name, trained[i].name);
+    EXPECT_LT((master - oracles[i].w).abs().max().item<double>(), 1e-5) << trained[i].name;
+    EXPECT_TRUE(trained[i].tensor.equal(master.to(trained[i].tensor.scalar_type()))) << trained[i].name;
+    EXPECT_LT((views[3 * i + 1].values - oracles[i].m).abs().max().item<double>(), 1e-5) << trained[i].name;
+  }
 }
 
 TEST(AdamW, EqualsTheFormula) {

@@ -1,104 +1,206 @@
 #include "train/checkpoint.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <vector>
+#include <utility>
 
+#include "base/check.h"
+#include "comm/process_group.h"
 #include "coterie/error.h"
-#include "io/atomic_file.h"
-#include "io/safetensors.h"
+#include "io/checkpoint_manifest.h"
+#include "io/checkpoint_source.h"
+#include "io/printable.h"
+#include "train/views.h"
 
 namespace coterie {
 namespace {
 
-namespace fs = std::filesystem;
+using nlohmann::json;
 
-fs::path checkpoints_dir(const std::string& output_dir) { return fs::path(output_dir) / "checkpoints"; }
-
-std::string step_name(int64_t step) {
-  const std::string digits = std::to_string(step);
-  return "step-" + std::string(digits.size() < 8 ? 8 - digits.size() : 0, '0') + digits;
+std::string directory_of(const RunSettings& settings) {
+  return (std::filesystem::path(settings.train.output_dir) / "checkpoints").string();
 }
 
-template <typename Visit>
-void write_tensors(const std::string& path, const Visit& visit) {
-  std::vector<TensorToWrite> tensors;
-  visit([&](const std::string& name, const at::Tensor& tensor) {
-    tensors.push_back({name, tensor.sizes().vec(), DType::kF32, tensor.const_data_ptr()});
-  });
-  write_safetensors(path, tensors);
+// What the data order and the random choices follow from, beside the step.
+json order_of(const RunSettings& settings) {
+  return {{"train.seed", settings.train.seed},
+          {"train.batch_size", settings.train.batch_size},
+          {"data.sequence_length", settings.data.sequence_length}};
 }
 
-template <typename Visit>
-void read_tensors(const std::string& path, const Visit& visit) {
-  const SafetensorsSource source(path);
-  size_t num_read = 0;
-  visit([&](const std::string& name, const at::Tensor& tensor) {
-    const StoredTensor* stored = source.find(name);
-    if (!stored || at::IntArrayRef(stored->shape) != tensor.sizes()) {
-      throw InvalidArgument(path + ": " + name + ": " + (stored ? "has another shape" : "is missing"));
-    }
-    source.read(name, static_cast<float*>(tensor.mutable_data_ptr()));
-    ++num_read;
-  });
-  if (num_read != source.tensors().size()) throw InvalidArgument(path + ": holds tensors of another model");
-}
-
-void remove_old(const fs::path& dir, int64_t keep) {
-  std::vector<fs::path> found;
-  for (const fs::directory_entry& entry : fs::directory_iterator(dir)) {
-    if (entry.is_directory() && entry.path().filename().string().starts_with("step-")) found.push_back(entry.path());
+// Another model or another order of the data would go on with other numbers, silently.
+void check_same_run(const json& state, const std::string& path, const ModelConfig& config,
+                    const RunSettings& settings) {
+  if (state.value("model", json()) != json::parse(config.to_json())) {
+    throw InvalidArgument(path + ": state: model: the checkpoint is of another model configuration");
   }
-  std::sort(found.begin(), found.end());
-  for (size_t i = 0; i + static_cast<size_t>(keep) < found.size(); ++i) fs::remove_all(found[i]);
+  const json order = state.value("order", json::object());
+  const json wanted = order_of(settings);
+  for (const auto& [key, value] : wanted.items()) {
+    const json found = order.is_object() ? order.value(key, json()) : json();
+    if (found != value) {
+      throw InvalidArgument(path + ": state: " + key + ": the checkpoint was made with " +
+                            printable(found.dump(-1, ' ', true)) + ", the run has " + value.dump());
+    }
+  }
+}
+
+TrainState read_state(const json& state, const std::string& path) {
+  const json step = state.value("step", json()), seconds = state.value("train_seconds", json());
+  if (!step.is_number_unsigned()) throw CorruptFile(path + ": state: step: is not a whole number");
+  if (!seconds.is_number()) throw CorruptFile(path + ": state: train_seconds: is not a number");
+  return {step.get<int64_t>(), seconds.get<double>()};
+}
+
+// The elements that this rank answers for, as a manifest.
+CheckpointManifest held_by(const std::vector<StateView>& views, int rank) {
+  CheckpointManifest held;
+  for (const StateView& view : views) {
+    CheckpointTensor& tensor = held.tensors[view.name];
+    tensor.shape = view.shape;
+    if (view.writes && view.values.numel() > 0) {
+      const std::string holder = "rank-" + std::to_string(rank) + ".safetensors";
+      tensor.pieces.push_back({holder, view.first_element, view.values.numel()});
+    }
+  }
+  return held;
+}
+
+// The texts of all ranks, in their order.
+std::vector<std::string> all_gather_text(ProcessGroup& group, const std::string& text, const std::string& label) {
+  std::vector<int64_t> sizes(static_cast<size_t>(group.size()));
+  const auto size = static_cast<int64_t>(text.size());
+  group.all_gather(&size, sizes.data(), sizeof(size), label);
+  const int64_t longest = *std::max_element(sizes.begin(), sizes.end());
+  std::string padded = text, gathered(static_cast<size_t>(longest) * sizes.size(), '\0');
+  padded.resize(static_cast<size_t>(longest));
+  group.all_gather(padded.data(), gathered.data(), longest, label);
+  std::vector<std::string> texts;
+  for (size_t rank = 0; rank < sizes.size(); ++rank) {
+    texts.push_back(gathered.substr(rank * static_cast<size_t>(longest), static_cast<size_t>(sizes[rank])));
+  }
+  return texts;
+}
+
+CheckpointManifest held_by_all(const std::vector<StateView>& views, ProcessGroup* group, const std::string& source) {
+  if (!group) return held_by(views, 0);
+  CheckpointManifest all;
+  const std::string own = manifest_text(held_by(views, group->rank()));
+  for (const std::string& text : all_gather_text(*group, own, "load checkpoint")) {
+    add_pieces(all, parse_manifest(text, source), source);
+  }
+  return all;
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) { return json(shape).dump(); }
+
+// Every logical tensor arrives exactly once, and all that is stored arrives.
+void check_arrival(const CheckpointSource& source, CheckpointManifest wanted) {
+  const std::string& path = source.path();
+  check_coverage(wanted, path + ": of the run's layout");
+  for (const auto& [name, tensor] : wanted.tensors) {
+    const StoredTensor* stored = source.find(name);
+    if (!stored) throw InvalidArgument(path + ": tensor " + printable(name) + ": is missing");
+    if (stored->shape != tensor.shape) {
+      throw InvalidArgument(path + ": tensor " + printable(name) + ": has shape " + shape_text(stored->shape) +
+                            ", the model's is " + shape_text(tensor.shape));
+    }
+  }
+  for (const StoredTensor& stored : source.tensors()) {
+    if (!wanted.tensors.contains(stored.name)) {
+      throw InvalidArgument(path + ": tensor " + printable(stored.name) + ": is in no part of the model");
+    }
+  }
+}
+
+void load_view(const CheckpointSource& source, const StateView& view) {
+  const at::Tensor target = view.values;
+  const at::Tensor read = target.scalar_type() == at::kFloat ? target : at::empty(target.sizes(), at::kFloat);
+  source.read_range(view.name, view.first_element, read.numel(), read.mutable_data_ptr<float>());
+  if (!read.is_same(target)) target.copy_(read);
 }
 
 }  // namespace
 
-std::string save_checkpoint(const std::string& output_dir, const ModelConfig& config, const AdamW& optimizer,
-                            const TrainState& state, int64_t keep) {
-  const fs::path dir = checkpoints_dir(output_dir);
-  const fs::path target = dir / step_name(state.step);
-  const fs::path aside = dir / ("tmp-" + step_name(state.step));
-  fs::remove_all(aside);
-  fs::create_directories(aside);
-  write_tensors((aside / "model.safetensors").string(), [&](auto&& f) { optimizer.visit_masters(f); });
-  write_tensors((aside / "optimizer.safetensors").string(), [&](auto&& f) { optimizer.visit_moments(f); });
-  write_text_file((aside / "config.json").string(), config.to_json());
-  const nlohmann::json json = {{"step", state.step}, {"train_seconds", state.train_seconds}};
-  write_text_file((aside / "state.json").string(), json.dump(2) + "\n");
-  fs::remove_all(target);  // the same step saved again, by a run that was resumed and stopped at once
-  fs::rename(aside, target);
-  sync_directory(dir.string());
-  write_text_file((dir / "latest").string(), target.filename().string() + "\n");
-  remove_old(dir, keep);
-  return target.string();
+struct CheckpointSaver::Snapshot {
+  int64_t step = 0;
+  json state;
+  std::vector<at::Tensor> values;  // copies
+  std::vector<PieceToWrite> pieces;
+
+  void add(const StateView& view) {
+    COTERIE_CHECK(view.values.is_contiguous(), "a view of a checkpoint is contiguous: " + view.name);
+    const int64_t count = view.writes ? view.values.numel() : 0;
+    if (count > 0) values.push_back(view.values.clone());
+    pieces.push_back({view.name, view.shape, dtype_of(view.values), view.first_element, count,
+                      count > 0 ? values.back().const_data_ptr() : nullptr});
+  }
+};
+
+CheckpointSaver::CheckpointSaver(const ModelConfig& config, const RunSettings& settings, ProcessGroup* group)
+    : directory_(directory_of(settings)), config_json_(config.to_json()), settings_(settings), group_(group) {}
+
+CheckpointSaver::~CheckpointSaver() = default;  // the thread is told to stop waiting for others, and joined
+
+void CheckpointSaver::start(const TrainState& state, const std::vector<StateView>& views) {
+  finish();
+  c10::NoGradGuard no_grad;
+  if (!group_ || group_->rank() == 0) directory_.begin(state.step);
+  if (group_) group_->barrier("checkpoint of step " + std::to_string(state.step));
+  Snapshot snapshot{.step = state.step,
+                    .state = {{"step", state.step},
+                              {"train_seconds", state.train_seconds},
+                              {"sequences", state.step * settings_.train.batch_size},
+                              {"order", order_of(settings_)},
+                              {"dtype", settings_.train.dtype},
+                              {"model", json::parse(config_json_)}}};
+  for (const StateView& view : views) snapshot.add(view);
+  done_ = false;
+  thread_ = std::jthread([this, snapshot = std::move(snapshot)](std::stop_token stop) {
+    try {
+      write(snapshot, stop);
+    } catch (...) {
+      failure_ = std::current_exception();
+    }
+    done_ = true;
+  });
 }
 
-std::optional<TrainState> load_latest_checkpoint(const std::string& output_dir, const ModelConfig& config,
-                                                 AdamW& optimizer) {
-  const fs::path dir = checkpoints_dir(output_dir);
-  if (!fs::exists(dir / "latest")) return std::nullopt;
-  std::string name = read_text_file((dir / "latest").string());
-  while (!name.empty() && name.back() == '\n') name.pop_back();
-  const fs::path source = dir / name;
-  const std::string config_path = (source / "config.json").string();
-  if (ModelConfig::from_file(config_path).to_json() != config.to_json()) {
-    throw InvalidArgument(config_path + ": the checkpoint is of another model configuration");
-  }
-  const std::string state_path = (source / "state.json").string();
-  const auto json = nlohmann::json::parse(read_text_file(state_path), nullptr, false);
-  if (!json.is_object() || !json.contains("step") || !json.contains("train_seconds")) {
-    throw CorruptFile(state_path + ": not a training state");
-  }
-  read_tensors((source / "model.safetensors").string(), [&](auto&& f) { optimizer.visit_masters(f); });
-  read_tensors((source / "optimizer.safetensors").string(), [&](auto&& f) { optimizer.visit_moments(f); });
-  optimizer.publish_masters();
-  optimizer.set_num_steps(json["step"].get<int64_t>());
-  return TrainState{json["step"].get<int64_t>(), json["train_seconds"].get<double>()};
+void CheckpointSaver::write(const Snapshot& snapshot, std::stop_token stop) {
+  const int rank = group_ ? group_->rank() : 0;
+  directory_.write_shard(snapshot.step, rank, snapshot.pieces);
+  if (rank != 0) return;
+  last_path_ = directory_.commit(
+      snapshot.step,
+      {.num_ranks = group_ ? group_->size() : 1, .state = snapshot.state, .keep = settings_.train.keep_checkpoints},
+      stop);
+}
+
+void CheckpointSaver::check() {
+  if (!done_) return;
+  if (const std::exception_ptr failure = std::exchange(failure_, nullptr)) std::rethrow_exception(failure);
+}
+
+std::string CheckpointSaver::finish() {
+  if (thread_.joinable()) thread_.join();
+  check();
+  return last_path_;
+}
+
+std::optional<TrainState> load_latest_checkpoint(const ModelConfig& config, const RunSettings& settings,
+                                                 const std::vector<StateView>& views, ProcessGroup* group) {
+  const std::optional<std::string> path = CheckpointDirectory(directory_of(settings)).latest();
+  if (!path) return std::nullopt;
+  c10::NoGradGuard no_grad;
+  const CheckpointSource source(*path);
+  check_same_run(source.state(), source.manifest_path(), config, settings);
+  check_arrival(source, held_by_all(views, group, *path));
+  for (const StateView& view : views) load_view(source, view);
+  return read_state(source.state(), source.manifest_path());
 }
 
 }  // namespace coterie

@@ -1,31 +1,66 @@
-// Training checkpoints: OUTPUT_DIR/checkpoints/step-NNNNNNNN/ with the fp32 master weights
-// (model.safetensors), the moments (optimizer.safetensors), the model's config.json and state.json.
-// A checkpoint is written aside, fsynced and renamed; `latest`, a text file with the newest name, is
-// moved last: whoever dies at any moment leaves a whole checkpoint behind.
+// A run's checkpoints (io/checkpoint_directory.h) of what the optimizer holds: written in the background while training
+// goes on, and read back into any layout of ranks.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
+#include <thread>
+#include <vector>
 
+#include "io/checkpoint_directory.h"
 #include "model/config.h"
-#include "train/adamw.h"
+#include "train/settings.h"
+#include "train/state_view.h"
 
 namespace coterie {
 
-// Where a run stands. Data order and random choices follow from `step` alone.
+class ProcessGroup;
+
+// Where a run stands. Data order and random choices follow from `step` and the settings alone.
 struct TrainState {
   int64_t step = 0;          // finished optimizer steps
   double train_seconds = 0;  // spent in steps, all sittings together
 };
 
-// Returns the checkpoint's path. Keeps the newest `keep` and removes older ones.
-std::string save_checkpoint(const std::string& output_dir, const ModelConfig& config, const AdamW& optimizer,
-                            const TrainState& state, int64_t keep);
+// Saves one checkpoint at a time from a thread of its own. It copies what it saves first, so the tensors may change as
+// soon as start() returns. All methods are called by one thread, start() by all ranks of the group alike; the
+// background threads of the ranks meet in the file system alone, since a group belongs to one thread.
+class CheckpointSaver {
+ public:
+  // The group, null for one rank, outlives the saver.
+  CheckpointSaver(const ModelConfig& config, const RunSettings& settings, ProcessGroup* group = nullptr);
+  ~CheckpointSaver();  // waits; a failure is lost
 
-// Loads the checkpoint that `latest` names into the optimizer and its parameters; nothing when there
-// is none. InvalidArgument or CorruptFile when it is of another model or damaged.
-std::optional<TrainState> load_latest_checkpoint(const std::string& output_dir, const ModelConfig& config,
-                                                 AdamW& optimizer);
+  // Waits for the save before, whose failure it throws.
+  void start(const TrainState& state, const std::vector<StateView>& views);
+  // Throws what the background met, once; doesn't wait.
+  void check();
+  // Waits until what was started is safe, and throws what went wrong. Returns the newest checkpoint's path, on rank 0;
+  // empty on other ranks, which only know of their own part.
+  std::string finish();
+
+ private:
+  struct Snapshot;
+  void write(const Snapshot& snapshot, std::stop_token stop);
+
+  CheckpointDirectory directory_;
+  std::string config_json_;
+  RunSettings settings_;
+  ProcessGroup* group_;
+  std::string last_path_;
+  std::exception_ptr failure_;  // of the thread, set before `done_`
+  std::atomic<bool> done_ = true;
+  std::jthread thread_;  // last: it uses the others
+};
+
+// Loads the newest checkpoint of settings.train.output_dir into the views, whatever layout wrote it; nothing when there
+// is none. Every rank of the group calls it. InvalidArgument when it is of another model, seed or data order, or when
+// the views of all ranks together aren't each of its logical tensors once (naming the tensor); CorruptFile when it is
+// damaged.
+std::optional<TrainState> load_latest_checkpoint(const ModelConfig& config, const RunSettings& settings,
+                                                 const std::vector<StateView>& views, ProcessGroup* group = nullptr);
 
 }  // namespace coterie

@@ -71,7 +71,8 @@ Trainer::Trainer(const ModelConfig& config, const RunSettings& settings)
       train_data_(settings.data.path, "train", settings.data.sequence_length, settings.train.seed),
       valid_data_(settings.data.path, "valid", settings.data.sequence_length, settings.train.seed),
       distiller_(make_distiller(settings_, model_, total_steps_)),
-      optimizer_(model_.parameters(), settings_.train) {
+      optimizer_(model_.parameters(), settings_.train),
+      saver_(config, settings_) {
   if (config.vocab_size < train_data_.tokens().vocab_size()) {
     throw InvalidArgument("model.vocab_size: " + std::to_string(config.vocab_size) + " is below the data's " +
                           std::to_string(train_data_.tokens().vocab_size()) + " (" + settings.data.path + ")");
@@ -84,12 +85,16 @@ Trainer::Trainer(const ModelConfig& config, const RunSettings& settings)
 }
 
 bool Trainer::resume() {
-  const auto state = load_latest_checkpoint(settings_.train.output_dir, model_.config(), optimizer_);
-  if (state) state_ = *state;
-  return state.has_value();
+  const auto state = load_latest_checkpoint(model_.config(), settings_, optimizer_.state_views());
+  if (!state) return false;
+  state_ = *state;
+  optimizer_.publish_masters();
+  optimizer_.set_num_steps(state_.step);
+  return true;
 }
 
 StepMetrics Trainer::step() {
+  saver_.check();
   const auto start = std::chrono::steady_clock::now();
   const int64_t tokens_per_step = settings_.train.batch_size * settings_.data.sequence_length;
   Tally tally(model_.config());
@@ -156,10 +161,8 @@ EvalMetrics Trainer::evaluate() const {
   return metrics;
 }
 
-std::string Trainer::save() const {
-  return save_checkpoint(settings_.train.output_dir, model_.config(), optimizer_, state_,
-                         settings_.train.keep_checkpoints);
-}
+void Trainer::save() { saver_.start(state_, optimizer_.state_views()); }
+std::string Trainer::finish_save() { return saver_.finish(); }
 
 void Trainer::export_model(const std::string& directory) const { export_language_model(model_, directory); }
 

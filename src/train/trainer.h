@@ -45,10 +45,11 @@ class Trainer {
   Trainer(const ModelConfig& config, const RunSettings& settings);
   Trainer(const Trainer&) = delete;  // the optimizer refers to the model
 
-  bool resume();  // from the newest checkpoint in output_dir; false when there is none
-  StepMetrics step();
+  bool resume();       // from the newest checkpoint in output_dir; false when there is none
+  StepMetrics step();  // also throws what went wrong with a save since the last one
   EvalMetrics evaluate() const;
-  std::string save() const;  // the checkpoint's path
+  void save();                // a copy of the state, written while training goes on
+  std::string finish_save();  // waits for it; the newest checkpoint's path, empty without any
   void export_model(const std::string& directory) const;
 
   bool finished() const { return state_.step >= total_steps_; }
@@ -68,6 +69,7 @@ class Trainer {
   std::optional<Distiller> distiller_;  // before the optimizer: it may set the student's first weights
   AdamW optimizer_;
   TrainState state_;
+  CheckpointSaver saver_;
 };
 
 // config.json and model.safetensors in logical names and the parameters' own dtypes.

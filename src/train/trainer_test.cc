@@ -98,6 +98,7 @@ TEST_F(TrainerTest, ResumedRunHasTheSameBits) {
       const std::vector<double> part = run(trainer, until);
       actual.insert(actual.end(), part.begin(), part.end());
       trainer.save();
+      trainer.finish_save();
     }
     EXPECT_EQ(actual, expected) << dtype;
     EXPECT_LT(expected[expected.size() - 3], expected[0]) << "the loss falls";
@@ -198,6 +199,7 @@ TEST_F(TrainerTest, ChoiceBiasFollowsTheLoad) {
   }
   run(trainer, 3);
   trainer.save();
+  trainer.finish_save();
   Trainer resumed(trainer.model().config(), s);
   resumed.resume();
   EXPECT_EQ(bias_of(resumed), bias_of(trainer));
@@ -214,6 +216,7 @@ TEST_F(TrainerTest, KeepsTheNewestCheckpoints) {
     trainer.step();
     trainer.save();
   }
+  EXPECT_EQ(trainer.finish_save(), dir_ / "keep/checkpoints/step-00000004");
   std::set<std::string> names;
   for (const auto& entry : fs::directory_iterator(dir_ / "keep/checkpoints")) names.insert(entry.path().filename());
   EXPECT_EQ(names, (std::set<std::string>{"latest", "step-00000003", "step-00000004"}));
