@@ -144,6 +144,9 @@ def test_an_unfinished_run_exports_its_newest_checkpoint(place: Path):
     )
     exported = coterie(place, "export", "unfinished", "unfinished/export")
     assert exported["architecture"] == "CoterieForCausalLM"
+    coterie(place, "export", "run", "finished_export")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (place / "unfinished/export" / name).read_bytes() == (place / "finished_export" / name).read_bytes()
     evaluated = coterie(place, "eval", "unfinished/export", "--data", "data")
     assert evaluated["loss"] == pytest.approx(summary_of(place)["valid_loss"], abs=1e-3)
 

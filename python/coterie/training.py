@@ -118,17 +118,17 @@ def make_trainer(config: ResolvedConfig) -> Any:
     return _train.Trainer(json.dumps(config.model), json.dumps(config.settings))
 
 
-def export_run(run_dir: Path) -> Path:
-    """The model of a run, exported from its newest checkpoint when the run has not ended yet."""
+def model_of_run(run_dir: Path) -> tuple[Path, Path]:
+    """The directories that hold a run's model and its tokenizer: of the finished model, or else of the newest
+    checkpoint and of the data."""
     model_dir = run_dir / "model"
-    if not (model_dir / "config.json").is_file():
-        settings = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        trainer = make_trainer(ResolvedConfig(str(run_dir), settings.pop("model"), settings))
-        if not trainer.resume():
-            raise ConfigError(f"{run_dir}: has neither a model nor a checkpoint yet")
-        trainer.export(str(model_dir))
-        copy_tokenizer(Path(settings["data"]["path"]), model_dir)
-    return model_dir
+    if (model_dir / "config.json").is_file():
+        return model_dir, model_dir
+    latest = run_dir / "checkpoints" / "latest"
+    if not latest.is_file():
+        raise ConfigError(f"{run_dir}: has neither a model nor a checkpoint yet")
+    settings = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    return latest.parent / latest.read_text(encoding="utf-8").strip(), Path(settings["data"]["path"])
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -87,11 +87,15 @@ std::span<const std::byte> CheckpointSource::checked_bytes(const std::string& na
   const SafetensorsSource& file = *files_.at(piece.file);
   const std::string key = piece_key(name, piece.first);
   const std::span<const std::byte> bytes = file.raw(key);
-  bool& intact = intact_[&piece];
-  if (!intact && crc32_z(0, reinterpret_cast<const Bytef*>(bytes.data()), bytes.size()) != piece.crc32) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (intact_.contains(&piece)) return bytes;
+  }
+  if (crc32_z(0, reinterpret_cast<const Bytef*>(bytes.data()), bytes.size()) != piece.crc32) {
     throw CorruptFile(tensor_at(file.path(), key) + "is damaged: its crc32 is not the one in " + kManifest);
   }
-  intact = true;
+  const std::lock_guard lock(mutex_);
+  intact_.insert(&piece);
   return bytes;
 }
 

@@ -1,11 +1,14 @@
 // A training checkpoint (checkpoint_directory.h) for reading: any range of any logical tensor, whatever pieces hold it,
 // whatever layout of ranks wrote them. Opening it checks that every logical tensor is covered exactly once and that its
 // pieces lie in their files; a piece's checksum is checked when it is first read. CorruptFile names what is missing,
-// twice there, or damaged. One thread at a time.
+// twice there, or damaged.
 #pragma once
 
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -41,7 +44,8 @@ class CheckpointSource : public TensorSource {
   CheckpointManifest manifest_;
   std::vector<StoredTensor> tensors_;
   std::map<std::string, std::unique_ptr<SafetensorsSource>> files_;
-  mutable std::map<const CheckpointPiece*, bool> intact_;  // pieces whose checksum was found right
+  mutable std::mutex mutex_;                         // of intact_
+  mutable std::set<const CheckpointPiece*> intact_;  // pieces whose checksum was found right
 };
 
 }  // namespace coterie

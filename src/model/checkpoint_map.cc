@@ -112,6 +112,7 @@ void LogicalReader::check_surplus() const {
   }
   for (const StoredTensor& stored : source_.tensors()) {
     const auto is_suffix = [&](const std::string& suffix) { return stored.name.ends_with(suffix); };
+    if (!map_.ignored_prefix.empty() && stored.name.starts_with(map_.ignored_prefix)) continue;
     if (used.contains(stored.name) || std::ranges::any_of(map_.ignored_suffixes, is_suffix)) continue;
     throw CorruptFile(source_.path() + ": " + stored.name + ": not a tensor of this model");
   }

@@ -39,6 +39,7 @@ struct CheckpointMap {
   std::vector<MappedTensor> tensors;          // in the order of logical_tensors()
   std::string base_prefix;                    // "transformer.": files of the model without its head leave it out
   std::vector<std::string> ignored_suffixes;  // stored buffers that are no weights
+  std::string ignored_prefix;                 // what else is none; empty: nothing
 };
 
 // A logical name taken apart: "model.layers.3.mlp.up.weight" is layer 3, "mlp.up", "weight".

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <utility>
 
 #include "coterie/error.h"
 #include "io/atomic_file.h"
+#include "io/checkpoint_source.h"
 #include "io/gguf.h"
 #include "io/json.h"
 #include "io/safetensors.h"
@@ -36,6 +38,17 @@ ModelConfig config_of_directory(const std::string& directory) {
   return config;
 }
 
+ModelConfig config_of_checkpoint(const CheckpointSource& checkpoint) {
+  const std::string where = checkpoint.manifest_path() + ": state: model";
+  const auto model = checkpoint.state().find("model");
+  if (model == checkpoint.state().end()) throw CorruptFile(where + ": is missing");
+  return ModelConfig::from_json(model->dump(), where);
+}
+
+bool all_of_bf16(const TensorSource& file) {
+  return std::ranges::all_of(file.tensors(), [](const StoredTensor& tensor) { return tensor.dtype == "BF16"; });
+}
+
 }  // namespace
 
 bool is_gguf_path(const std::string& path) { return path.ends_with(".gguf"); }
@@ -47,12 +60,11 @@ std::unique_ptr<TensorSource> open_tensors(const std::string& path) {
 
 ModelConfig read_model_config(const std::string& path) {
   if (is_gguf_path(path)) return config_from_gguf(GgufSource(path));
+  if (CheckpointSource::is_checkpoint(path)) return config_of_checkpoint(CheckpointSource(path));
   return config_of_directory(path);
 }
 
-bool StoredModel::all_bf16() const {
-  return std::ranges::all_of(file_->tensors(), [](const StoredTensor& tensor) { return tensor.dtype == "BF16"; });
-}
+bool StoredModel::all_bf16() const { return all_bf16_; }
 
 StoredModel::StoredModel(const std::string& path) {
   if (is_gguf_path(path)) {
@@ -60,12 +72,20 @@ StoredModel::StoredModel(const std::string& path) {
     config_ = config_from_gguf(*file);
     view_ = std::make_unique<GgufLlamaSource>(*file, config_);
     file_ = std::move(file);
+  } else if (CheckpointSource::is_checkpoint(path)) {
+    auto file = std::make_unique<CheckpointSource>(path);
+    config_ = config_of_checkpoint(*file);
+    all_bf16_ = file->state().value("dtype", nlohmann::json()) == "bf16";  // the weights lie as fp32 masters
+    file_ = std::move(file);
   } else {
     config_ = config_of_directory(path);
     file_ = std::make_unique<SafetensorsSource>(path);
   }
+  all_bf16_ |= all_of_bf16(*file_);
   const Architecture& architecture = architecture_named(config_.architecture, path);
-  reader_ = std::make_unique<LogicalReader>(view_ ? *view_ : *file_, architecture.checkpoint_map(config_));
+  CheckpointMap map = architecture.checkpoint_map(config_);
+  if (CheckpointSource::is_checkpoint(path)) map.ignored_prefix = "optimizer.";
+  reader_ = std::make_unique<LogicalReader>(view_ ? *view_ : *file_, std::move(map));
 }
 
 }  // namespace coterie

@@ -1,6 +1,6 @@
-// A model as it lies on disk, whatever its format: a directory with config.json and safetensors, or a
-// .gguf file. Opening compares every tensor's name and shape with the configuration; no weight is
-// read yet. InvalidArgument and CorruptFile say what is wrong, and where.
+// A model as it lies on disk, whatever its format: a directory with config.json and safetensors, a
+// training checkpoint, or a .gguf file. Opening compares every tensor's name and shape with the configuration; no
+// weight is read yet. InvalidArgument and CorruptFile say what is wrong, and where.
 #pragma once
 
 #include <memory>
@@ -18,10 +18,11 @@ class StoredModel {
 
   const ModelConfig& config() const { return config_; }
   const LogicalReader& tensors() const { return *reader_; }
-  bool all_bf16() const;  // every tensor of the file
+  bool all_bf16() const;  // every tensor of the file; of a checkpoint: whether bf16 weights were trained
 
  private:
   ModelConfig config_;
+  bool all_bf16_ = false;
   std::unique_ptr<TensorSource> file_;
   std::unique_ptr<TensorSource> view_;  // of a GGUF file, under the names of its architecture
   std::unique_ptr<LogicalReader> reader_;

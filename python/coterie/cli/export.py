@@ -9,7 +9,7 @@ import typer
 
 from coterie.cli.console import JsonOption, human_bytes, print_json, results
 from coterie.data import copy_tokenizer
-from coterie.training import export_run
+from coterie.training import model_of_run
 
 
 def export(
@@ -23,10 +23,11 @@ def export(
     """Write a model as config.json, model.safetensors and its tokenizer, for transformers and other readers."""
     from coterie import _engine
 
+    tokenizer = source
     if (source / "run.json").is_file():
-        source = export_run(source)
+        source, tokenizer = model_of_run(source)
     written = _engine.export_model(str(source), str(out), architecture)
-    copy_tokenizer(source, out)
+    copy_tokenizer(tokenizer, out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     if json:
         print_json({"path": str(out), "architecture": written, "bytes": size})
