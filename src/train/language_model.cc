@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "base/philox.h"
 #include "coterie/error.h"
@@ -31,6 +32,13 @@ bool is_norm(const std::string& name) { return name.find("norm.weight") != std::
 bool keeps_fp32(const std::string& name) {
   return is_norm(name) || is_choice_bias(name) || ends_with(name, ".bias") || ends_with(name, "router.weight") ||
          ends_with(name, "mix.weight");
+}
+
+// "model.layers.3.experts.up.weight" -> 3; -1 when the tensor is not of routed experts.
+int64_t layer_of_experts(const std::string& name) {
+  static const std::string prefix = "model.layers.";
+  if (!name.starts_with(prefix) || name.find(".experts.") == std::string::npos) return -1;
+  return std::stoll(name.substr(prefix.size()));
 }
 
 double initial_std(const std::string& name, const ModelConfig& config) {
@@ -75,16 +83,29 @@ at::ScalarType parameter_type(const std::string& dtype) {
   throw InvalidArgument("dtype: '" + dtype + "' is neither fp32 nor bf16");
 }
 
-LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed) : config_(config) {
+LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, ProcessGroup* world,
+                             const ExpertParallelSettings& parallel)
+    : config_(config) {
   config_.validate("model");
+  if (world) layout_ = ExpertLayout(*world, parallel, config_, static_cast<int64_t>(c10::elementSize(dtype)));
   for (const TensorSpec& spec : logical_tensors(config_)) {
-    at::Tensor tensor = initial_values(spec, config_, seed, parameters_.size());
-    if (!keeps_fp32(spec.name)) tensor = tensor.to(dtype);
     index_[spec.name] = parameters_.size();
-    tensor.set_requires_grad(!is_choice_bias(spec.name));
-    parameters_.push_back({spec.name, tensor, 0, tensor.size(0)});
+    parameters_.push_back(make_parameter(spec, dtype, seed));
   }
   for (int64_t i = 0; i < config_.num_layers(); ++i) layers_.push_back(layer_named(i));
+}
+
+Parameter LanguageModel::make_parameter(const TensorSpec& spec, at::ScalarType dtype, uint64_t seed) const {
+  Parameter parameter{.name = spec.name, .logical_rows = spec.shape[0], .replicas = layout_.world()};
+  at::Tensor values = initial_values(spec, config_, seed, parameters_.size());
+  if (!keeps_fp32(spec.name)) values = values.to(dtype);
+  if (const ExpertRanks* ranks = layout_.layer(layer_of_experts(spec.name))) {
+    parameter.first_row = ranks->first_expert;
+    parameter.replicas = ranks->replicas;
+    values = values.narrow(0, ranks->first_expert, ranks->num_experts).clone();
+  }
+  parameter.tensor = values.set_requires_grad(!is_choice_bias(spec.name));
+  return parameter;
 }
 
 void LanguageModel::load(const TensorSource& source) {
@@ -96,12 +117,14 @@ void LanguageModel::load(const TensorSource& source) {
   for (const Parameter& parameter : parameters_) {
     const StoredTensor* stored = source.find(parameter.name);
     if (!stored) throw InvalidArgument(source.path() + ": " + parameter.name + ": missing");
-    if (parameter.tensor.sizes() != at::IntArrayRef(stored->shape)) {
+    std::vector<int64_t> shape = parameter.tensor.sizes().vec();
+    const int64_t own_rows = std::exchange(shape[0], parameter.logical_rows);
+    if (shape != stored->shape) {
       throw InvalidArgument(source.path() + ": " + parameter.name + ": its shape is not the configuration's");
     }
-    at::Tensor values = at::empty(parameter.tensor.sizes(), at::kFloat);
+    at::Tensor values = at::empty(shape, at::kFloat);
     source.read(parameter.name, values.mutable_data_ptr<float>());
-    at::Tensor(parameter.tensor).copy_(values);
+    at::Tensor(parameter.tensor).copy_(values.narrow(0, parameter.first_row, own_rows));
   }
 }
 
@@ -238,19 +261,37 @@ at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& l
        .key = key,
        .choice_bias_E = layer.choice_bias.defined() ? layer.choice_bias.const_data_ptr<float>() : nullptr});
   result.routings.push_back(chosen.routing);
-  if (options.training) add_router_losses(router, logits, *chosen.routing, options, result);
+  if (options.training) add_router_losses(router, logits, *chosen.routing, index, options, result);
+  const ExpertRanks* ranks = layout_.layer(index);
+  if (ranks && ranks->group) {
+    return experts_of_ranks(x, chosen.expert_ids_TK, chosen.weights_TK, layer.experts, config_.activation,
+                            config_.gated_mlp, *ranks);
+  }
   return experts(x, chosen.expert_ids_TK, chosen.weights_TK, layer.experts, config_.activation, config_.gated_mlp);
 }
 
+std::vector<int64_t> LanguageModel::load_of_all_ranks(const Routing& routing, int64_t index,
+                                                      BalanceChoices choices) const {
+  std::vector<int64_t> count_E;
+  count_choices(routing, choices, count_E);
+  if (ProcessGroup* world = layout_.world()) {
+    world->all_reduce(count_E.data(), routing.num_experts, DType::kI64, ReduceOp::kSum,
+                      "layer " + std::to_string(index) + " load");
+  }
+  return count_E;
+}
+
 void LanguageModel::add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing,
-                                      const ForwardOptions& options, ForwardResult& result) const {
+                                      int64_t index, const ForwardOptions& options, ForwardResult& result) const {
   add_to(result.z_loss, z_loss(logits_TE));
   if (router.chooser == Chooser::kExperts) return;  // their load is even already
   BalanceCounts of_this_pass;
   BalanceCounts& counts = options.balance_counts ? *options.balance_counts : of_this_pass;
   const size_t layer = result.routings.size() - 1;
   if (counts.size() <= layer) counts.resize(layer + 1);
-  count_choices(routing, options.balance_choices, counts[layer]);
+  const std::vector<int64_t> count_E = load_of_all_ranks(routing, index, options.balance_choices);
+  counts[layer].resize(count_E.size());
+  for (size_t e = 0; e < count_E.size(); ++e) counts[layer][e] += count_E[e];
   add_to(result.balance_loss, balance_loss(logits_TE, counts[layer]));
 }
 

@@ -11,14 +11,15 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/tensors.h"
 #include "moe/load.h"
 #include "moe/router.h"
+#include "train/expert_layout.h"
 #include "train/ops.h"
 #include "train/router_losses.h"
 
 namespace coterie {
 
-class ProcessGroup;
 class TensorSource;
 
 // "fp32" or "bf16"; InvalidArgument for another name.
@@ -60,8 +61,14 @@ class LanguageModel {
  public:
   // Initialised as GPT-2 and Megatron do: normal(0, initializer_range), matrices that write to the
   // residual stream scaled by 1/sqrt(2 * layers), biases 0, norms 1. A tensor's values are a pure
-  // function of (seed, its place in the list).
-  LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed);
+  // function of (seed, its place in the list), whatever the layout.
+  //
+  // With a world of several ranks, each of them makes the model, calls forward() and runs backward passes together
+  // with all others, on its own part of the batch, and holds its part of the experts (ExpertLayout). Means over
+  // tokens are over the rank's own: a loss divided by the number of ranks (of equally many tokens each) gives
+  // gradients whose sums over Parameter::replicas are those of the whole batch. `world` outlives the model.
+  LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, ProcessGroup* world = nullptr,
+                const ExpertParallelSettings& parallel = {});
 
   const ModelConfig& config() const { return config_; }
   const std::vector<Parameter>& parameters() const { return parameters_; }
@@ -93,6 +100,7 @@ class LanguageModel {
     Projection mix;
   };
 
+  Parameter make_parameter(const TensorSpec& spec, at::ScalarType dtype, uint64_t seed) const;
   at::Tensor get(const std::string& name) const;  // undefined when absent
   Norm norm_named(const std::string& prefix) const;
   Projection projection_named(const std::string& prefix) const;
@@ -105,10 +113,12 @@ class LanguageModel {
                           const ForwardOptions& options, ForwardResult& result) const;
   at::Tensor routed(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x, int64_t index,
                     const ForwardOptions& options, ForwardResult& result) const;
-  void add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing,
+  void add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing, int64_t index,
                          const ForwardOptions& options, ForwardResult& result) const;
+  std::vector<int64_t> load_of_all_ranks(const Routing& routing, int64_t index, BalanceChoices choices) const;
 
   ModelConfig config_;
+  ExpertLayout layout_;
   std::vector<Parameter> parameters_;
   std::map<std::string, size_t> index_;
   std::vector<Layer> layers_;

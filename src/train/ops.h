@@ -18,6 +18,8 @@
 
 namespace coterie {
 
+struct ExpertRanks;
+
 // x W_ND^T + b_N of x [..., D], in x's type unless another is given. `bias` may be undefined. Python: coterie::linear.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight_ND, const at::Tensor& bias_N,
                   std::optional<at::ScalarType> dtype = std::nullopt);
@@ -58,6 +60,12 @@ struct ExpertTensors {
 };
 at::Tensor experts(const at::Tensor& x_TD, const at::Tensor& expert_ids_TK, const at::Tensor& weights_TK,
                    const ExpertTensors& tensors, Activation activation, bool gated);
+
+// The same for experts that are spread over ranks: `tensors` are those of this rank, `expert_ids_TK` (int64) count over
+// all. Collective over ranks.group, forward and backward; ranks without tokens or choices take part like all
+// others. `ranks` outlives the backward pass.
+at::Tensor experts_of_ranks(const at::Tensor& x_TD, const at::Tensor& expert_ids_TK, const at::Tensor& weights_TK,
+                            const ExpertTensors& tensors, Activation activation, bool gated, const ExpertRanks& ranks);
 
 // The output head with its loss, without ever holding all logits: chunks of tokens run forward and,
 // when a gradient is wanted, backward at once.

@@ -1,0 +1,98 @@
+#include "train/expert_layout.h"
+
+#include <numeric>
+
+#include "coterie/error.h"
+
+namespace coterie {
+namespace {
+
+int64_t checked_degree(int64_t asked, int64_t num_experts, int64_t num_ranks, int64_t layer) {
+  if (asked == ExpertParallelSettings::kAuto) return std::gcd(num_experts, num_ranks);
+  const std::string field = "parallel.expert_parallel: " + std::to_string(asked);
+  if (asked < 1) throw InvalidArgument(field + " is below 1");
+  if (num_ranks % asked != 0) {
+    throw InvalidArgument(field + " does not divide the " + std::to_string(num_ranks) + " ranks");
+  }
+  if (num_experts % asked != 0) {
+    throw InvalidArgument(field + " does not divide the " + std::to_string(num_experts) + " experts of layer " +
+                          std::to_string(layer));
+  }
+  return asked;
+}
+
+// Of a group of neighbours.
+int ranks_per_node(const ExpertParallelSettings& settings, const ProcessGroup& group) {
+  const auto asked = static_cast<int>(settings.ranks_per_node);
+  return asked == 0 || asked > group.size() ? group.size() : asked;
+}
+
+}  // namespace
+
+std::vector<int64_t> expert_parallel_degrees(const ExpertParallelSettings& settings, const ModelConfig& config,
+                                             int64_t num_ranks) {
+  const std::vector<int64_t>& asked = settings.expert_parallel;
+  std::vector<int64_t> degrees, moe_layers;
+  for (int64_t i = 0; i < config.num_layers(); ++i) {
+    if (config.layers[static_cast<size_t>(i)].is_moe()) moe_layers.push_back(i);
+  }
+  if (asked.size() != 1 && asked.size() != moe_layers.size()) {
+    throw InvalidArgument("parallel.expert_parallel: has " + std::to_string(asked.size()) + " entries, the model " +
+                          std::to_string(moe_layers.size()) + " MoE layers");
+  }
+  for (size_t i = 0; i < moe_layers.size(); ++i) {
+    const RouterConfig& router = config.layers[static_cast<size_t>(moe_layers[i])].router;
+    degrees.push_back(checked_degree(asked[asked.size() == 1 ? 0 : i], router.num_experts, num_ranks, moe_layers[i]));
+  }
+  return degrees;
+}
+
+ExpertLayout::ExpertLayout(ProcessGroup& world, const ExpertParallelSettings& settings, const ModelConfig& config,
+                           int64_t element_bytes)
+    : world_(world.size() > 1 ? &world : nullptr) {
+  const std::vector<int64_t> degrees = expert_parallel_degrees(settings, config, world.size());
+  if (!world_) return;
+  size_t next = 0;
+  for (int64_t i = 0; i < config.num_layers(); ++i) {
+    const LayerConfig& layer = config.layers[static_cast<size_t>(i)];
+    if (!layer.is_moe()) continue;
+    layers_.emplace(i, ranks_of(i, layer, degrees[next++], settings, config.hidden_size * element_bytes));
+  }
+}
+
+const ExpertRanks* ExpertLayout::layer(int64_t index) const {
+  const auto found = layers_.find(index);
+  return found == layers_.end() ? nullptr : &found->second;
+}
+
+const ExpertLayout::Groups& ExpertLayout::groups_of(int64_t degree, const ExpertParallelSettings& settings) {
+  const auto [found, is_new] = groups_.try_emplace(degree);
+  Groups& groups = found->second;
+  if (!is_new) return groups;
+  const int rank = world_->rank(), neighbours = static_cast<int>(degree);
+  const std::string name = std::to_string(degree);
+  groups.together = world_->split(rank / neighbours, rank, "ep" + name);
+  groups.replicas = world_->split(rank % neighbours, rank, "replicas of ep" + name);
+  const int per_node = ranks_per_node(settings, *groups.together);
+  const bool measures = settings.all_to_all == AllToAllAlgorithm::kAuto && per_node > 1 && per_node < neighbours;
+  if (measures) groups.links = measure_links(*groups.together, per_node);
+  return groups;
+}
+
+ExpertRanks ExpertLayout::ranks_of(int64_t index, const LayerConfig& layer, int64_t degree,
+                                   const ExpertParallelSettings& settings, int64_t row_bytes) {
+  const Groups& groups = groups_of(degree, settings);
+  const int64_t num_experts = layer.router.num_experts / degree;
+  ExpertRanks ranks{.first_expert = groups.together->rank() * num_experts,
+                    .num_experts = num_experts,
+                    .replicas = groups.replicas->size() > 1 ? groups.replicas.get() : nullptr,
+                    .label = "layer " + std::to_string(index)};
+  if (degree == 1) return ranks;
+  ranks.group = groups.together.get();
+  ranks.exchange =
+      std::make_unique<AllToAll>(*ranks.group, ranks_per_node(settings, *ranks.group), settings.all_to_all,
+                                 groups.links, settings.tokens_per_rank * layer.router.top_k / degree * row_bytes);
+  return ranks;
+}
+
+}  // namespace coterie
