@@ -69,6 +69,8 @@ class LanguageModel {
   // gradients whose sums over Parameter::replicas are those of the whole batch. `world` outlives the model.
   LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, ProcessGroup* world = nullptr,
                 const ExpertParallelSettings& parallel = {});
+  LanguageModel(const LanguageModel&) = delete;  // its groups are not copied
+  LanguageModel(LanguageModel&&) = default;
 
   const ModelConfig& config() const { return config_; }
   const std::vector<Parameter>& parameters() const { return parameters_; }
