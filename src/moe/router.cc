@@ -9,6 +9,7 @@
 #include "kernels/kernel_table.h"
 #include "kernels/parallel_rows.h"
 #include "moe/capacity.h"
+#include "moe/shared_capacity.h"
 #include "moe/top_choices.h"
 
 namespace coterie {
@@ -165,6 +166,20 @@ Routing empty_routing(int64_t T, int64_t E, int64_t K) {
   return routing;
 }
 
+// Which choices are kept.
+void give_places(const RouterConfig& config, const RouteOptions& options, bool experts_choose, Routing& routing,
+                 ThreadPool& pool) {
+  const float factor = options.training ? config.capacity_factor : config.eval_capacity_factor;
+  const int64_t capacity = config.capacity(routing.num_tokens, options.training);
+  if (options.world && factor > 0.0f) {
+    share_places(config, options, experts_choose, routing, pool);
+  } else if (experts_choose) {
+    let_experts_choose(config, capacity, options.key, routing, pool);
+  } else {
+    drop_over_capacity(config, capacity, options.key, routing, pool);
+  }
+}
+
 }  // namespace
 
 Routing route(const RouterConfig& config, const float* logits_TE, int64_t num_tokens, const RouteOptions& options,
@@ -187,12 +202,7 @@ Routing route(const RouterConfig& config, const float* logits_TE, int64_t num_to
       }
     }
   });
-  const int64_t capacity = config.capacity(T, options.training);
-  if (experts_choose) {
-    let_experts_choose(capacity, routing, pool);
-  } else {
-    drop_over_capacity(config.drop_policy, capacity, options.key, routing, pool);
-  }
+  give_places(config, options, experts_choose, routing, pool);
   parallel_rows(T, 2 * K, pool, [&](int64_t t) {
     weigh_choices(config, K, routing.scores_TE.data() + t * E, routing.expert_ids_TK.data() + t * K,
                   routing.kept_TK.data() + t * K, routing.weights_TK.data() + t * K);

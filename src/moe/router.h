@@ -12,6 +12,8 @@
 
 namespace coterie {
 
+class ProcessGroup;
+
 enum class ScoreFunction { kSoftmax, kSigmoid };
 
 // Who chooses while training. kTokens: each token its top_k experts. kExperts: each expert the
@@ -88,6 +90,9 @@ struct RouteOptions {
   bool training = false;  // noise, the experts' choice and capacity_factor apply; else eval_capacity_factor
   RandomKey key = {};     // of every random choice
   const float* choice_bias_E = nullptr;  // null: zeros
+  // Whose tokens share the places of experts with limited capacity; null: these tokens alone have them. Collective,
+  // where capacity is limited.
+  ProcessGroup* world = nullptr;
 };
 
 // Logits that are no numbers still give every token K different experts. The result doesn't depend on

@@ -7,12 +7,14 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
 
 #include "comm/thread_transport.h"
 #include "coterie/error.h"
 #include "train/expert_layout.h"
+#include "train/expert_parallel_json.h"
 #include "train/language_model.h"
 
 namespace coterie {
@@ -214,6 +216,30 @@ TEST(ExpertParallel, RanksWhoseExpertsGetNothing) {
   expect_same_step({.config = config_of(4, 4, 2), .choice_bias = {0, 0, 8, 9}}, 4, {.expert_parallel = {4}});
 }
 
+// Who gets a place is decided among the tokens of all ranks, by every rule; where every rank has all experts, too.
+TEST(ExpertParallel, LimitedCapacity) {
+  for (const DropPolicy policy : {DropPolicy::kRandom, DropPolicy::kPosition, DropPolicy::kProbability}) {
+    for (const int64_t degree : {1, 2, 4}) {
+      Case c{config_of(4, 8, 2)};
+      for (LayerConfig& layer : c.config.layers) {
+        layer.router.capacity_factor = 1.0f;
+        layer.router.drop_policy = policy;
+        layer.router.normalize = true;
+      }
+      const Step one = on_one_rank(c);
+      EXPECT_GT(std::count(one.kept[0].begin(), one.kept[0].end(), 0), 0);
+      expect_same_step(c, 4, {.expert_parallel = {degree}});
+    }
+  }
+}
+
+TEST(ExpertParallel, ExpertsChoose) {
+  Case c{config_of(4, 8, 2)};
+  c.config.layers[0].router.chooser = Chooser::kExperts;
+  c.config.layers[0].router.capacity_factor = 1.0f;
+  expect_same_step(c, 4, {.expert_parallel = {2}});
+}
+
 // What experts return is rounded to bf16 on its way (2^-9 relative), in both layers; gradients likewise, both ways.
 TEST(ExpertParallel, Bf16) {
   const Case c{.config = config_of(4, 4, 2), .dtype = at::kBFloat16};
@@ -246,6 +272,22 @@ TEST(ExpertParallel, RefusesWhatDoesNotDivide) {
   EXPECT_EQ(refusal({8}, 8), "parallel.expert_parallel: 8 does not divide the 4 experts of layer 0");
   EXPECT_EQ(refusal({-1}, 4), "parallel.expert_parallel: -1 is below 1");
   EXPECT_EQ(refusal({1, 2, 4}, 4), "parallel.expert_parallel: has 3 entries, the model 2 MoE layers");
+}
+
+TEST(ExpertParallel, ReadsTheSetting) {
+  EXPECT_EQ(expert_parallel_from_json(R"("auto")"), std::vector<int64_t>{ExpertParallelSettings::kAuto});
+  EXPECT_EQ(expert_parallel_from_json("4"), std::vector<int64_t>{4});
+  EXPECT_EQ(expert_parallel_from_json(R"([2, "auto", 8])"), (std::vector<int64_t>{2, 0, 8}));
+  for (const char* bad : {"0", "-2", "1.5", "[]", "[2, 0]", R"("most")", "null", "[[2]]"}) {
+    try {
+      expert_parallel_from_json(bad);
+      ADD_FAILURE() << bad;
+    } catch (const InvalidArgument& error) {
+      EXPECT_EQ(std::string(error.what()),
+                std::string("parallel.expert_parallel: must be \"auto\", a positive number or a list of these (") +
+                    bad + ")");
+    }
+  }
 }
 
 }  // namespace

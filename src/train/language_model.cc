@@ -255,11 +255,12 @@ at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& l
   const RandomKey key{.seed = options.seed, .step = options.step, .layer = index, .first_token = options.first_token};
   const bool jitter = options.training && router.jitter > 0;
   const at::Tensor logits = linear(jitter ? jittered(x, router.jitter, key) : x, layer.router, at::Tensor());
-  const Routed chosen = route_tokens(
-      router, logits,
-      {.training = options.training,
-       .key = key,
-       .choice_bias_E = layer.choice_bias.defined() ? layer.choice_bias.const_data_ptr<float>() : nullptr});
+  const Routed chosen =
+      route_tokens(router, logits,
+                   {.training = options.training,
+                    .key = key,
+                    .choice_bias_E = layer.choice_bias.defined() ? layer.choice_bias.const_data_ptr<float>() : nullptr,
+                    .world = layout_.world()});
   result.routings.push_back(chosen.routing);
   if (options.training) add_router_losses(router, logits, *chosen.routing, index, options, result);
   const ExpertRanks* ranks = layout_.layer(index);

@@ -68,18 +68,21 @@ void fill(std::vector<To>& values, const at::Tensor& tensor) {
   values.assign(data, data + source.numel());
 }
 
-Result forward_cpu(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
-                   const OptionalTensor& key, bool training) {
-  const RouterConfig config = checked_config(logits, json, choice_bias, key);
-  const at::Tensor logits_TE = logits.contiguous(), bias_E = as_float(choice_bias);
+Result result_of(const RouterConfig& config, const at::Tensor& logits, const RouteOptions& options) {
+  const at::Tensor logits_TE = logits.contiguous();
   const int64_t T = logits.size(0), E = config.num_experts;
-  const Routing routing =
-      route(config, logits_TE.const_data_ptr<float>(), T,
-            {.training = training, .key = key_of(key), .choice_bias_E = float_pointer(bias_E)}, torch_pool());
+  const Routing routing = route(config, logits_TE.const_data_ptr<float>(), T, options, torch_pool());
   return {tensor_of<int64_t>(routing.expert_ids_TK, {T, routing.top_k}),
           tensor_of<float>(routing.weights_TK, {T, routing.top_k}),
           tensor_of<bool>(routing.kept_TK, {T, routing.top_k}), tensor_of<int64_t>(routing.tokens_per_expert_E, {E}),
           tensor_of<float>(routing.scores_TE, {T, E})};
+}
+
+Result forward_cpu(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
+                   const OptionalTensor& key, bool training) {
+  const RouterConfig config = checked_config(logits, json, choice_bias, key);
+  const at::Tensor bias_E = as_float(choice_bias);
+  return result_of(config, logits, {.training = training, .key = key_of(key), .choice_bias_E = float_pointer(bias_E)});
 }
 
 Result forward_meta(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
@@ -126,7 +129,11 @@ struct RouteFunction : torch::autograd::Function<RouteFunction> {
   static variable_list forward(AutogradContext* context, const at::Tensor& logits, const std::string& json,
                                const OptionalTensor& choice_bias, const OptionalTensor& key, bool training) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [expert_ids, weights, kept, counts, scores] = forward_op().call(logits, json, choice_bias, key, training);
+    return keep(context, json, forward_op().call(logits, json, choice_bias, key, training));
+  }
+
+  static variable_list keep(AutogradContext* context, const std::string& json, const Result& result) {
+    const auto& [expert_ids, weights, kept, counts, scores] = result;
     context->save_for_backward({expert_ids, kept, scores});
     context->saved_data["config"] = json;
     context->mark_non_differentiable({expert_ids, kept, counts});
@@ -139,6 +146,21 @@ struct RouteFunction : torch::autograd::Function<RouteFunction> {
     static const auto op = find_op<decltype(backward_cpu)>("coterie::route_backward");
     variable_list gradients(5);
     gradients[0] = op.call(grads[1], saved[0], saved[1], saved[2], context->saved_data["config"].toStringRef());
+    return gradients;
+  }
+};
+
+// The same from C++, where ranks may share the experts' places.
+struct RouteTokensFunction : torch::autograd::Function<RouteTokensFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& logits, const RouterConfig& config,
+                               const RouteOptions& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return RouteFunction::keep(context, router_to_json(config), result_of(config, logits, options));
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    variable_list gradients = RouteFunction::backward(context, grads);
+    gradients.resize(3);  // config and options have none
     return gradients;
   }
 };
@@ -167,14 +189,8 @@ Routing routing_of(const Choices& choices) {
 }  // namespace
 
 Routed route_tokens(const RouterConfig& config, const at::Tensor& logits_TE, const RouteOptions& options) {
-  static const auto op = find_op<decltype(route_without_gradients)>("coterie::route");
-  const RandomKey& key = options.key;
-  const at::Tensor key_tensor = at::tensor(
-      {static_cast<int64_t>(key.seed), static_cast<int64_t>(key.step), key.layer, key.first_token}, at::kLong);
-  OptionalTensor choice_bias;
-  if (options.choice_bias_E)
-    choice_bias = at::from_blob(const_cast<float*>(options.choice_bias_E), {config.num_experts}, at::kFloat);
-  const Choices choices = op.call(logits_TE, router_to_json(config), choice_bias, key_tensor, options.training);
+  const variable_list out = RouteTokensFunction::apply(logits_TE, config, options);
+  const Choices choices{out[0], out[1], out[2], out[3]};
   const auto& [expert_ids, weights, kept, counts] = choices;
   return {weights, expert_ids.masked_fill(kept.logical_not(), -1), std::make_shared<Routing>(routing_of(choices))};
 }
