@@ -95,6 +95,37 @@ def test_training_learns_and_writes_its_log(place: Path):
     assert summary["valid_loss"] == evaluations[-1]["loss"]
 
 
+@pytest.mark.parametrize("launcher, stage", [("mpi", 1), ("torchrun", 2)])
+def test_two_ranks_train_as_one_does(place: Path, launcher: str, stage: int):
+    directory = f"two-{launcher}"
+    options = ("--set", f"train.output_dir={directory}", "--set", f"parallel.zero_stage={stage}")
+    summary = coterie(place, "train", "tiny.toml", "--ranks", 2, "--launcher", launcher, *options)
+    of_one, of_two = read_metrics(place / "run"), read_metrics(place / directory)
+    assert [(row["kind"], row["step"]) for row in of_two] == [(row["kind"], row["step"]) for row in of_one]
+    for one, two in zip(of_one, of_two, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        if one["kind"] == "step":
+            assert two["balance_loss"] == pytest.approx(one["balance_loss"], abs=1e-4)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+            assert sum(two["moe_layers"][0]["tokens_per_expert"]) == BATCH * SEQUENCE
+    assert summary["valid_loss"] == of_two[-1]["loss"]
+    assert (place / directory / "model" / "tokenizer.json").is_file()
+
+
+def test_ranks_resume_and_are_refused_in_one_line(place: Path):
+    options = ("--set", "train.output_dir=ranks", "--ranks", 2)
+    half = STEPS // 2 * BATCH * SEQUENCE
+    schedule = ("--set", f"train.decay_tokens={STEPS * BATCH * SEQUENCE}")
+    coterie(place, "train", "tiny.toml", *options, *schedule, "--set", f"train.tokens={half}")
+    resumed = coterie(place, "train", "tiny.toml", *options, *schedule, "--resume")
+    assert resumed["step"] == STEPS
+    assert resumed["valid_loss"] == pytest.approx(summary_of(place)["valid_loss"], abs=1e-4)
+    done = subprocess.run(command("train", "tiny.toml", "--ranks", 3), cwd=place, capture_output=True, text=True)
+    assert done.returncode == 2
+    message = "batch_size / gradient_accumulation_steps, 4, is not divisible by 3 ranks (4)"
+    assert done.stderr == f"coterie: tiny.toml: train.batch_size: {message}\n"
+
+
 def test_a_finished_directory_is_not_overwritten(place: Path):
     done = subprocess.run(command("train", "tiny.toml"), cwd=place, capture_output=True, text=True)
     assert done.returncode == 2

@@ -35,7 +35,7 @@ def _key(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[Any, ...] | None = None,
 ) -> Any:
     """A key of a section: its default (none: the key is required) and the values it may have."""
     limits = {"least": least, "above": above, "below": below, "choices": choices}
@@ -140,6 +140,15 @@ class TrainSection:
 
 
 @dataclass
+class ParallelSection:
+    """[parallel]: how the work is spread over ranks."""
+
+    zero_stage: int = _key(1, choices=(0, 1, 2))
+    reduce_bucket_size: int = _key(4_194_304, least=1)
+    timeout_s: float = _key(600.0, above=0)
+
+
+@dataclass
 class DistillSection:
     """[distill]: the teacher, and for how long the student listens to it."""
 
@@ -159,10 +168,18 @@ class Config:
     model: ModelSection
     data: DataSection
     train: TrainSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     distill: DistillSection | None = None
 
     def error(self, key: str, message: str, value: Any) -> ConfigError:
         return _error(self.source, key, message, value)
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuses a number of ranks that can't share the batches equally."""
+        sequences = self.train.batch_size // self.train.gradient_accumulation_steps
+        if sequences % ranks:
+            message = f"batch_size / gradient_accumulation_steps, {sequences}, is not divisible by {ranks} ranks"
+            raise self.error("train.batch_size", message, self.train.batch_size)
 
     def resolve(self) -> ResolvedConfig:
         """What the trainer is started with; looks into the data directory and the teacher's.
@@ -188,6 +205,7 @@ class Config:
         settings = {
             "data": dataclasses.asdict(self.data),
             "train": dataclasses.asdict(self.train),
+            "parallel": dataclasses.asdict(self.parallel),
             "distill": dataclasses.asdict(self.distill) if self.distill else None,
         }
         return ResolvedConfig(self.source, model, settings)
@@ -218,7 +236,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Parameters
     ----------
     path : str or Path
-        A TOML file with the sections [model], [data], [train] and, to distill, [distill].
+        A TOML file with the sections [model], [data], [train], perhaps [parallel] and, to distill, [distill].
     overrides : list of str
         `section.key=value`, the value in TOML; text that is not TOML stands for itself, so that
         paths need no second pair of quotes. Applied in order, before the checks.
@@ -237,7 +255,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(table, override)
-    sections = {"model": ModelSection, "data": DataSection, "train": TrainSection, "distill": DistillSection}
+    sections = {
+        "model": ModelSection,
+        "data": DataSection,
+        "train": TrainSection,
+        "parallel": ParallelSection,
+        "distill": DistillSection,
+    }
     for name, value in table.items():
         if name not in sections:
             raise _unknown_key(source, "", name, value, list(sections))
@@ -391,7 +415,7 @@ def _check_limits(item: Any, limits: Any, source: str, where: str, value: Any) -
         ("choices", lambda limit: item in limit, "must be one of"),
     ):
         if name in limits and not holds(limits[name]):
-            limit = ", ".join(limits[name]) if name == "choices" else limits[name]
+            limit = ", ".join(map(str, limits[name])) if name == "choices" else limits[name]
             raise _error(source, where, f"{words} {limit}", value)
 
 

@@ -22,10 +22,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
+from coterie import distributed
 from coterie.config import ConfigError, ResolvedConfig
 from coterie.data import copy_tokenizer
+
+if TYPE_CHECKING:
+    from coterie._train import ProcessGroup
 
 
 class MissingPackageError(RuntimeError):
@@ -52,14 +58,16 @@ class Interrupted(Exception):
 
 
 def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[str, Any]:
-    """Trains to the end, or until Ctrl-C.
+    """Trains to the end, or until Ctrl-C; as one of several ranks where somebody has launched them.
+
+    All ranks train, the first one alone speaks and writes.
 
     Parameters
     ----------
     config : ResolvedConfig
         From `coterie.config.load(...).resolve()`.
     display : Display
-        Told of every step and evaluation.
+        Told of every step and evaluation, on the first rank.
     resume : bool
         Continue from the newest checkpoint in the output directory; without one, start anew.
 
@@ -67,7 +75,7 @@ def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[
     -------
     dict
         step, tokens, train_seconds, tokens_per_s, loss (of the last step), valid_loss,
-        valid_loss_per_byte, model (the exported directory).
+        valid_loss_per_byte, model (the exported directory); the same on all ranks but for the seconds.
 
     Raises
     ------
@@ -75,23 +83,48 @@ def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[
         After Ctrl-C, when the checkpoint is written.
     ConfigError
         When the output directory holds a run already and `resume` is not asked for.
+    InvalidArgument
+        When the ranks can't share the batches, or were told different things.
+    CommError
+        When another rank is lost.
     """
+    here = distributed.this_rank()
+    if here.size == 1:
+        return _run(config, display, resume, None)
+    load_torch()
+    with distributed.process_group(config.settings["parallel"]["timeout_s"]) as group:
+        told = {"model": config.model, **config.settings, "resume": resume}
+        distributed.require_same(group, json.dumps(told), "configuration")
+        try:
+            return _run(config, display, resume, group)
+        except Interrupted as interruption:  # on all ranks: a good end
+            stopped = interruption
+    if here.rank > 0:
+        raise SystemExit(130)
+    raise stopped
+
+
+def _run(config: ResolvedConfig, display: Display, resume: bool, group: ProcessGroup | None) -> dict[str, Any]:
     train = config.settings["train"]
     output_dir = config.output_dir
     if not resume and (output_dir / "checkpoints").exists():
         message = "holds a run already: pass --resume, or choose another directory"
         raise ConfigError(f'{config.source}: train.output_dir: {message} ("{output_dir}")')
-    trainer = make_trainer(config)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    first_rank = group is None or group.rank == 0
+    trainer = make_trainer(config, group)
     if resume:
         trainer.resume()
-    _write_json(output_dir / "run.json", {"model": config.model, **config.settings})
-    display.started(trainer.step_index, trainer.total_steps)
-    with _Log(output_dir, trainer, train["tensorboard"]) as log:
-        last = _train_to_end(trainer, train, display, log)
     model_dir = output_dir / "model"
-    trainer.export(str(model_dir))
-    copy_tokenizer(Path(config.settings["data"]["path"]), model_dir)
+    if first_rank:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(output_dir / "run.json", {"model": config.model, **config.settings})
+        display.started(trainer.step_index, trainer.total_steps)
+        with _Log(output_dir, trainer, train["tensorboard"]) as log:
+            last = _train_to_end(trainer, train, _Written(display, log), group)
+        trainer.export(str(model_dir))
+        copy_tokenizer(Path(config.settings["data"]["path"]), model_dir)
+    else:
+        last = _train_to_end(trainer, train, _Silent(), group)
     tokens = trainer.step_index * train["batch_size"] * config.settings["data"]["sequence_length"]
     return {
         "step": trainer.step_index,
@@ -103,8 +136,20 @@ def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[
     }
 
 
-def make_trainer(config: ResolvedConfig) -> Any:
-    """A `coterie._train.Trainer`; torch is loaded first, since the extension uses its libraries."""
+def make_trainer(config: ResolvedConfig, group: ProcessGroup | None = None) -> Any:
+    """A `coterie._train.Trainer`, of this process alone or of one of the ranks of a group."""
+    load_torch()
+    from coterie import _train
+
+    settings = config.settings
+    if group and settings["train"]["threads"] == 0:
+        threads = distributed.threads_per_rank(distributed.this_rank().local_size)
+        settings = {**settings, "train": {**settings["train"], "threads": threads}}
+    return _train.Trainer(json.dumps(config.model), json.dumps(settings), group)
+
+
+def load_torch() -> None:
+    """Before the extension, which uses torch's libraries."""
     # torch's OpenMP threads spin for long between two pieces of work by default. When anything else wants a
     # processor, they spin against each other for the rest: a step then takes five times as long.
     # A spin of at most about a millisecond bounds that. Read when torch is loaded; whoever has set it keeps it.
@@ -113,9 +158,6 @@ def make_trainer(config: ResolvedConfig) -> Any:
         import torch  # noqa: F401
     except ImportError:
         raise MissingPackageError("training needs PyTorch: pip install 'coterie[train]'") from None
-    from coterie import _train
-
-    return _train.Trainer(json.dumps(config.model), json.dumps(config.settings))
 
 
 def model_of_run(run_dir: Path) -> tuple[Path, Path]:
@@ -137,24 +179,47 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-def _train_to_end(trainer: Any, train: dict[str, Any], display: Display, log: _Log) -> dict[str, Any]:
+class _Silent:
+    """The display of a rank that isn't the first."""
+
+    def stepped(self, metrics: dict[str, Any]) -> None: ...
+
+    def evaluated(self, metrics: dict[str, Any]) -> None: ...
+
+
+class _Written(_Silent):
+    """A display whose metrics are logged, too."""
+
+    def __init__(self, display: Display, log: _Log) -> None:
+        self._display = display
+        self._log = log
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        self._log.write("step", metrics)
+        self._display.stepped(metrics)
+
+    def evaluated(self, metrics: dict[str, Any]) -> None:
+        self._log.write("eval", metrics)
+        self._display.evaluated(metrics)
+
+
+def _train_to_end(trainer: Any, train: dict[str, Any], display: _Silent, group: ProcessGroup | None) -> dict[str, Any]:
     step_metrics: dict[str, Any] = {}
     eval_metrics: dict[str, Any] = {}
     with _ctrl_c_after_the_step() as stop:
         while not trainer.finished:
             step_metrics = trainer.step()
             step_metrics["train_seconds"] = trainer.train_seconds
-            log.write("step", step_metrics)
             display.stepped(step_metrics)
             step = trainer.step_index
-            if stop.wanted:
+            if _any_rank(stop.wanted, group):
                 trainer.start_save()
                 raise Interrupted(step, trainer.finish_save())
             if not trainer.finished and _due(step, train["eval_every"]):
-                eval_metrics = _evaluate(trainer, display, log)
+                eval_metrics = _evaluate(trainer, display)
             if _due(step, train["save_every"]) or trainer.finished:
                 trainer.start_save()
-        eval_metrics = _evaluate(trainer, display, log)
+        eval_metrics = _evaluate(trainer, display)
     trainer.finish_save()
     return {
         "loss": step_metrics.get("loss"),
@@ -163,10 +228,18 @@ def _train_to_end(trainer: Any, train: dict[str, Any], display: Display, log: _L
     }
 
 
-def _evaluate(trainer: Any, display: Display, log: _Log) -> dict[str, Any]:
+def _any_rank(wanted: bool, group: ProcessGroup | None) -> bool:
+    """Ranks stop after the same step, whichever of them Ctrl-C has reached, and when."""
+    if group is None:
+        return wanted
+    flag = np.array([wanted], np.int64)
+    group.all_reduce(flag, "max", "stop")
+    return bool(flag[0])
+
+
+def _evaluate(trainer: Any, display: _Silent) -> dict[str, Any]:
     metrics = trainer.evaluate()
     metrics["train_seconds"] = trainer.train_seconds
-    log.write("eval", metrics)
     display.evaluated(metrics)
     return metrics
 

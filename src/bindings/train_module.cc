@@ -179,12 +179,13 @@ NB_MODULE(_train, m) {
   nb::class_<Trainer>(m, "Trainer")
       .def(
           "__init__",
-          [](Trainer* self, const std::string& model_config_json, const std::string& settings_json) {
-            new (self)
-                Trainer(ModelConfig::from_json(model_config_json, "model"), RunSettings::from_json(settings_json));
+          [](Trainer* self, const std::string& model_config_json, const std::string& settings_json,
+             ProcessGroup* world) {
+            new (self) Trainer(ModelConfig::from_json(model_config_json, "model"),
+                               RunSettings::from_json(settings_json), world);
           },
-          "model_config_json"_a, "settings_json"_a)
-      .def("resume", &Trainer::resume)
+          "model_config_json"_a, "settings_json"_a, "world"_a.none() = nb::none(), nb::keep_alive<1, 4>())
+      .def("resume", &Trainer::resume, nb::call_guard<nb::gil_scoped_release>())
       .def("step", &step)
       .def("evaluate", &evaluate)
       .def("start_save", &Trainer::save, nb::call_guard<nb::gil_scoped_release>())

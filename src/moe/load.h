@@ -2,7 +2,9 @@
 // choice. Legend as in moe/router.h.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "moe/router.h"
@@ -27,6 +29,8 @@ class LoadCounter {
   LoadStats stats() const;
 
   const std::vector<int64_t>& chosen_E() const { return chosen_E_; }  // before dropping
+  // The counts themselves, for sums over ranks.
+  std::array<std::span<int64_t>, 2> counts() { return {chosen_E_, kept_E_}; }
   int64_t num_chosen() const;
   int64_t num_kept() const;
 

@@ -107,6 +107,18 @@ TrainSettings parse_train(const Json& root) {
   return train;
 }
 
+ParallelSettings parse_parallel(const Json& root) {
+  ParallelSettings parallel;
+  Section section(root, "parallel");
+  section.take("zero_stage", parallel.zero_stage);
+  section.take("reduce_bucket_size", parallel.reduce_bucket_size);
+  section.ignore("timeout_s");
+  section.finish();
+  section.check(parallel.zero_stage >= 0 && parallel.zero_stage <= 2, "zero_stage", "must be 0, 1 or 2");
+  section.check(parallel.reduce_bucket_size > 0, "reduce_bucket_size", "must be positive");
+  return parallel;
+}
+
 DistillSettings parse_distill(const Json& root) {
   DistillSettings distill;
   Section section(root, "distill");
@@ -140,7 +152,7 @@ int64_t DistillSettings::stop_step(int64_t total_steps) const {
 RunSettings RunSettings::from_json(const std::string& text) {
   const Json root = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!root.is_object()) throw InvalidArgument("settings: not a JSON object");
-  RunSettings settings{parse_data(root), parse_train(root), std::nullopt};
+  RunSettings settings{parse_data(root), parse_train(root), parse_parallel(root), std::nullopt};
   if (root.contains("distill") && !root["distill"].is_null()) settings.distill = parse_distill(root);
   return settings;
 }

@@ -1,6 +1,6 @@
 // What a training run is told, as one JSON object that the command has resolved from a TOML file
 // (docs/configuration.md lists the keys with their defaults): {"data": {...}, "train": {...},
-// "distill": {...} or null}. Every key must be there; unknown keys are errors.
+// "parallel": {...}, "distill": {...} or null}. Every key must be there; unknown keys are errors.
 #pragma once
 
 #include <cstdint>
@@ -56,9 +56,16 @@ struct DistillSettings {
   int64_t stop_step(int64_t total_steps) const;
 };
 
+// How the work is spread over ranks (zero_optimizer.h).
+struct ParallelSettings {
+  int64_t zero_stage = 1;
+  int64_t reduce_bucket_size = 4 << 20;  // elements; a larger parameter has a bucket to itself
+};
+
 struct RunSettings {
   DataSettings data;
   TrainSettings train;
+  ParallelSettings parallel;
   std::optional<DistillSettings> distill;
 
   static RunSettings from_json(const std::string& text);  // InvalidArgument names the key and the value

@@ -6,10 +6,14 @@
 #include <malloc.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <filesystem>
+#include <span>
+#include <tuple>
 
 #include "base/thread_pool.h"
+#include "comm/small_sums.h"
 #include "coterie/error.h"
 #include "io/safetensors.h"
 
@@ -53,6 +57,16 @@ struct Trainer::Tally {
   std::vector<LoadCounter> loads;  // per MoE layer
   BalanceCounts balance_counts;
 
+  // Makes sums over micro-batches of this rank those of all ranks.
+  void sum_over(ProcessGroup* world) {
+    std::array<double, 3> losses = {metrics.loss, metrics.balance_loss, metrics.kl_loss};
+    sum_over_ranks(world, losses, "losses");
+    std::tie(metrics.loss, metrics.balance_loss, metrics.kl_loss) = std::tuple_cat(losses);
+    std::vector<std::span<int64_t>> counts;
+    for (LoadCounter& load : loads) counts.insert(counts.end(), {load.counts()[0], load.counts()[1]});
+    sum_over_ranks(world, counts, "loads");
+  }
+
   void finish() {
     int64_t chosen = 0, kept = 0;
     for (const LoadCounter& load : loads) {
@@ -64,15 +78,21 @@ struct Trainer::Tally {
   }
 };
 
-Trainer::Trainer(const ModelConfig& config, const RunSettings& settings)
+Trainer::Trainer(const ModelConfig& config, const RunSettings& settings, ProcessGroup* world)
     : settings_(prepared(settings)),
+      world_(world && world->size() > 1 ? world : nullptr),
       total_steps_(settings.train.total_steps(settings.data.sequence_length)),
-      model_(config, parameter_type(settings.train.dtype), settings.train.seed),
+      model_(config, parameter_type(settings.train.dtype), settings.train.seed, world_, {.expert_parallel = {1}}),
       train_data_(settings.data.path, "train", settings.data.sequence_length, settings.train.seed),
       valid_data_(settings.data.path, "valid", settings.data.sequence_length, settings.train.seed),
       distiller_(make_distiller(settings_, model_, total_steps_)),
-      optimizer_(model_.parameters(), settings_.train),
-      saver_(config, settings_) {
+      optimizer_(model_.parameters(), settings_.train, settings_.parallel, world_),
+      saver_(config, settings_, world_) {
+  const int64_t sequences = settings.train.batch_size / settings.train.gradient_accumulation_steps;
+  if (sequences % ranks() != 0) {
+    throw InvalidArgument("train.batch_size: batch_size / gradient_accumulation_steps (" + std::to_string(sequences) +
+                          ") is not divisible by the number of ranks (" + std::to_string(ranks()) + ")");
+  }
   if (config.vocab_size < train_data_.tokens().vocab_size()) {
     throw InvalidArgument("model.vocab_size: " + std::to_string(config.vocab_size) + " is below the data's " +
                           std::to_string(train_data_.tokens().vocab_size()) + " (" + settings.data.path + ")");
@@ -85,7 +105,7 @@ Trainer::Trainer(const ModelConfig& config, const RunSettings& settings)
 }
 
 bool Trainer::resume() {
-  const auto state = load_latest_checkpoint(model_.config(), settings_, optimizer_.state_views());
+  const auto state = load_latest_checkpoint(model_.config(), settings_, optimizer_.state_views(), world_);
   if (!state) return false;
   state_ = *state;
   optimizer_.publish_masters();
@@ -100,6 +120,7 @@ StepMetrics Trainer::step() {
   Tally tally(model_.config());
   for (int64_t i = 0; i < settings_.train.gradient_accumulation_steps; ++i) micro_batch(i, tally);
   StepMetrics& metrics = tally.metrics;
+  tally.sum_over(world_);
   tally.finish();
   metrics.tokens = (state_.step + 1) * tokens_per_step;
   metrics.learning_rate = learning_rate_at(settings_.train, metrics.tokens);
@@ -111,17 +132,22 @@ StepMetrics Trainer::step() {
   return metrics;
 }
 
+int64_t Trainer::pass_sequences() const {
+  return settings_.train.batch_size / settings_.train.gradient_accumulation_steps / ranks();
+}
+
 void Trainer::micro_batch(int64_t index, Tally& tally) {
   const TrainSettings& train = settings_.train;
-  const int64_t count = train.batch_size / train.gradient_accumulation_steps;
-  const at::Tensor windows = train_data_.training_batch(state_.step * train.batch_size + index * count, count);
+  const int64_t count = pass_sequences();
+  const int64_t first = (index * ranks() + rank()) * count;  // sequence of the step
+  const at::Tensor windows = train_data_.training_batch(state_.step * train.batch_size + first, count);
   const at::Tensor inputs = inputs_of(windows);
   const bool whole_batch = train.balance_loss_scope == "global_batch";
   const ForwardResult result =
       model_.forward(inputs, {.training = true,
                               .seed = train.seed,
                               .step = static_cast<uint64_t>(state_.step),
-                              .first_token = index * inputs.numel(),
+                              .first_token = first * settings_.data.sequence_length,
                               .balance_choices = train.balance_loss_choices,
                               .balance_counts = whole_batch ? &tally.balance_counts : nullptr});
   const auto teacher = distiller_ ? distiller_->signal(inputs, state_.step) : std::nullopt;
@@ -129,7 +155,7 @@ void Trainer::micro_batch(int64_t index, Tally& tally) {
   at::Tensor loss = head.loss;
   if (result.balance_loss.defined()) loss = loss + train.balance_loss * result.balance_loss;
   if (result.z_loss.defined()) loss = loss + train.z_loss * result.z_loss;
-  const double share = 1.0 / static_cast<double>(train.gradient_accumulation_steps);
+  const double share = 1.0 / static_cast<double>(train.gradient_accumulation_steps * ranks());
   (loss * share).backward();
   optimizer_.accumulate_gradients();
   tally.metrics.loss += share * head.cross_entropy;
@@ -145,15 +171,19 @@ EvalMetrics Trainer::evaluate() const {
   if (settings_.train.eval_tokens > 0) {
     num_windows = std::clamp<int64_t>(settings_.train.eval_tokens / length, 1, num_windows);
   }
-  const int64_t batch = settings_.train.batch_size / settings_.train.gradient_accumulation_steps;
+  const int64_t batch = pass_sequences();
   double sum = 0;
-  for (int64_t first = 0; first < num_windows; first += batch) {
-    const at::Tensor windows = valid_data_.windows(first, std::min(batch, num_windows - first));
+  for (int64_t round = 0; round < num_windows; round += batch * ranks()) {
+    // Every rank has as many passes as the others: one without windows sees the last one again, and doesn't count it.
+    const int64_t first = round + rank() * batch;
+    const int64_t count = std::min(batch, num_windows - first);
+    const at::Tensor windows = count > 0 ? valid_data_.windows(first, count) : valid_data_.windows(num_windows - 1, 1);
     const ForwardResult result = model_.forward(inputs_of(windows), {.training = false});
     const at::Tensor targets = targets_of(windows);
-    sum += head_loss(result.hidden_TD, model_.head(), targets, nullptr).cross_entropy *
-           static_cast<double>(targets.size(0));
+    const double loss = head_loss(result.hidden_TD, model_.head(), targets, nullptr).cross_entropy;
+    if (count > 0) sum += loss * static_cast<double>(targets.size(0));
   }
+  sum_over_ranks(world_, {&sum, 1}, "validation loss");
   EvalMetrics metrics{.tokens = num_windows * length, .loss = sum / static_cast<double>(num_windows * length)};
   const PackedTokens& tokens = valid_data_.tokens();
   metrics.loss_per_byte =

@@ -3,6 +3,11 @@
 //
 // Reproducible: with equal settings and threads every step has the same bits, also when the run was
 // stopped and resumed anywhere. One thread at a time; torch's thread count is set process-wide.
+//
+// With several ranks each has a Trainer of equal settings and calls the same of its functions that are marked
+// collective, in the same order. A rank takes its stretch of the sequences of every micro-batch; what step() and
+// evaluate() return is of whole batches, the same on all ranks but for the seconds. Places of limited capacity are
+// counted per rank.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +16,14 @@
 #include <string>
 #include <vector>
 
+#include "comm/process_group.h"
 #include "moe/load.h"
-#include "train/adamw.h"
 #include "train/checkpoint.h"
 #include "train/distiller.h"
 #include "train/language_model.h"
 #include "train/packed_dataset.h"
 #include "train/settings.h"
+#include "train/zero_optimizer.h"
 
 namespace coterie {
 
@@ -42,14 +48,16 @@ struct EvalMetrics {
 
 class Trainer {
  public:
-  Trainer(const ModelConfig& config, const RunSettings& settings);
+  // `world`: all ranks of the run, which outlives the trainer; null: this one alone. InvalidArgument when the
+  // micro-batches can't be shared equally, or the data don't fit the model.
+  Trainer(const ModelConfig& config, const RunSettings& settings, ProcessGroup* world = nullptr);
   Trainer(const Trainer&) = delete;  // the optimizer refers to the model
 
-  bool resume();       // from the newest checkpoint in output_dir; false when there is none
-  StepMetrics step();  // also throws what went wrong with a save since the last one
-  EvalMetrics evaluate() const;
-  void save();                // a copy of the state, written while training goes on
-  std::string finish_save();  // waits for it; the newest checkpoint's path, empty without any
+  bool resume();                 // collective; from the newest checkpoint in output_dir; false when there is none
+  StepMetrics step();            // collective; also throws what went wrong with a save since the last one
+  EvalMetrics evaluate() const;  // collective
+  void save();                   // collective; a copy of the state, written while training goes on
+  std::string finish_save();     // waits for it; the newest checkpoint's path on rank 0, empty without any
   void export_model(const std::string& directory) const;
 
   bool finished() const { return state_.step >= total_steps_; }
@@ -59,15 +67,19 @@ class Trainer {
 
  private:
   struct Tally;  // sums over the micro-batches of one step
+  int64_t ranks() const { return world_ ? world_->size() : 1; }
+  int64_t rank() const { return world_ ? world_->rank() : 0; }
+  int64_t pass_sequences() const;  // that go through this rank's model at once
   void micro_batch(int64_t index, Tally& tally);
 
   RunSettings settings_;
+  ProcessGroup* world_;  // null: one rank
   int64_t total_steps_;
   LanguageModel model_;
   PackedDataset train_data_;
   PackedDataset valid_data_;
   std::optional<Distiller> distiller_;  // before the optimizer: it may set the student's first weights
-  AdamW optimizer_;
+  ZeroOptimizer optimizer_;
   TrainState state_;
   CheckpointSaver saver_;
 };

@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from coterie import config as configuration
-from coterie import training
+from coterie import distributed, training
 from coterie.cli.console import JsonOption, notes, print_json, results
 from coterie.config import Config
 
@@ -21,8 +21,21 @@ SetOption = Annotated[
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")]
 
 
+RanksOption = Annotated[
+    int | None, typer.Option("--ranks", metavar="N", help="Train as N processes on this machine, each with its share.")
+]
+LauncherOption = Annotated[
+    str, typer.Option("--launcher", metavar="|".join(distributed.LAUNCHERS), help="What starts the ranks.")
+]
+
+
 def train(
-    config: ConfigArgument, set: SetOption = None, resume: ResumeOption = False, json: JsonOption = False
+    config: ConfigArgument,
+    set: SetOption = None,
+    resume: ResumeOption = False,
+    ranks: RanksOption = None,
+    launcher: LauncherOption = "auto",
+    json: JsonOption = False,
 ) -> None:
     """Train a model and export it to OUTPUT_DIR/model.
 
@@ -31,13 +44,25 @@ def train(
     read = configuration.load(config, set or [])
     if read.distill:
         raise configuration.ConfigError(f"{config}: distill: this section is for `coterie distill`")
-    run(read, resume, json)
+    here = distributed.this_rank()
+    read.check_ranks(ranks or here.size)
+    if here.launcher and ranks not in (None, here.size):
+        raise distributed.LaunchError(f"--ranks: {ranks}, but {here.launcher} has started {here.size}")
+    if here.launcher or ranks in (None, 1):
+        run(read, resume, json)
+        return
+    read.resolve()  # what is wrong with the input is said once
+    arguments = ["-m", "coterie", "train", str(config), *(f"--set={override}" for override in set or [])]
+    arguments += ["--resume"] * resume + ["--json"] * json
+    raise typer.Exit(distributed.launch(arguments, ranks, launcher, read.train.threads))
 
 
 def run(config: Config, resume: bool, json: bool) -> None:
     """Trains with a progress bar and reports; shared by `train` and `distill`."""
     with TrainingBar(config.train.output_dir) as bar:
         summary = training.run(config.resolve(), bar, resume)
+    if distributed.this_rank().rank > 0:
+        return
     if json:
         print_json(summary)
         return

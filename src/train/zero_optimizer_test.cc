@@ -1,5 +1,5 @@
 // The optimizer against torch's AdamW formula in doubles, over several steps.
-#include "train/adamw.h"
+#include "train/zero_optimizer.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -52,7 +52,7 @@ struct Oracle {
 void check(at::ScalarType dtype, int micro_batches) {
   const std::vector<Parameter> trained = parameters(dtype);
   const TrainSettings s = settings();
-  AdamW optimizer(trained, s);
+  ZeroOptimizer optimizer(trained, s, {}, nullptr);
   std::vector<Oracle> oracles;
   for (const Parameter& p : trained) {
     const at::Tensor w = p.tensor.detach().to(at::kDouble);
@@ -87,20 +87,20 @@ void check(at::ScalarType dtype, int micro_batches) {
   }
 }
 
-TEST(AdamW, EqualsTheFormula) {
+TEST(ZeroOptimizer, EqualsTheFormula) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const int micro_batches : {1, 3}) check(dtype, micro_batches);
   }
 }
 
-TEST(AdamW, BitsDontDependOnThreads) {
+TEST(ZeroOptimizer, BitsDontDependOnThreads) {
   const int before = at::get_num_threads();
   std::vector<at::Tensor> results;
   for (const int threads : {1, 2}) {
     at::set_num_threads(threads);
     const std::vector<Parameter> trained = parameters(at::kBFloat16);
     const TrainSettings s = settings();
-    AdamW optimizer(trained, s);
+    ZeroOptimizer optimizer(trained, s, {}, nullptr);
     for (const Parameter& p : trained) at::Tensor(p.tensor).mutable_grad() = random_gradient(p, 7);
     optimizer.accumulate_gradients();
     results.push_back(at::scalar_tensor(optimizer.step(kLearningRate), at::kDouble));

@@ -1,0 +1,381 @@
+#include "train/zero_optimizer.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <utility>
+
+#include "base/check.h"
+#include "comm/small_sums.h"
+#include "train/torch_pool.h"
+#include "train/views.h"
+
+namespace coterie {
+namespace {
+
+// Elements of a task, about 20 us; and of a partial sum of squares, whose order is thereby fixed.
+constexpr int64_t kChunk = 16 << 10;
+
+// Elements that the places of parameters are multiples of: a cache line in either type.
+constexpr int64_t kAlignment = 32;
+
+// Sums under way at once, at most: a stage 2 rank holds so many whole buckets and the one that is being filled.
+constexpr size_t kMaxSumsUnderWay = 2;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+class GradientHook final : public torch::autograd::PostAccumulateGradHook {
+ public:
+  explicit GradientHook(std::function<void()> call) : call_(std::move(call)) {}
+  void operator()(const at::Tensor& /*parameter*/) override { call_(); }
+
+ private:
+  std::function<void()> call_;
+};
+
+bool is_shared(const Parameter& parameter) {
+  return parameter.replicas && parameter.replicas->size() > 1 && parameter.tensor.requires_grad();
+}
+
+// The element of a bucket in a tensor that is of all of it, or of the own partition alone.
+template <typename Bucket>
+char* element(const Bucket& bucket, const at::Tensor& tensor, int64_t index) {
+  const int64_t begin = tensor.numel() == bucket.size ? 0 : bucket.own_begin;
+  return static_cast<char*>(tensor.mutable_data_ptr()) + (index - begin) * static_cast<int64_t>(tensor.element_size());
+}
+
+template <typename Bucket>
+at::Tensor own_part(const Bucket& bucket, const at::Tensor& tensor) {
+  return tensor.numel() == bucket.size ? tensor.narrow(0, bucket.own_begin, bucket.share) : tensor;
+}
+
+}  // namespace
+
+ZeroOptimizer::ZeroOptimizer(const std::vector<Parameter>& parameters, const TrainSettings& train,
+                             const ParallelSettings& parallel, ProcessGroup* world)
+    : parameters_(parameters), train_(train), stage_(parallel.zero_stage), world_(world) {
+  c10::NoGradGuard no_grad;
+  make_shared_buckets(parallel.reduce_bucket_size);
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!is_shared(parameters[i])) make_local_bucket(i);
+  }
+  for (Bucket& bucket : buckets_) make_states(bucket);
+  make_chunks();
+  set_hooks();
+}
+
+ZeroOptimizer::~ZeroOptimizer() {
+  for (const Bucket& bucket : buckets_) {
+    if (!bucket.ranks) continue;
+    for (const Slot& slot : bucket.slots)
+      torch::autograd::impl::set_post_acc_grad_hooks(parameters_[slot.parameter].tensor, nullptr);
+  }
+}
+
+void ZeroOptimizer::make_local_bucket(size_t parameter) {
+  const at::Tensor flat = parameters_[parameter].tensor.detach().view({-1});
+  Bucket& bucket = buckets_.emplace_back();
+  bucket.slots = {{parameter, 0, flat.numel()}};
+  bucket.size = bucket.share = flat.numel();
+  bucket.weights = flat;
+}
+
+// Backward passes finish parameters in about the reverse order of their list. Small fp32 ones of a bf16 model fill
+// their bucket slowly, so that buckets are sorted by what they wait for.
+void ZeroOptimizer::make_shared_buckets(int64_t bucket_size) {
+  std::map<std::pair<ProcessGroup*, at::ScalarType>, size_t> open;
+  for (size_t i = parameters_.size(); i-- > 0;) {
+    if (!is_shared(parameters_[i])) continue;
+    const std::pair key(parameters_[i].replicas, parameters_[i].tensor.scalar_type());
+    const int64_t size = parameters_[i].tensor.numel();
+    const auto found = open.find(key);
+    if (found == open.end() || buckets_[found->second].size + size > bucket_size) {
+      open[key] = buckets_.size();
+      buckets_.emplace_back().ranks = key.first;
+    }
+    Bucket& bucket = buckets_[open[key]];
+    bucket.slots.push_back({i, bucket.size, size});
+    bucket.size += round_up(size, kAlignment);
+  }
+  std::sort(buckets_.begin(), buckets_.end(),
+            [](const Bucket& a, const Bucket& b) { return a.slots.back().parameter > b.slots.back().parameter; });
+  for (Bucket& bucket : buckets_) lay_out(bucket);
+}
+
+// Pads the bucket to equal shares, and moves its parameters there.
+void ZeroOptimizer::lay_out(Bucket& bucket) {
+  bucket.size = round_up(bucket.size, kAlignment * bucket.ranks->size());
+  bucket.share = bucket.size / bucket.ranks->size();
+  bucket.own_begin = bucket.share * bucket.ranks->rank();
+  const Parameter& last = parameters_[bucket.slots.back().parameter];
+  bucket.name = last.name + (bucket.slots.size() > 1 ? " and others" : "");
+  bucket.weights = at::zeros({bucket.size}, last.tensor.scalar_type());
+  for (const Slot& slot : bucket.slots) {
+    const at::Tensor& tensor = parameters_[slot.parameter].tensor;
+    const at::Tensor place = bucket.weights.narrow(0, slot.offset, slot.size).view(tensor.sizes());
+    place.copy_(tensor);
+    tensor.set_data(place);
+  }
+}
+
+void ZeroOptimizer::make_states(Bucket& bucket) const {
+  const bool whole = !bucket.ranks || stage_ == 0;
+  const at::Tensor trained = whole ? bucket.weights : own_part(bucket, bucket.weights);
+  bucket.masters = trained.scalar_type() == at::kFloat ? bucket.weights : trained.to(at::kFloat);
+  bucket.exp_avg = at::zeros(trained.sizes(), at::kFloat);
+  bucket.exp_avg_sq = at::zeros(trained.sizes(), at::kFloat);
+}
+
+void ZeroOptimizer::make_chunks() {
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    const Bucket& bucket = buckets_[b];
+    const auto cut = [&](int64_t begin, int64_t end, std::vector<Chunk>& chunks) {
+      for (const Slot& slot : bucket.slots) {
+        if (!parameters_[slot.parameter].tensor.requires_grad()) continue;  // kept and saved, but not trained
+        const int64_t last = std::min(end, slot.offset + slot.size);
+        for (int64_t first = std::max(begin, slot.offset); first < last; first += kChunk)
+          chunks.push_back({b, slot.parameter, first, std::min(kChunk, last - first)});
+      }
+    };
+    cut(bucket.own_begin, bucket.own_begin + bucket.share, own_chunks_);
+    if (stage_ == 0) cut(0, bucket.size, update_chunks_);
+  }
+  if (stage_ > 0) update_chunks_ = own_chunks_;
+}
+
+void ZeroOptimizer::set_hooks() {
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    if (!buckets_[b].ranks) continue;
+    for (Slot& slot : buckets_[b].slots) {
+      auto hook = std::make_unique<GradientHook>([this, b, &slot] {
+        take_gradient(b, slot);
+        begin_ready_sums();
+      });
+      torch::autograd::impl::set_post_acc_grad_hooks(parameters_[slot.parameter].tensor, std::move(hook));
+    }
+  }
+}
+
+bool ZeroOptimizer::sums_in_this_pass() const {
+  return stage_ == 2 || passes_ + 1 == train_.gradient_accumulation_steps;
+}
+
+at::Tensor ZeroOptimizer::empty_gradients(const Bucket& bucket) const {
+  const bool adds_up = stage_ < 2 && train_.gradient_accumulation_steps > 1;
+  return at::empty({bucket.size}, adds_up ? at::kFloat : bucket.weights.scalar_type());
+}
+
+void ZeroOptimizer::take_gradient(size_t index, Slot& slot) {
+  c10::NoGradGuard no_grad;
+  Bucket& bucket = buckets_[index];
+  at::Tensor& grad = parameters_[slot.parameter].tensor.mutable_grad();
+  if (!bucket.gradients.defined()) bucket.gradients = empty_gradients(bucket);
+  const at::Tensor place = bucket.gradients.narrow(0, slot.offset, slot.size).view(grad.sizes());
+  slot.filled ? place.add_(grad) : place.copy_(grad);
+  slot.filled = true;
+  grad.reset();
+  ++bucket.num_filled;
+  bucket.ranks->progress();
+}
+
+// The first part stays as it came; from the second on the sum is fp32.
+void ZeroOptimizer::take_local_gradient(Bucket& bucket) const {
+  at::Tensor& grad = parameters_[bucket.slots[0].parameter].tensor.mutable_grad();
+  if (!grad.defined()) return;  // a parameter that no token reached (an expert layer that was never built, say)
+  const at::Tensor flat = grad.contiguous().view({-1});
+  bucket.sum = bucket.sum.defined() ? bucket.sum.to(at::kFloat).add_(flat) : flat;
+  grad.reset();
+}
+
+// In the order of the buckets, whatever the order in which autograd finishes them.
+void ZeroOptimizer::begin_ready_sums() {
+  if (!sums_in_this_pass()) return;
+  for (; next_sum_ < buckets_.size(); ++next_sum_) {
+    Bucket& bucket = buckets_[next_sum_];
+    if (!bucket.ranks || bucket.num_filled < bucket.slots.size()) return;
+    begin_sum(bucket);
+    if (next_sum_ >= kMaxSumsUnderWay) finish_sum(buckets_[next_sum_ - kMaxSumsUnderWay]);
+  }
+}
+
+void ZeroOptimizer::begin_sum(Bucket& bucket) const {
+  if (!bucket.gradients.defined()) bucket.gradients = empty_gradients(bucket);
+  int64_t end = 0;  // of what is known
+  for (const Slot& slot : bucket.slots) {
+    bucket.gradients.narrow(0, end, slot.offset - end).zero_();
+    if (!slot.filled) bucket.gradients.narrow(0, slot.offset, slot.size).zero_();
+    end = slot.offset + slot.size;
+  }
+  bucket.gradients.narrow(0, end, bucket.size - end).zero_();
+  void* const data = bucket.gradients.mutable_data_ptr();
+  const DType dtype = dtype_of(bucket.gradients);
+  const std::string label = "gradients of " + bucket.name;
+  if (stage_ == 0) {
+    bucket.work = bucket.ranks->start_all_reduce(data, bucket.size, dtype, ReduceOp::kSum, label);
+  } else {
+    void* const own = element(bucket, bucket.gradients, bucket.own_begin);
+    bucket.work = bucket.ranks->start_reduce_scatter(data, own, bucket.share, dtype, ReduceOp::kSum, label);
+  }
+}
+
+// Does nothing the second time.
+void ZeroOptimizer::finish_sum(Bucket& bucket) const {
+  if (!bucket.gradients.defined()) return;
+  bucket.work.wait();
+  if (stage_ < 2) {
+    bucket.sum = bucket.gradients;
+  } else {
+    const at::Tensor own = own_part(bucket, bucket.gradients);
+    bucket.sum = bucket.sum.defined() ? bucket.sum.to(at::kFloat).add_(own) : own.clone();
+  }
+  bucket.gradients.reset();
+  for (Slot& slot : bucket.slots) slot.filled = false;
+}
+
+void ZeroOptimizer::accumulate_gradients() {
+  c10::NoGradGuard no_grad;
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    Bucket& bucket = buckets_[b];
+    if (!bucket.ranks) {
+      take_local_gradient(bucket);
+      continue;
+    }
+    for (Slot& slot : bucket.slots) {
+      if (parameters_[slot.parameter].tensor.grad().defined()) take_gradient(b, slot);
+    }
+    bucket.num_filled = bucket.slots.size();  // what has no gradient now has none in this pass
+  }
+  begin_ready_sums();
+  if (sums_in_this_pass()) {
+    for (Bucket& bucket : buckets_) {
+      if (bucket.ranks) finish_sum(bucket);
+    }
+  }
+  for (Bucket& bucket : buckets_) bucket.num_filled = 0;
+  next_sum_ = 0;
+  ++passes_;
+}
+
+bool ZeroOptimizer::decays(size_t parameter) const {
+  return parameters_[parameter].tensor.dim() >= 2 && !parameters_[parameter].name.ends_with(".bias");
+}
+
+double ZeroOptimizer::step(double learning_rate) {
+  c10::NoGradGuard no_grad;
+  COTERIE_CHECK(buckets_.empty() || !buckets_[0].ranks || passes_ == train_.gradient_accumulation_steps,
+                "the last pass of a step sums over the ranks");
+  ++num_steps_;
+  passes_ = 0;
+  const double norm = gradient_norm();
+  const bool clips = train_.max_grad_norm > 0 && norm > train_.max_grad_norm;
+  const auto steps = static_cast<double>(num_steps_);
+  AdamWFactors factors{.grad_scale = clips ? static_cast<float>(train_.max_grad_norm / norm) : 1.0f,
+                       .beta1 = static_cast<float>(train_.beta1),
+                       .beta2 = static_cast<float>(train_.beta2)};
+  factors.step_size = static_cast<float>(learning_rate / (1.0 - std::pow(train_.beta1, steps)));
+  factors.inverse_root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(train_.beta2, steps)));
+  factors.eps = static_cast<float>(train_.eps);
+  const auto decay = static_cast<float>(1.0 - learning_rate * train_.weight_decay);
+  torch_pool().run(static_cast<int64_t>(update_chunks_.size()), [&](int64_t task, int) {
+    const Chunk& chunk = update_chunks_[static_cast<size_t>(task)];
+    AdamWFactors own = factors;
+    own.decay = decays(chunk.parameter) ? decay : 1.0f;
+    update(chunk, own);
+  });
+  for (Bucket& bucket : buckets_) bucket.sum.reset();
+  gather_weights();
+  return norm;
+}
+
+double ZeroOptimizer::gradient_norm() const {
+  std::vector<float> sums(own_chunks_.size(), 0.0f);
+  torch_pool().run(static_cast<int64_t>(own_chunks_.size()), [&](int64_t task, int) {
+    const Chunk& chunk = own_chunks_[static_cast<size_t>(task)];
+    const Bucket& bucket = buckets_[chunk.bucket];
+    if (!bucket.sum.defined()) return;
+    sums[static_cast<size_t>(task)] =
+        active_kernels().square_sum_row(element(bucket, bucket.sum, chunk.first), dtype_of(bucket.sum), chunk.count);
+  });
+  double squares = std::accumulate(sums.begin(), sums.end(), 0.0);
+  sum_over_ranks(world_, {&squares, 1}, "gradient norm");
+  return std::sqrt(squares);
+}
+
+void ZeroOptimizer::update(const Chunk& chunk, const AdamWFactors& factors) const {
+  const Bucket& bucket = buckets_[chunk.bucket];
+  const auto floats = [&](const at::Tensor& state) {
+    return reinterpret_cast<float*>(element(bucket, state, chunk.first));
+  };
+  AdamWRow row{.factors = factors,
+               .master = floats(bucket.masters),
+               .exp_avg = floats(bucket.exp_avg),
+               .exp_avg_sq = floats(bucket.exp_avg_sq),
+               .n = chunk.count};
+  if (bucket.sum.defined()) {
+    row.grad = element(bucket, bucket.sum, chunk.first);
+    row.grad_dtype = dtype_of(bucket.sum);
+  }
+  if (bucket.weights.scalar_type() == at::kBFloat16) row.parameter = element(bucket, bucket.weights, chunk.first);
+  active_kernels().adamw_row(row);
+}
+
+// Every rank has updated its own partition.
+void ZeroOptimizer::gather_weights() {
+  if (stage_ == 0) return;
+  for (Bucket& bucket : buckets_) {
+    if (!bucket.ranks) continue;
+    const int64_t bytes = bucket.share * static_cast<int64_t>(bucket.weights.element_size());
+    bucket.work = bucket.ranks->start_all_gather(element(bucket, bucket.weights, bucket.own_begin),
+                                                 bucket.weights.mutable_data_ptr(), bytes, "weights of " + bucket.name);
+  }
+  for (Bucket& bucket : buckets_) bucket.work.wait();
+}
+
+std::vector<StateView> ZeroOptimizer::state_views() const {
+  std::vector<StateView> views;
+  for (const Bucket& bucket : buckets_) {
+    for (const Slot& slot : bucket.slots) add_views(bucket, slot, views);
+  }
+  return views;
+}
+
+void ZeroOptimizer::add_views(const Bucket& bucket, const Slot& slot, std::vector<StateView>& views) const {
+  const Parameter& parameter = parameters_[slot.parameter];
+  const bool whole = !bucket.ranks || stage_ == 0;
+  const int64_t begin = whole ? 0 : bucket.own_begin, end = begin + (whole ? bucket.size : bucket.share);
+  const int64_t first = std::max(begin, slot.offset), count = std::min(end, slot.offset + slot.size) - first;
+  if (count <= 0) return;
+  StateView view{.name = parameter.name, .shape = parameter.tensor.sizes().vec()};
+  view.first_element = first - slot.offset;
+  if (parameter.logical_rows > 0) {
+    view.first_element += parameter.first_row * parameter.tensor.stride(0);
+    view.shape[0] = parameter.logical_rows;
+  }
+  view.writes = !whole || !parameter.replicas || parameter.replicas->rank() == 0;
+  const auto add = [&](const std::string& prefix, const at::Tensor& state) {
+    view.name = prefix + parameter.name;
+    view.values = state.narrow(0, state.numel() == bucket.size ? first : first - begin, count);
+    views.push_back(view);
+  };
+  add("", bucket.masters);
+  add("optimizer.exp_avg.", bucket.exp_avg);
+  add("optimizer.exp_avg_sq.", bucket.exp_avg_sq);
+}
+
+void ZeroOptimizer::publish_masters() {
+  c10::NoGradGuard no_grad;
+  for (const Bucket& bucket : buckets_) {
+    if (bucket.masters.is_alias_of(bucket.weights)) continue;
+    const bool whole = bucket.masters.numel() == bucket.size;
+    (whole ? bucket.weights : own_part(bucket, bucket.weights)).copy_(bucket.masters);
+  }
+  gather_weights();
+}
+
+}  // namespace coterie

@@ -1,0 +1,120 @@
+// AdamW (Loshchilov and Hutter 2019) over parameters that one or several ranks hold, with what ranks hold alike spread
+// over them (ZeRO: Rajbhandari et al. 2020, section 5):
+//
+//   stage   gradients            moments and masters   messages per step, of n parameters
+//   0       summed on all        on all                2n
+//   1       summed on all        own partition         2n
+//   2       own partition        own partition         n + n per backward pass
+//
+// Parameters that the same ranks hold, of one type, lie in flat buckets of parallel.reduce_bucket_size elements, in the
+// order in which backward passes finish them; a rank owns an equal stretch of each bucket. Gradients are copied into
+// their bucket when autograd has finished them, and a bucket that is complete begins its sum over the ranks, while the
+// backward pass goes on: at stages 0 and 1 in the last pass of a step, at stage 2 in each. Parameters of one rank
+// alone take no detour.
+//
+// Masters are fp32, and the parameter itself where that is fp32; bf16 parameters are rounded from them in every step.
+// Gradients are summed over the passes of a step in fp32, over the ranks in rank order. Results are the same bits on
+// all ranks and for any number of threads. Which messages run depends on the parameters and the settings alone: a
+// parameter without a gradient takes part with zeros.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "comm/process_group.h"
+#include "kernels/kernel_table.h"
+#include "train/language_model.h"
+#include "train/settings.h"
+#include "train/state_view.h"
+
+namespace coterie {
+
+class ZeroOptimizer {
+ public:
+  // Moves replicated parameters into their buckets; the arguments outlive the optimizer. `world`: all ranks of the run,
+  // over which the norm is taken; null: one. Every rank has the same parameters in the same order, with equal values
+  // among replicas.
+  ZeroOptimizer(const std::vector<Parameter>& parameters, const TrainSettings& train, const ParallelSettings& parallel,
+                ProcessGroup* world);
+  ~ZeroOptimizer();  // takes its hooks off the parameters
+  ZeroOptimizer(const ZeroOptimizer&) = delete;
+
+  // After each of the train.gradient_accumulation_steps backward passes of a step: takes the gradients that are still
+  // in the parameters, and completes what the hooks have begun.
+  void accumulate_gradients();
+
+  // Clips by the global norm, in which every logical parameter counts once, updates, clears the sums. Returns the norm
+  // before clipping.
+  double step(double learning_rate);
+
+  // What this rank answers for between steps: per parameter its master under the parameter's own name, then
+  // "optimizer.exp_avg.<name>" and "optimizer.exp_avg_sq.<name>"; from stage 1 on, of the own partition. Whoever writes
+  // to the values calls publish_masters() afterwards, which is collective.
+  std::vector<StateView> state_views() const;
+  void publish_masters();
+
+  int64_t num_steps() const { return num_steps_; }
+  void set_num_steps(int64_t steps) { num_steps_ = steps; }
+
+ private:
+  // A parameter's place in its bucket, in elements.
+  struct Slot {
+    size_t parameter;
+    int64_t offset, size;
+    bool filled = false;  // has a gradient in Bucket::gradients
+  };
+  // Tensors are flat; [size] or, of the own partition alone, [share].
+  struct Bucket {
+    ProcessGroup* ranks = nullptr;  // null: one parameter of this rank alone, without padding
+    std::vector<Slot> slots;
+    int64_t size = 0, share = 0, own_begin = 0;
+    at::Tensor weights;    // [size], the memory of the parameters
+    at::Tensor gradients;  // [size] of this pass (stage 2) or of the passes so far; undefined: none yet
+    at::Tensor sum;        // gradients of the step, over its passes and the ranks; undefined: zeros
+    at::Tensor masters, exp_avg, exp_avg_sq;
+    size_t num_filled = 0;  // in this pass
+    Work work;
+    std::string name;  // for messages of errors
+  };
+  // Elements [first, first + count) of a bucket, of one parameter.
+  struct Chunk {
+    size_t bucket, parameter;
+    int64_t first, count;
+  };
+
+  void make_local_bucket(size_t parameter);
+  void make_shared_buckets(int64_t bucket_size);
+  void lay_out(Bucket& bucket);
+  void make_states(Bucket& bucket) const;
+  void make_chunks();
+  void set_hooks();
+
+  at::Tensor empty_gradients(const Bucket& bucket) const;
+  void take_gradient(size_t bucket, Slot& slot);
+  void take_local_gradient(Bucket& bucket) const;
+  void begin_ready_sums();
+  void begin_sum(Bucket& bucket) const;
+  void finish_sum(Bucket& bucket) const;
+  bool sums_in_this_pass() const;
+
+  bool decays(size_t parameter) const;  // matrices alone
+  double gradient_norm() const;
+  void update(const Chunk& chunk, const AdamWFactors& factors) const;
+  void gather_weights();
+  void add_views(const Bucket& bucket, const Slot& slot, std::vector<StateView>& views) const;
+
+  const std::vector<Parameter>& parameters_;
+  const TrainSettings& train_;
+  const int64_t stage_;
+  ProcessGroup* const world_;
+  std::vector<Bucket> buckets_;       // shared ones in the order of their messages
+  std::vector<Chunk> own_chunks_;     // of the own partition
+  std::vector<Chunk> update_chunks_;  // of what this rank updates: at stage 0 everything
+  size_t next_sum_ = 0;               // bucket that begins its sum next, in this pass
+  int64_t passes_ = 0;                // of this step
+  int64_t num_steps_ = 0;
+};
+
+}  // namespace coterie
