@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "comm/thread_transport.h"
+
 namespace coterie {
 namespace {
 
@@ -109,6 +111,68 @@ TEST(ZeroOptimizer, BitsDontDependOnThreads) {
   at::set_num_threads(before);
   EXPECT_TRUE(results[0].equal(results[2]));
   EXPECT_TRUE(results[1].equal(results[3]));
+}
+
+// Two ranks: a matrix and a norm that both hold, and a matrix that each has alone, as experts are. Gradients come from
+// a backward pass; the norm has none on rank 1 and in the second pass. The oracle is one rank that holds all three and
+// both matrices, with the sum of the gradients.
+struct Replica {
+  Replica(int rank, ProcessGroup* world) {
+    at::manual_seed(3);
+    const at::Tensor shared = at::randn({40, 30}), norm = at::randn({7}), alone = at::randn({2, 5, 9});
+    parameters.push_back({"shared.weight", shared.clone(), 0, 40, world});
+    parameters.push_back({"norm.weight", norm.clone(), 0, 7, world});
+    parameters.push_back({"expert.weight", (world ? alone.narrow(0, rank, 1) : alone).clone(), rank, 2});
+    for (Parameter& p : parameters) p.tensor.set_requires_grad(true);
+  }
+
+  // Rank r's part of the loss, whose gradients are (r + pass + 1) * parameter.
+  at::Tensor loss(int rank, int pass) const {
+    const auto half_square = [&](const at::Tensor& x) { return 0.5 * (rank + pass + 1) * x.square().sum(); };
+    at::Tensor sum = half_square(parameters[0].tensor);
+    if (rank == 0 && pass == 0) sum = sum + half_square(parameters[1].tensor);
+    const at::Tensor& alone = parameters[2].tensor;
+    return sum + half_square(alone.size(0) == 1 ? alone : alone.narrow(0, rank, 1));
+  }
+
+  std::vector<Parameter> parameters;
+};
+
+TEST(ZeroOptimizer, CountsEveryParameterOnce) {
+  TrainSettings s = settings();
+  s.gradient_accumulation_steps = 2;
+  const Replica one(0, nullptr);
+  ZeroOptimizer oracle(one.parameters, s, {}, nullptr);
+  std::vector<double> norms;
+  for (int step = 0; step < 3; ++step) {
+    for (int pass = 0; pass < 2; ++pass) {
+      (one.loss(0, pass) + one.loss(1, pass)).backward();
+      oracle.accumulate_gradients();
+    }
+    norms.push_back(oracle.step(kLearningRate));
+  }
+  for (const int64_t stage : {0, 1, 2}) {
+    run_ranks(2, 30.0, [&](ProcessGroup& world) {
+      at::set_num_threads(1);
+      const Replica mine(world.rank(), &world);
+      ZeroOptimizer optimizer(mine.parameters, s, {.zero_stage = stage, .reduce_bucket_size = 1300}, &world);
+      for (const double norm : norms) {
+        for (int pass = 0; pass < 2; ++pass) {
+          mine.loss(world.rank(), pass).backward();
+          EXPECT_FALSE(mine.parameters[0].tensor.grad().defined()) << "the hook has taken it";
+          optimizer.accumulate_gradients();
+        }
+        EXPECT_NEAR(optimizer.step(kLearningRate), norm, 1e-5 * norm);
+      }
+      // As in check().
+      const auto expect_near = [](const at::Tensor& a, const at::Tensor& b) {
+        EXPECT_LT((a - b).abs().max().item<double>(), 1e-5);
+      };
+      expect_near(mine.parameters[0].tensor, one.parameters[0].tensor);
+      expect_near(mine.parameters[1].tensor, one.parameters[1].tensor);
+      expect_near(mine.parameters[2].tensor, one.parameters[2].tensor.narrow(0, world.rank(), 1));
+    });
+  }
 }
 
 }  // namespace
