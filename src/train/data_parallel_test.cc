@@ -140,35 +140,36 @@ TEST_F(DataParallelTest, BalanceOverTheGlobalBatch) {
   EXPECT_GT(largest_difference(run_as(2, dropless_config(), s).balance_losses, one.balance_losses), 1e-4);
 }
 
-// Saved by ranks that hold a part of the states each, continued by as many, with the same bits, and by another number
-// at another stage.
+// Saved by ranks that hold a part of the states each; continued by as many with the same bits, and by any other layout
+// as one goes on with another layout (EqualsOneRank).
 TEST_F(DataParallelTest, ResumesAnywhere) {
   for (const std::string dtype : {"fp32", "bf16"}) {
     const RunSettings s = ranked("saved-" + dtype, dtype, 2, 2);
-    const History whole = run_as(2, tiny_config(), s);
+    const History whole = run_as(2, dropless_config(), s);
+    const std::vector<double> expected(whole.losses.begin() + kSteps / 2, whole.losses.end());
     run_ranks(2, kTimeout, [&](ProcessGroup& world) {
-      Trainer trainer(tiny_config(), s, &world);
+      Trainer trainer(dropless_config(), s, &world);
       run_steps(trainer, kSteps / 2);
-      EXPECT_EQ(trainer.save().empty(), world.rank() > 0);
+      trainer.save();
+      EXPECT_EQ(trainer.finish_save().empty(), world.rank() > 0);
     });
     const auto resumed = [&](int ranks, int64_t stage) {
-      History run;
+      std::vector<double> losses;
       RunSettings other = s;
       other.parallel.zero_stage = stage;
       run_ranks(ranks, kTimeout, [&](ProcessGroup& world) {
-        Trainer trainer(tiny_config(), other, &world);
+        Trainer trainer(dropless_config(), other, &world);
         EXPECT_TRUE(trainer.resume());
         const History of_rank = run_steps(trainer, kSteps);
-        if (world.rank() == 0) run = of_rank;
+        if (world.rank() == 0) losses = of_rank.losses;
       });
-      return run;
+      return losses;
     };
-    const History same = resumed(2, 2);
-    EXPECT_EQ(same.losses, std::vector<double>(whole.losses.begin() + kSteps / 2, whole.losses.end())) << dtype;
-    EXPECT_EQ(same.valid_loss, whole.valid_loss) << dtype;
-    if (dtype == "bf16") continue;
-    // The stages sum in another order.
-    EXPECT_NEAR(resumed(2, 0).losses.back(), whole.losses.back(), 1e-4);
+    EXPECT_EQ(resumed(2, 2), expected) << dtype;
+    for (const auto& [ranks, stage] : {std::pair(1, 1), {2, 0}, {4, 1}, {4, 2}}) {
+      EXPECT_LT(largest_difference(resumed(ranks, stage), expected), dtype == "fp32" ? 1e-4 : 2e-2)
+          << dtype << ", " << ranks << " ranks, stage " << stage;
+    }
   }
 }
 
