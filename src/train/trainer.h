@@ -6,8 +6,7 @@
 //
 // With several ranks each has a Trainer of equal settings and calls the same of its functions that are marked
 // collective, in the same order. A rank takes its stretch of the sequences of every micro-batch; what step() and
-// evaluate() return is of whole batches, the same on all ranks but for the seconds. Places of limited capacity are
-// counted per rank.
+// evaluate() return is of whole batches, the same on all ranks but for the seconds.
 #pragma once
 
 #include <cstdint>
