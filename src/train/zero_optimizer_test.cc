@@ -2,6 +2,7 @@
 #include "train/zero_optimizer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
@@ -119,8 +120,8 @@ TEST(ZeroOptimizer, BitsDontDependOnThreads) {
 // both matrices, with the sum of the gradients.
 struct Replica {
   Replica(int rank, ProcessGroup* world) {
-    at::manual_seed(3);
-    const at::Tensor shared = at::randn({40, 30}), norm = at::randn({7}), alone = at::randn({2, 5, 9});
+    const at::Generator own = at::make_generator<at::CPUGeneratorImpl>(3);  // torch's one would be of all threads
+    const at::Tensor shared = at::randn({40, 30}, own), norm = at::randn({7}, own), alone = at::randn({2, 5, 9}, own);
     parameters.push_back({"shared.weight", shared.clone(), 0, 40, world});
     parameters.push_back({"norm.weight", norm.clone(), 0, 7, world});
     parameters.push_back({"expert.weight", (world ? alone.narrow(0, rank, 1) : alone).clone(), rank, 2});
