@@ -145,6 +145,9 @@ class ParallelSection:
 
     zero_stage: int = _key(1, choices=(0, 1, 2))
     reduce_bucket_size: int = _key(4_194_304, least=1)
+    expert_parallel: str | int | list[int] = _key("auto", choices=("auto",), least=1)
+    ranks_per_node: int = _key(0, least=0)
+    all_to_all: str = _key("auto", choices=("auto", "flat", "hierarchical"))
     timeout_s: float = _key(600.0, above=0)
 
 
@@ -405,6 +408,12 @@ def _type_name(option: Any) -> str:
     return names[option]
 
 
+def _is_comparable(item: Any, limit: Any) -> bool:
+    """Where a key may be a word or a number, words have their choices and numbers their range."""
+    sample = limit[0] if isinstance(limit, tuple) else limit
+    return isinstance(item, str) == isinstance(sample, str)
+
+
 def _check_limits(item: Any, limits: Any, source: str, where: str, value: Any) -> None:
     if isinstance(item, float) and not math.isfinite(item):
         raise _error(source, where, "must be finite", value)
@@ -414,7 +423,7 @@ def _check_limits(item: Any, limits: Any, source: str, where: str, value: Any) -
         ("below", lambda limit: item < limit, "must be below"),
         ("choices", lambda limit: item in limit, "must be one of"),
     ):
-        if name in limits and not holds(limits[name]):
+        if name in limits and _is_comparable(item, limits[name]) and not holds(limits[name]):
             limit = ", ".join(map(str, limits[name])) if name == "choices" else limits[name]
             raise _error(source, where, f"{words} {limit}", value)
 

@@ -31,6 +31,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from coterie._train import ProcessGroup
 
@@ -92,6 +94,17 @@ def this_rank(environment: Mapping[str, str] = os.environ) -> Rank:
 def threads_per_rank(local_size: int) -> int:
     """Processors that this process may use, shared among the ranks of the machine: at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def ranks_per_node(group: ProcessGroup) -> int:
+    """How many ranks each machine has; where machines differ, all ranks are taken for one machine's.
+
+    All ranks of the group call this.
+    """
+    own = this_rank().local_size
+    extremes = np.array([own, -own], np.int64)
+    group.all_reduce(extremes, "max", "ranks per node")
+    return own if extremes[0] == -extremes[1] else group.size
 
 
 @contextmanager

@@ -142,9 +142,11 @@ def make_trainer(config: ResolvedConfig, group: ProcessGroup | None = None) -> A
     from coterie import _train
 
     settings = config.settings
-    if group and settings["train"]["threads"] == 0:
-        threads = distributed.threads_per_rank(distributed.this_rank().local_size)
-        settings = {**settings, "train": {**settings["train"], "threads": threads}}
+    if group:
+        train, parallel = dict(settings["train"]), dict(settings["parallel"])
+        train["threads"] = train["threads"] or distributed.threads_per_rank(distributed.this_rank().local_size)
+        parallel["ranks_per_node"] = parallel["ranks_per_node"] or distributed.ranks_per_node(group)
+        settings = {**settings, "train": train, "parallel": parallel}
     return _train.Trainer(json.dumps(config.model), json.dumps(settings), group)
 
 

@@ -1,7 +1,6 @@
 #include "comm/small_sums.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace coterie {
 
@@ -13,7 +12,7 @@ void sum_over_ranks(ProcessGroup* group, std::span<double> numbers, std::string_
   for (size_t i = numbers.size(); i < of_ranks.size(); ++i) numbers[i % numbers.size()] += of_ranks[i];
 }
 
-void sum_over_ranks(ProcessGroup* group, std::span<const std::span<int64_t>> counts, std::string_view label) {
+void sum_over_ranks(ProcessGroup* group, const std::vector<std::span<int64_t>>& counts, std::string_view label) {
   if (!group || counts.empty()) return;
   std::vector<int64_t> all;
   for (const std::span<int64_t>& part : counts) all.insert(all.end(), part.begin(), part.end());

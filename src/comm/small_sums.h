@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <vector>
 
 #include "comm/process_group.h"
 
@@ -13,6 +14,6 @@ namespace coterie {
 void sum_over_ranks(ProcessGroup* group, std::span<double> numbers, std::string_view label);
 
 // The same of whole numbers that lie in several places.
-void sum_over_ranks(ProcessGroup* group, std::span<const std::span<int64_t>> counts, std::string_view label);
+void sum_over_ranks(ProcessGroup* group, const std::vector<std::span<int64_t>>& counts, std::string_view label);
 
 }  // namespace coterie

@@ -191,6 +191,12 @@ std::string CheckpointSaver::finish() {
   return last_path_;
 }
 
+std::string latest_checkpoint(const RunSettings& settings) {
+  const std::optional<std::string> path = CheckpointDirectory(directory_of(settings)).latest();
+  if (!path) throw InvalidArgument(directory_of(settings) + ": holds no checkpoint");
+  return *path;
+}
+
 std::optional<TrainState> load_latest_checkpoint(const ModelConfig& config, const RunSettings& settings,
                                                  const std::vector<StateView>& views, ProcessGroup* group) {
   const std::optional<std::string> path = CheckpointDirectory(directory_of(settings)).latest();

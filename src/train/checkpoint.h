@@ -56,6 +56,9 @@ class CheckpointSaver {
   std::jthread thread_;  // last: it uses the others
 };
 
+// The newest checkpoint of settings.train.output_dir. InvalidArgument when there is none.
+std::string latest_checkpoint(const RunSettings& settings);
+
 // Loads the newest checkpoint of settings.train.output_dir into the views, whatever layout wrote it; nothing when there
 // is none. Every rank of the group calls it. InvalidArgument when it is of another model, seed or data order, or when
 // the views of all ranks together aren't each of its logical tensors once (naming the tensor); CorruptFile when it is

@@ -75,11 +75,11 @@ void Distiller::initialize(const LanguageModel& student) const {
   for (const Parameter& parameter : student.parameters()) {
     const std::string name = teacher_name(parameter.name, kept);
     const auto found = source.find(name);
-    if (found == source.end() || found->second.sizes() != parameter.tensor.sizes()) {
+    if (found == source.end() || found->second.sizes() != logical_shape(parameter)) {
       throw InvalidArgument("distill.drop_layers: " + parameter.name +
                             " of the student has no tensor of its shape in the teacher (" + name + ")");
     }
-    at::Tensor(parameter.tensor).copy_(found->second);
+    at::Tensor(parameter.tensor).copy_(own_part(parameter, found->second));
   }
 }
 

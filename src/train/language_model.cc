@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <utility>
 
 #include "base/philox.h"
+#include "comm/small_sums.h"
 #include "coterie/error.h"
 #include "io/tensor_source.h"
 #include "kernels/parallel_rows.h"
@@ -83,6 +85,16 @@ at::ScalarType parameter_type(const std::string& dtype) {
   throw InvalidArgument("dtype: '" + dtype + "' is neither fp32 nor bf16");
 }
 
+std::vector<int64_t> logical_shape(const Parameter& parameter) {
+  std::vector<int64_t> shape = parameter.tensor.sizes().vec();
+  shape[0] = parameter.logical_rows;
+  return shape;
+}
+
+at::Tensor own_part(const Parameter& parameter, const at::Tensor& logical) {
+  return logical.narrow(0, parameter.first_row, parameter.tensor.size(0));
+}
+
 LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, ProcessGroup* world,
                              const ExpertParallelSettings& parallel)
     : config_(config) {
@@ -117,14 +129,13 @@ void LanguageModel::load(const TensorSource& source) {
   for (const Parameter& parameter : parameters_) {
     const StoredTensor* stored = source.find(parameter.name);
     if (!stored) throw InvalidArgument(source.path() + ": " + parameter.name + ": missing");
-    std::vector<int64_t> shape = parameter.tensor.sizes().vec();
-    const int64_t own_rows = std::exchange(shape[0], parameter.logical_rows);
+    const std::vector<int64_t> shape = logical_shape(parameter);
     if (shape != stored->shape) {
       throw InvalidArgument(source.path() + ": " + parameter.name + ": its shape is not the configuration's");
     }
     at::Tensor values = at::empty(shape, at::kFloat);
     source.read(parameter.name, values.mutable_data_ptr<float>());
-    at::Tensor(parameter.tensor).copy_(values.narrow(0, parameter.first_row, own_rows));
+    at::Tensor(parameter.tensor).copy_(own_part(parameter, values));
   }
 }
 
@@ -193,6 +204,7 @@ ForwardResult LanguageModel::forward(const at::Tensor& tokens_BS, const ForwardO
                      result);
   }
   result.hidden_TD = normed(norm_named("model.norm"));
+  if (options.training) add_router_losses(options, result);
   return result;
 }
 
@@ -262,7 +274,7 @@ at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& l
                     .choice_bias_E = layer.choice_bias.defined() ? layer.choice_bias.const_data_ptr<float>() : nullptr,
                     .world = layout_.world()});
   result.routings.push_back(chosen.routing);
-  if (options.training) add_router_losses(router, logits, *chosen.routing, index, options, result);
+  result.router_logits_TE.push_back(logits);
   const ExpertRanks* ranks = layout_.layer(index);
   if (ranks && ranks->group) {
     return experts_of_ranks(x, chosen.expert_ids_TK, chosen.weights_TK, layer.experts, config_.activation,
@@ -271,29 +283,33 @@ at::Tensor LanguageModel::routed(const LayerConfig& layer_config, const Layer& l
   return experts(x, chosen.expert_ids_TK, chosen.weights_TK, layer.experts, config_.activation, config_.gated_mlp);
 }
 
-std::vector<int64_t> LanguageModel::load_of_all_ranks(const Routing& routing, int64_t index,
-                                                      BalanceChoices choices) const {
-  std::vector<int64_t> count_E;
-  count_choices(routing, choices, count_E);
-  if (ProcessGroup* world = layout_.world()) {
-    world->all_reduce(count_E.data(), routing.num_experts, DType::kI64, ReduceOp::kSum,
-                      "layer " + std::to_string(index) + " load");
-  }
-  return count_E;
-}
-
-void LanguageModel::add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing,
-                                      int64_t index, const ForwardOptions& options, ForwardResult& result) const {
-  add_to(result.z_loss, z_loss(logits_TE));
-  if (router.chooser == Chooser::kExperts) return;  // their load is even already
+void LanguageModel::add_router_losses(const ForwardOptions& options, ForwardResult& result) const {
   BalanceCounts of_this_pass;
   BalanceCounts& counts = options.balance_counts ? *options.balance_counts : of_this_pass;
-  const size_t layer = result.routings.size() - 1;
-  if (counts.size() <= layer) counts.resize(layer + 1);
-  const std::vector<int64_t> count_E = load_of_all_ranks(routing, index, options.balance_choices);
-  counts[layer].resize(count_E.size());
-  for (size_t e = 0; e < count_E.size(); ++e) counts[layer][e] += count_E[e];
-  add_to(result.balance_loss, balance_loss(logits_TE, counts[layer]));
+  count_choices_of_all_ranks(options, result, counts);
+  size_t moe_layer = 0;
+  for (const LayerConfig& layer : config_.layers) {
+    if (!layer.is_moe()) continue;
+    const at::Tensor& logits_TE = result.router_logits_TE[moe_layer];
+    add_to(result.z_loss, z_loss(logits_TE));
+    // Where experts choose, their load is even already.
+    if (layer.router.chooser == Chooser::kTokens)
+      add_to(result.balance_loss, balance_loss(logits_TE, counts[moe_layer]));
+    ++moe_layer;
+  }
+}
+
+// One message, whatever the number of layers.
+void LanguageModel::count_choices_of_all_ranks(const ForwardOptions& options, const ForwardResult& result,
+                                               BalanceCounts& counts) const {
+  BalanceCounts own(result.routings.size());
+  for (size_t i = 0; i < own.size(); ++i) count_choices(*result.routings[i], options.balance_choices, own[i]);
+  sum_over_ranks(layout_.world(), {own.begin(), own.end()}, "load of the experts");
+  counts.resize(own.size());
+  for (size_t i = 0; i < own.size(); ++i) {
+    counts[i].resize(own[i].size());
+    std::transform(own[i].begin(), own[i].end(), counts[i].begin(), counts[i].begin(), std::plus<>());
+  }
 }
 
 }  // namespace coterie

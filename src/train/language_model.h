@@ -36,6 +36,10 @@ struct Parameter {
   ProcessGroup* replicas = nullptr;
 };
 
+// The logical tensor's shape, and the part of its values that the parameter is (a view).
+std::vector<int64_t> logical_shape(const Parameter& parameter);
+at::Tensor own_part(const Parameter& parameter, const at::Tensor& logical);
+
 // The load of each MoE layer's experts that the balance loss is about.
 using BalanceCounts = std::vector<std::vector<int64_t>>;
 
@@ -55,6 +59,7 @@ struct ForwardResult {
   at::Tensor balance_loss;                         // sum over the MoE layers whose tokens choose; undefined without any
   at::Tensor z_loss;                               // sum over MoE layers; undefined without any
   std::vector<std::shared_ptr<Routing>> routings;  // one per MoE layer
+  std::vector<at::Tensor> router_logits_TE;        // of these
 };
 
 class LanguageModel {
@@ -115,9 +120,9 @@ class LanguageModel {
                           const ForwardOptions& options, ForwardResult& result) const;
   at::Tensor routed(const LayerConfig& layer_config, const Layer& layer, const at::Tensor& x, int64_t index,
                     const ForwardOptions& options, ForwardResult& result) const;
-  void add_router_losses(const RouterConfig& router, const at::Tensor& logits_TE, const Routing& routing, int64_t index,
-                         const ForwardOptions& options, ForwardResult& result) const;
-  std::vector<int64_t> load_of_all_ranks(const Routing& routing, int64_t index, BalanceChoices choices) const;
+  void add_router_losses(const ForwardOptions& options, ForwardResult& result) const;
+  void count_choices_of_all_ranks(const ForwardOptions& options, const ForwardResult& result,
+                                  BalanceCounts& counts) const;
 
   ModelConfig config_;
   ExpertLayout layout_;

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "coterie/error.h"
+#include "train/expert_parallel_json.h"
 
 namespace coterie {
 namespace {
@@ -112,8 +113,16 @@ ParallelSettings parse_parallel(const Json& root) {
   Section section(root, "parallel");
   section.take("zero_stage", parallel.zero_stage);
   section.take("reduce_bucket_size", parallel.reduce_bucket_size);
+  Json expert_parallel;
+  std::string all_to_all;
+  section.take("expert_parallel", expert_parallel);
+  section.take("ranks_per_node", parallel.experts.ranks_per_node);
+  section.take("all_to_all", all_to_all);
   section.ignore("timeout_s");
   section.finish();
+  parallel.experts.expert_parallel = expert_parallel_from_json(expert_parallel.dump());
+  parallel.experts.all_to_all = all_to_all_algorithm_from_name(all_to_all);
+  section.check(parallel.experts.ranks_per_node >= 0, "ranks_per_node", "must not be negative");
   section.check(parallel.zero_stage >= 0 && parallel.zero_stage <= 2, "zero_stage", "must be 0, 1 or 2");
   section.check(parallel.reduce_bucket_size > 0, "reduce_bucket_size", "must be positive");
   return parallel;

@@ -15,7 +15,9 @@
 #include "base/thread_pool.h"
 #include "comm/small_sums.h"
 #include "coterie/error.h"
+#include "io/checkpoint_source.h"
 #include "io/safetensors.h"
+#include "train/views.h"
 
 namespace coterie {
 namespace {
@@ -31,6 +33,15 @@ RunSettings prepared(const RunSettings& settings) {
   keep_freed_memory();
   at::set_num_threads(settings.train.threads > 0 ? static_cast<int>(settings.train.threads) : available_cpus());
   return settings;
+}
+
+// The degrees that are asked for, with what they are judged by.
+ExpertParallelSettings expert_settings(const RunSettings& settings, ProcessGroup* world) {
+  ExpertParallelSettings experts = settings.parallel.experts;
+  const TrainSettings& train = settings.train;
+  experts.tokens_per_rank = train.batch_size / train.gradient_accumulation_steps / (world ? world->size() : 1) *
+                            settings.data.sequence_length;
+  return experts;
 }
 
 std::optional<Distiller> make_distiller(const RunSettings& settings, const LanguageModel& student,
@@ -82,7 +93,8 @@ Trainer::Trainer(const ModelConfig& config, const RunSettings& settings, Process
     : settings_(prepared(settings)),
       world_(world && world->size() > 1 ? world : nullptr),
       total_steps_(settings.train.total_steps(settings.data.sequence_length)),
-      model_(config, parameter_type(settings.train.dtype), settings.train.seed, world_, {.expert_parallel = {1}}),
+      model_(config, parameter_type(settings.train.dtype), settings.train.seed, world_,
+             expert_settings(settings, world_)),
       train_data_(settings.data.path, "train", settings.data.sequence_length, settings.train.seed),
       valid_data_(settings.data.path, "valid", settings.data.sequence_length, settings.train.seed),
       distiller_(make_distiller(settings_, model_, total_steps_)),
@@ -174,14 +186,16 @@ EvalMetrics Trainer::evaluate() const {
   const int64_t batch = pass_sequences();
   double sum = 0;
   for (int64_t round = 0; round < num_windows; round += batch * ranks()) {
-    // Every rank has as many passes as the others: one without windows sees the last one again, and doesn't count it.
-    const int64_t first = round + rank() * batch;
+    // Every rank has as many passes as the others, the last perhaps without windows.
+    const int64_t first = std::min(round + rank() * batch, num_windows);
     const int64_t count = std::min(batch, num_windows - first);
-    const at::Tensor windows = count > 0 ? valid_data_.windows(first, count) : valid_data_.windows(num_windows - 1, 1);
-    const ForwardResult result = model_.forward(inputs_of(windows), {.training = false});
+    const at::Tensor windows = valid_data_.windows(first, count);
+    const ForwardResult result =
+        model_.forward(inputs_of(windows), {.training = false, .first_token = rank() * batch * length});
+    if (count == 0) continue;
     const at::Tensor targets = targets_of(windows);
     const double loss = head_loss(result.hidden_TD, model_.head(), targets, nullptr).cross_entropy;
-    if (count > 0) sum += loss * static_cast<double>(targets.size(0));
+    sum += loss * static_cast<double>(targets.size(0));
   }
   sum_over_ranks(world_, {&sum, 1}, "validation loss");
   EvalMetrics metrics{.tokens = num_windows * length, .loss = sum / static_cast<double>(num_windows * length)};
@@ -194,17 +208,22 @@ EvalMetrics Trainer::evaluate() const {
 void Trainer::save() { saver_.start(state_, optimizer_.state_views()); }
 std::string Trainer::finish_save() { return saver_.finish(); }
 
-void Trainer::export_model(const std::string& directory) const { export_language_model(model_, directory); }
-
-void export_language_model(const LanguageModel& model, const std::string& directory) {
+void Trainer::export_model(const std::string& directory) {
+  saver_.finish();
+  const std::string checkpoint = latest_checkpoint(settings_);
+  const CheckpointSource source(checkpoint);
   std::filesystem::create_directories(directory);
+  std::vector<at::Tensor> values;
   std::vector<TensorToWrite> tensors;
-  for (const Parameter& parameter : model.parameters()) {
-    const DType dtype = parameter.tensor.scalar_type() == at::kBFloat16 ? DType::kBF16 : DType::kF32;
-    tensors.push_back({parameter.name, parameter.tensor.sizes().vec(), dtype, parameter.tensor.const_data_ptr()});
+  for (const Parameter& parameter : model_.parameters()) {
+    const std::vector<int64_t> shape = logical_shape(parameter);
+    at::Tensor masters = at::empty(shape, at::kFloat);
+    source.read(parameter.name, masters.mutable_data_ptr<float>());
+    values.push_back(masters.to(parameter.tensor.scalar_type()));
+    tensors.push_back({parameter.name, shape, dtype_of(values.back()), values.back().const_data_ptr()});
   }
   write_safetensors(directory + "/model.safetensors", tensors, {{"format", "pt"}});
-  write_text_file(directory + "/config.json", model.config().to_json());
+  write_text_file(directory + "/config.json", model_.config().to_json());
 }
 
 }  // namespace coterie

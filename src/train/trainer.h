@@ -57,7 +57,10 @@ class Trainer {
   EvalMetrics evaluate() const;  // collective
   void save();                   // collective; a copy of the state, written while training goes on
   std::string finish_save();     // waits for it; the newest checkpoint's path on rank 0, empty without any
-  void export_model(const std::string& directory) const;
+  // The model of the newest checkpoint, whole, whatever rank held what: config.json and model.safetensors in logical
+  // names and the parameters' own dtypes. Waits for a save that is under way; one rank is enough. InvalidArgument
+  // without a checkpoint.
+  void export_model(const std::string& directory);
 
   bool finished() const { return state_.step >= total_steps_; }
   int64_t total_steps() const { return total_steps_; }
@@ -82,8 +85,5 @@ class Trainer {
   TrainState state_;
   CheckpointSaver saver_;
 };
-
-// config.json and model.safetensors in logical names and the parameters' own dtypes.
-void export_language_model(const LanguageModel& model, const std::string& directory);
 
 }  // namespace coterie

@@ -168,6 +168,7 @@ TEST_F(TrainerTest, KeepsTheNewestCheckpoints) {
 TEST_F(TrainerTest, DistillationStopsOnSchedule) {
   Trainer teacher(tiny_config(), settings("teacher"));
   run(teacher, 12);
+  teacher.save();
   teacher.export_model((dir_ / "teacher/model").string());
   ModelConfig student = tiny_config();
   student.layers.erase(student.layers.begin());
