@@ -126,6 +126,28 @@ def test_ranks_resume_and_are_refused_in_one_line(place: Path):
     assert done.stderr == f"coterie: tiny.toml: train.batch_size: {message}\n"
 
 
+def test_experts_are_spread_over_ranks(place: Path):
+    options = (
+        "--set",
+        "train.output_dir=spread",
+        "--set",
+        "parallel.expert_parallel=2",
+        "--set",
+        "parallel.zero_stage=2",
+    )
+    summary = coterie(place, "train", "tiny.toml", "--ranks", 2, *options)
+    for one, two in zip(read_metrics(place / "run"), read_metrics(place / "spread"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    evaluated = coterie(place, "eval", summary["model"], "--data", "data")
+    assert evaluated["loss"] == pytest.approx(summary["valid_loss"], abs=1e-4)
+    refused = ("--set", "train.output_dir=refused", "--set", "parallel.expert_parallel=3")
+    done = subprocess.run(
+        command("train", "tiny.toml", "--ranks", 2, *refused), cwd=place, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "coterie: parallel.expert_parallel: 3 does not divide the 2 ranks\n"
+
+
 def test_a_finished_directory_is_not_overwritten(place: Path):
     done = subprocess.run(command("train", "tiny.toml"), cwd=place, capture_output=True, text=True)
     assert done.returncode == 2

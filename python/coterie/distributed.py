@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 LAUNCHERS = ("auto", "torchrun", "mpi")
 DEFAULT_TIMEOUT_S = 600.0
 COMM_FAILED = 3  # exit code of a rank whose peers were lost: start again from the last checkpoint
+_RESTARTS = "COTERIE_RESTART_COUNT"  # in the environment of ranks that launch() starts; torchrun counts its own
 _SPEAKS_FOR_ITSELF = (2, COMM_FAILED, 130)  # exit codes of ranks that have said why
 
 
@@ -89,6 +90,11 @@ def this_rank(environment: Mapping[str, str] = os.environ) -> Rank:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
         return Rank("mpi", *(number("OMPI_COMM_WORLD_" + name) for name in names))
     return Rank()
+
+
+def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher has started this rank before, and lost it or another one."""
+    return any(environment.get(name, "0") != "0" for name in (_RESTARTS, "TORCHELASTIC_RESTART_COUNT"))
 
 
 def threads_per_rank(local_size: int) -> int:
@@ -230,7 +236,7 @@ def launch(arguments: Sequence[str], ranks: int, launcher: str = "auto", threads
     run = {"mpi": _run_mpi, "torchrun": _run_torchrun}[choose_launcher(launcher)]
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or threads_per_rank(ranks)
     for attempt in range(restarts + 1):
-        failure = run([sys.executable, *arguments], ranks, {"OMP_NUM_THREADS": str(threads)})
+        failure = run([sys.executable, *arguments], ranks, {"OMP_NUM_THREADS": str(threads), _RESTARTS: str(attempt)})
         if failure is None:
             return 0
         if failure.exit_code not in _SPEAKS_FOR_ITSELF:

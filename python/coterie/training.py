@@ -69,7 +69,8 @@ def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[
     display : Display
         Told of every step and evaluation, on the first rank.
     resume : bool
-        Continue from the newest checkpoint in the output directory; without one, start anew.
+        Continue from the newest checkpoint in the output directory; without one, start anew. So does a rank that its
+        launcher has started again.
 
     Returns
     -------
@@ -89,6 +90,7 @@ def run(config: ResolvedConfig, display: Display, resume: bool = False) -> dict[
         When another rank is lost.
     """
     here = distributed.this_rank()
+    resume = resume or distributed.is_restart()
     if here.size == 1:
         return _run(config, display, resume, None)
     load_torch()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import typer
 
@@ -21,7 +22,7 @@ from coterie.cli.inspect import inspect
 from coterie.cli.train import train
 from coterie.config import ConfigError
 from coterie.corpus import DataError
-from coterie.distributed import COMM_FAILED, LaunchError
+from coterie.distributed import COMM_FAILED, LaunchError, this_rank
 from coterie.training import Interrupted, MissingPackageError
 
 app = typer.Typer(
@@ -86,6 +87,9 @@ def _engine_errors(*names: str) -> tuple[type[Exception], ...]:
 
 
 def _refuse(message: str) -> int:
+    if this_rank().rank > 0:
+        # The first rank mostly has the same to say, and the launcher stops us when it has ended.
+        time.sleep(1)
     _say(message)
     return 2
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from coterie import config as configuration
 from coterie.cli.console import JsonOption
-from coterie.cli.train import ConfigArgument, ResumeOption, SetOption, run
+from coterie.cli.train import (
+    ConfigArgument,
+    Launched,
+    LauncherOption,
+    RanksOption,
+    RestartsOption,
+    ResumeOption,
+    SetOption,
+)
 
 
 def distill(
-    config: ConfigArgument, set: SetOption = None, resume: ResumeOption = False, json: JsonOption = False
+    config: ConfigArgument,
+    set: SetOption = None,
+    resume: ResumeOption = False,
+    ranks: RanksOption = None,
+    launcher: LauncherOption = "auto",
+    max_restarts: RestartsOption = 3,
+    json: JsonOption = False,
 ) -> None:
     """Distill the teacher that section distill names into the model of the file.
 
@@ -17,4 +31,4 @@ def distill(
     read = configuration.load(config, set or [])
     if not read.distill:
         raise configuration.ConfigError(f"{config}: distill: section is missing")
-    run(read, resume, json)
+    Launched("distill", ranks, launcher, max_restarts).run(config, read, set or [], resume, json)

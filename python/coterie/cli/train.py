@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +20,14 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the file; may be repeated."),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")]
-
-
 RanksOption = Annotated[
     int | None, typer.Option("--ranks", metavar="N", help="Train as N processes on this machine, each with its share.")
 ]
 LauncherOption = Annotated[
     str, typer.Option("--launcher", metavar="|".join(distributed.LAUNCHERS), help="What starts the ranks.")
+]
+RestartsOption = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="When a rank is lost, all go on from the newest checkpoint.")
 ]
 
 
@@ -35,6 +37,7 @@ def train(
     resume: ResumeOption = False,
     ranks: RanksOption = None,
     launcher: LauncherOption = "auto",
+    max_restarts: RestartsOption = 3,
     json: JsonOption = False,
 ) -> None:
     """Train a model and export it to OUTPUT_DIR/model.
@@ -44,21 +47,36 @@ def train(
     read = configuration.load(config, set or [])
     if read.distill:
         raise configuration.ConfigError(f"{config}: distill: this section is for `coterie distill`")
-    here = distributed.this_rank()
-    read.check_ranks(ranks or here.size)
-    if here.launcher and ranks not in (None, here.size):
-        raise distributed.LaunchError(f"--ranks: {ranks}, but {here.launcher} has started {here.size}")
-    if here.launcher or ranks in (None, 1):
-        run(read, resume, json)
-        return
-    read.resolve()  # what is wrong with the input is said once
-    arguments = ["-m", "coterie", "train", str(config), *(f"--set={override}" for override in set or [])]
-    arguments += ["--resume"] * resume + ["--json"] * json
-    raise typer.Exit(distributed.launch(arguments, ranks, launcher, read.train.threads))
+    launched = Launched("train", ranks, launcher, max_restarts)
+    launched.run(config, read, set or [], resume, json)
+
+
+@dataclass
+class Launched:
+    """A command that trains, as the ranks that are asked for; shared by `train` and `distill`."""
+
+    command: str
+    ranks: int | None
+    launcher: str
+    max_restarts: int
+
+    def run(self, path: Path, read: Config, overrides: list[str], resume: bool, json: bool) -> None:
+        here = distributed.this_rank()
+        read.check_ranks(self.ranks or here.size)
+        if here.launcher and self.ranks not in (None, here.size):
+            raise distributed.LaunchError(f"--ranks: {self.ranks}, but {here.launcher} has started {here.size}")
+        if here.launcher or self.ranks in (None, 1):
+            run(read, resume, json)
+            return
+        read.resolve()  # what is wrong with the input is said once
+        arguments = ["-m", "coterie", self.command, str(path), *(f"--set={override}" for override in overrides)]
+        arguments += ["--resume"] * resume + ["--json"] * json
+        threads = read.train.threads
+        raise typer.Exit(distributed.launch(arguments, self.ranks, self.launcher, threads, self.max_restarts))
 
 
 def run(config: Config, resume: bool, json: bool) -> None:
-    """Trains with a progress bar and reports; shared by `train` and `distill`."""
+    """Trains with a progress bar and reports, as one process or one rank."""
     with TrainingBar(config.train.output_dir) as bar:
         summary = training.run(config.resolve(), bar, resume)
     if distributed.this_rank().rank > 0:
