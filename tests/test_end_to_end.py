@@ -148,6 +148,18 @@ def test_experts_are_spread_over_ranks(place: Path):
     assert done.stderr == "coterie: parallel.expert_parallel: 3 does not divide the 2 ranks\n"
 
 
+@pytest.mark.parametrize("launcher", ["mpi", "torchrun"])
+def test_verify_compares_layouts_with_one_rank(place: Path, launcher: str):
+    layouts = coterie(place, "verify", "tiny.toml", "--ranks", "2,4", "--launcher", launcher)["layouts"]
+    assert [layout["ranks"] for layout in layouts] == [2, 4]
+    for layout in layouts:
+        assert layout["passed"]
+        assert 0 < layout["gradient"]["error"] < layout["gradient"]["tolerance"]
+    done = subprocess.run(command("verify", "tiny.toml", "--ranks", 3), cwd=place, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("coterie: tiny.toml: train.batch_size: ")
+
+
 def test_a_finished_directory_is_not_overwritten(place: Path):
     done = subprocess.run(command("train", "tiny.toml"), cwd=place, capture_output=True, text=True)
     assert done.returncode == 2

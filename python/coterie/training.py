@@ -143,13 +143,21 @@ def make_trainer(config: ResolvedConfig, group: ProcessGroup | None = None) -> A
     load_torch()
     from coterie import _train
 
+    return _train.Trainer(*settings_of_rank(config, group), group)
+
+
+def settings_of_rank(config: ResolvedConfig, group: ProcessGroup | None) -> tuple[str, str]:
+    """The model and the settings as JSON for the extension, with what depends on the machine filled in.
+
+    All ranks of the group call this.
+    """
     settings = config.settings
     if group:
         train, parallel = dict(settings["train"]), dict(settings["parallel"])
         train["threads"] = train["threads"] or distributed.threads_per_rank(distributed.this_rank().local_size)
         parallel["ranks_per_node"] = parallel["ranks_per_node"] or distributed.ranks_per_node(group)
         settings = {**settings, "train": train, "parallel": parallel}
-    return _train.Trainer(json.dumps(config.model), json.dumps(settings), group)
+    return json.dumps(config.model), json.dumps(settings)
 
 
 def load_torch() -> None:

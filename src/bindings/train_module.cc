@@ -15,6 +15,7 @@
 #include "model/config.h"
 #include "train/torch_process_group.h"
 #include "train/trainer.h"
+#include "train/verify.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -154,6 +155,33 @@ nb::dict step(Trainer& trainer) {
   return to_dict(metrics);
 }
 
+nb::dict to_dict(const WorstTensor& worst, double tolerance) {
+  nb::dict d;
+  d["tensor"] = worst.tensor;
+  d["error"] = worst.error;
+  d["tolerance"] = tolerance;
+  return d;
+}
+
+nb::dict verify(const std::string& model_config_json, const std::string& settings_json, ProcessGroup& world) {
+  const ModelConfig config = ModelConfig::from_json(model_config_json, "model");
+  const RunSettings settings = RunSettings::from_json(settings_json);
+  VerifyReport report;
+  {
+    nb::gil_scoped_release release;
+    report = verify_step(config, settings, world);
+  }
+  const VerifyTolerance tolerance = VerifyTolerance::of(settings.train.dtype);
+  nb::dict d;
+  d["loss"] = to_dict({"", report.loss}, tolerance.loss);
+  d["gradient"] = to_dict(report.gradient, tolerance.gradient);
+  d["norm"] = to_dict({"", report.norm}, tolerance.norm);
+  d["weight"] = to_dict(report.weight, tolerance.weight);
+  d["uncounted"] = to_dict(report.uncounted, 0);
+  d["passed"] = within(report, tolerance);
+  return d;
+}
+
 nb::dict evaluate(const Trainer& trainer) {
   EvalMetrics metrics;
   {
@@ -176,6 +204,7 @@ NB_MODULE(_train, m) {
   register_exceptions(m);
   bind_process_group(m);
   m.def("torch_process_group", &torch_process_group, "name"_a, "timeout_s"_a);
+  m.def("verify", &verify, "model_config_json"_a, "settings_json"_a, "world"_a);
   nb::class_<Trainer>(m, "Trainer")
       .def(
           "__init__",

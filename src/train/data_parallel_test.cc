@@ -80,31 +80,10 @@ class DataParallelTest : public TinyCorpus {
   }
 };
 
-// Dropless, since places are counted per pass; random choices are met in the jitter.
-ModelConfig dropless_config() {
-  ModelConfig config = tiny_config();
-  config.initializer_range = 0.1f;  // for its width
-  config.layers[1].router.capacity_factor = 0;
-  config.layers[1].router.top_k = 2;
-  config.layers[1].router.jitter = 0.05f;
-  config.layers[1].router.choice_bias = true;
-  return config;
-}
-
 double largest_difference(const std::vector<double>& a, const std::vector<double>& b) {
   double largest = a.size() == b.size() ? 0 : INFINITY;
   for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) largest = std::max(largest, std::abs(a[i] - b[i]));
   return largest;
-}
-
-// A pyramid: 4 experts, then 8 beside an MLP.
-ModelConfig pyramid_config(float capacity_factor) {
-  ModelConfig config = dropless_config();
-  config.layers[0] = {.expert_intermediate_size = 24, .router = {.num_experts = 4, .top_k = 1}};
-  config.layers[1].router.num_experts = 8;
-  for (LayerConfig& layer : config.layers)
-    layer.router.capacity_factor = layer.router.eval_capacity_factor = capacity_factor;
-  return config;
 }
 
 // In fp32 another layout sums the same numbers in another order: 2^-24 of a gradient, which AdamW makes at most a few

@@ -125,7 +125,7 @@ bool Trainer::resume() {
   return true;
 }
 
-StepMetrics Trainer::step() {
+StepMetrics Trainer::step(const ZeroOptimizer::Inspect& inspect) {
   saver_.check();
   const auto start = std::chrono::steady_clock::now();
   const int64_t tokens_per_step = settings_.train.batch_size * settings_.data.sequence_length;
@@ -136,7 +136,7 @@ StepMetrics Trainer::step() {
   tally.finish();
   metrics.tokens = (state_.step + 1) * tokens_per_step;
   metrics.learning_rate = learning_rate_at(settings_.train, metrics.tokens);
-  metrics.grad_norm = optimizer_.step(metrics.learning_rate);
+  metrics.grad_norm = optimizer_.step(metrics.learning_rate, inspect);
   model_.update_choice_biases(tally.loads, settings_.train.choice_bias_rate);
   metrics.step = ++state_.step;
   metrics.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

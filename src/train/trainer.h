@@ -52,8 +52,10 @@ class Trainer {
   Trainer(const ModelConfig& config, const RunSettings& settings, ProcessGroup* world = nullptr);
   Trainer(const Trainer&) = delete;  // the optimizer refers to the model
 
-  bool resume();                 // collective; from the newest checkpoint in output_dir; false when there is none
-  StepMetrics step();            // collective; also throws what went wrong with a save since the last one
+  bool resume();  // collective; from the newest checkpoint in output_dir; false when there is none
+  // Collective; also throws what went wrong with a save since the last one. `inspect` may look at the gradients and
+  // their norm, see ZeroOptimizer::step().
+  StepMetrics step(const ZeroOptimizer::Inspect& inspect = {});
   EvalMetrics evaluate() const;  // collective
   void save();                   // collective; a copy of the state, written while training goes on
   std::string finish_save();     // waits for it; the newest checkpoint's path on rank 0, empty without any
@@ -62,15 +64,16 @@ class Trainer {
   // without a checkpoint.
   void export_model(const std::string& directory);
 
+  int64_t ranks() const { return world_ ? world_->size() : 1; }
+  int64_t rank() const { return world_ ? world_->rank() : 0; }
   bool finished() const { return state_.step >= total_steps_; }
   int64_t total_steps() const { return total_steps_; }
   const TrainState& state() const { return state_; }
   const LanguageModel& model() const { return model_; }
+  const ZeroOptimizer& optimizer() const { return optimizer_; }
 
  private:
-  struct Tally;  // sums over the micro-batches of one step
-  int64_t ranks() const { return world_ ? world_->size() : 1; }
-  int64_t rank() const { return world_ ? world_->rank() : 0; }
+  struct Tally;                    // sums over the micro-batches of one step
   int64_t pass_sequences() const;  // that go through this rank's model at once
   void micro_batch(int64_t index, Tally& tally);
 

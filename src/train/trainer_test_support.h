@@ -71,4 +71,25 @@ inline ModelConfig tiny_config() {
   return c;
 }
 
+// Dropless, since places are counted per pass, of all ranks; random choices are met in the jitter.
+inline ModelConfig dropless_config() {
+  ModelConfig config = tiny_config();
+  config.initializer_range = 0.1f;  // for its width
+  config.layers[1].router.capacity_factor = 0;
+  config.layers[1].router.top_k = 2;
+  config.layers[1].router.jitter = 0.05f;
+  config.layers[1].router.choice_bias = true;
+  return config;
+}
+
+// A pyramid: 4 experts, then 8 beside an MLP.
+inline ModelConfig pyramid_config(float capacity_factor) {
+  ModelConfig config = dropless_config();
+  config.layers[0] = {.expert_intermediate_size = 24, .router = {.num_experts = 4, .top_k = 1}};
+  config.layers[1].router.num_experts = 8;
+  for (LayerConfig& layer : config.layers)
+    layer.router.capacity_factor = layer.router.eval_capacity_factor = capacity_factor;
+  return config;
+}
+
 }  // namespace coterie

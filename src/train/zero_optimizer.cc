@@ -266,13 +266,14 @@ bool ZeroOptimizer::decays(size_t parameter) const {
   return parameters_[parameter].tensor.dim() >= 2 && !parameters_[parameter].name.ends_with(".bias");
 }
 
-double ZeroOptimizer::step(double learning_rate) {
+double ZeroOptimizer::step(double learning_rate, const Inspect& inspect) {
   c10::NoGradGuard no_grad;
   COTERIE_CHECK(buckets_.empty() || !buckets_[0].ranks || passes_ == train_.gradient_accumulation_steps,
                 "the last pass of a step sums over the ranks");
   ++num_steps_;
   passes_ = 0;
-  const double norm = gradient_norm();
+  double norm = gradient_norm();
+  if (inspect) inspect(norm);
   const bool clips = train_.max_grad_norm > 0 && norm > train_.max_grad_norm;
   const auto steps = static_cast<double>(num_steps_);
   AdamWFactors factors{.grad_scale = clips ? static_cast<float>(train_.max_grad_norm / norm) : 1.0f,
@@ -340,32 +341,54 @@ void ZeroOptimizer::gather_weights() {
 std::vector<StateView> ZeroOptimizer::state_views() const {
   std::vector<StateView> views;
   for (const Bucket& bucket : buckets_) {
-    for (const Slot& slot : bucket.slots) add_views(bucket, slot, views);
+    for (const Slot& slot : bucket.slots) {
+      const Stretch own = own_stretch(bucket, slot);
+      if (own.count <= 0) continue;
+      const auto add = [&](const std::string& prefix, const at::Tensor& state) {
+        StateView& view = views.emplace_back(own.view);
+        view.name = prefix + view.name;
+        view.values = values_of(bucket, own, state);
+      };
+      add("", bucket.masters);
+      add("optimizer.exp_avg.", bucket.exp_avg);
+      add("optimizer.exp_avg_sq.", bucket.exp_avg_sq);
+    }
   }
   return views;
 }
 
-void ZeroOptimizer::add_views(const Bucket& bucket, const Slot& slot, std::vector<StateView>& views) const {
+std::vector<StateView> ZeroOptimizer::gradient_views() const {
+  std::vector<StateView> views;
+  for (const Bucket& bucket : buckets_) {
+    for (const Slot& slot : bucket.slots) {
+      const Stretch own = own_stretch(bucket, slot);
+      if (own.count <= 0 || !parameters_[slot.parameter].tensor.requires_grad()) continue;
+      StateView& view = views.emplace_back(own.view);
+      view.values = bucket.sum.defined() ? values_of(bucket, own, bucket.sum) : at::zeros({own.count}, at::kFloat);
+    }
+  }
+  return views;
+}
+
+ZeroOptimizer::Stretch ZeroOptimizer::own_stretch(const Bucket& bucket, const Slot& slot) const {
   const Parameter& parameter = parameters_[slot.parameter];
   const bool whole = !bucket.ranks || stage_ == 0;
   const int64_t begin = whole ? 0 : bucket.own_begin, end = begin + (whole ? bucket.size : bucket.share);
-  const int64_t first = std::max(begin, slot.offset), count = std::min(end, slot.offset + slot.size) - first;
-  if (count <= 0) return;
-  StateView view{.name = parameter.name, .shape = parameter.tensor.sizes().vec()};
-  view.first_element = first - slot.offset;
+  Stretch own{.view = {.name = parameter.name, .shape = parameter.tensor.sizes().vec()},
+              .first = std::max(begin, slot.offset)};
+  own.count = std::min(end, slot.offset + slot.size) - own.first;
+  own.view.first_element = own.first - slot.offset;
   if (parameter.logical_rows > 0) {
-    view.first_element += parameter.first_row * parameter.tensor.stride(0);
-    view.shape[0] = parameter.logical_rows;
+    own.view.first_element += parameter.first_row * parameter.tensor.stride(0);
+    own.view.shape[0] = parameter.logical_rows;
   }
-  view.writes = !whole || !parameter.replicas || parameter.replicas->rank() == 0;
-  const auto add = [&](const std::string& prefix, const at::Tensor& state) {
-    view.name = prefix + parameter.name;
-    view.values = state.narrow(0, state.numel() == bucket.size ? first : first - begin, count);
-    views.push_back(view);
-  };
-  add("", bucket.masters);
-  add("optimizer.exp_avg.", bucket.exp_avg);
-  add("optimizer.exp_avg_sq.", bucket.exp_avg_sq);
+  own.view.writes = !whole || !parameter.replicas || parameter.replicas->rank() == 0;
+  return own;
+}
+
+at::Tensor ZeroOptimizer::values_of(const Bucket& bucket, const Stretch& stretch, const at::Tensor& tensor) {
+  const int64_t begin = tensor.numel() == bucket.size ? 0 : bucket.own_begin;
+  return tensor.narrow(0, stretch.first - begin, stretch.count);
 }
 
 void ZeroOptimizer::publish_masters() {

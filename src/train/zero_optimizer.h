@@ -20,6 +20,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -46,13 +47,17 @@ class ZeroOptimizer {
   void accumulate_gradients();
 
   // Clips by the global norm, in which every logical parameter counts once, updates, clears the sums. Returns the norm
-  // before clipping.
-  double step(double learning_rate);
+  // before clipping. `inspect` sees it, and gradient_views(), before the update.
+  using Inspect = std::function<void(double& norm)>;
+  double step(double learning_rate, const Inspect& inspect = {});
 
   // What this rank answers for between steps: per parameter its master under the parameter's own name, then
   // "optimizer.exp_avg.<name>" and "optimizer.exp_avg_sq.<name>"; from stage 1 on, of the own partition. Whoever writes
   // to the values calls publish_masters() afterwards, which is collective.
   std::vector<StateView> state_views() const;
+  // Sums over passes and ranks of what state_views() has the masters of, under the parameter's name; of parameters that
+  // are trained. Between the last pass of a step and its update.
+  std::vector<StateView> gradient_views() const;
   void publish_masters();
 
   int64_t num_steps() const { return num_steps_; }
@@ -103,7 +108,13 @@ class ZeroOptimizer {
   double gradient_norm() const;
   void update(const Chunk& chunk, const AdamWFactors& factors) const;
   void gather_weights();
-  void add_views(const Bucket& bucket, const Slot& slot, std::vector<StateView>& views) const;
+  // The stretch of a parameter that this rank answers for; its values are to be filled in, as stretch() of a tensor.
+  struct Stretch {
+    StateView view;
+    int64_t first = 0, count = 0;  // in the bucket
+  };
+  Stretch own_stretch(const Bucket& bucket, const Slot& slot) const;
+  static at::Tensor values_of(const Bucket& bucket, const Stretch& stretch, const at::Tensor& tensor);
 
   const std::vector<Parameter>& parameters_;
   const TrainSettings& train_;

@@ -20,6 +20,7 @@ from coterie.cli.export import export
 from coterie.cli.generate import generate
 from coterie.cli.inspect import inspect
 from coterie.cli.train import train
+from coterie.cli.verify import verify
 from coterie.config import ConfigError
 from coterie.corpus import DataError
 from coterie.distributed import COMM_FAILED, LaunchError, this_rank
@@ -40,6 +41,7 @@ for name, command in (
     ("eval", evaluate),
     ("inspect", inspect),
     ("generate", generate),
+    ("verify", verify),
 ):
     app.command(name)(command)
 app.add_typer(bench, name="bench")
@@ -89,7 +91,7 @@ def _engine_errors(*names: str) -> tuple[type[Exception], ...]:
 def _refuse(message: str) -> int:
     if this_rank().rank > 0:
         # The first rank mostly has the same to say, and the launcher stops us when it has ended.
-        time.sleep(1)
+        time.sleep(10)
     _say(message)
     return 2
 
