@@ -55,6 +55,21 @@ def test_a_step_of_training_runs_in_every_system():
         assert system["tokens_per_s"] == pytest.approx(64e3 / system["ms"])
 
 
+def test_ranks_train_together_in_every_system():
+    cells = [
+        bench.TrainCell(dtype, 64, 32, 48, experts=4, top_k=1, layers=2, heads=2, sequence=16, vocabulary=64, ranks=2)
+        for dtype in ("fp32", "bf16")
+    ]
+    contestants = bench.systems("train", ["ddp", "fsdp2"], ranks=2)
+    for cell in bench.run(cells, contestants, bench.Settings(threads=1, rounds=1, repeat=1, seconds=0))["cells"]:
+        assert set(cell["peers"]) == {"ddp", "fsdp2"}
+        for name in ("coterie", "coterie_zero0", "coterie_one_rank", "ddp", "fsdp2"):
+            system = cell["systems"][name]
+            assert system["ms"] is not None, (name, system["reason"])
+    with pytest.raises(bench.BenchError, match=r"--ranks: does not divide --experts 4 \(3\)"):
+        replace(cells[0], ranks=3, tokens=48).check()
+
+
 def test_a_cell_is_held_against_its_limits_and_the_best_peer():
     cell = replace(TINY, backward=False)
     peak, bandwidth = cell.flops * 1e3, 1e9  # 1 ms of arithmetic

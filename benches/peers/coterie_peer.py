@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 from gpt import LEARNING_RATE
 from torch import Tensor, nn
 from torch_grouped_mm_peer import GroupedLayer
-from worker import linear_weight, route, serve, token_batches
+from worker import linear_weight, rank_and_size, route, serve, token_batches
 
-from coterie import config, training
+from coterie import config, distributed, training
 from coterie.torch import functional
 
 
@@ -34,7 +35,8 @@ class LinearLayer(nn.Module):
 
 
 class TrainerSteps:
-    """Steps of the C++ trainer on the model of gpt.py, reading random tokens as `coterie data` packs them."""
+    """Steps of the C++ trainer on the model of gpt.py, reading random tokens as `coterie data` packs them. On several
+    ranks the experts are spread over all of them, with the ZeRO stage that the environment says, or 2."""
 
     def __init__(self, cell: dict[str, Any]) -> None:
         self.directory = tempfile.TemporaryDirectory()
@@ -63,9 +65,11 @@ tokens = {1000 * cell["tokens"]}
 batch_size = {cell["tokens"] // cell["sequence"]}
 learning_rate = {LEARNING_RATE}
 dtype = "{cell["dtype"]}"
-threads = {cell["threads"]}
+threads = {int(os.environ.get("BENCH_THREADS", cell["threads"]))}
+[parallel]
+zero_stage = {os.environ.get("BENCH_ZERO_STAGE", 2)}
 """)
-        self.trainer = training.make_trainer(config.load(path).resolve())
+        self.trainer = training.make_trainer(config.load(path).resolve(), GROUP)
 
     @staticmethod
     def _write_data(cell: dict[str, Any], directory: Path) -> None:
@@ -82,4 +86,6 @@ threads = {cell["threads"]}
         self.trainer.step()
 
 
-serve({"layer": ExpertLayer, "linear": LinearLayer, "step": TrainerSteps})
+# For as long as the process lives, which a launcher's other ranks end with.
+GROUP = distributed.process_group().__enter__() if rank_and_size()[1] > 1 else None
+serve({"layer": ExpertLayer, "linear": LinearLayer, "step": TrainerSteps, "train": TrainerSteps})

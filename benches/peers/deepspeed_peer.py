@@ -15,7 +15,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from gpt import LEARNING_RATE, MAX_GRAD_NORM, Gpt
 from torch import Tensor, distributed, nn
-from worker import DTYPES, serve, token_batches, weights_of
+from worker import DTYPES, own_batches, rank_and_size, serve, weights_of
 
 
 class Expert(nn.Module):
@@ -36,6 +36,7 @@ class DeepSpeedLayer(nn.Module):
             hidden_size=cell["hidden"],
             expert=Expert(cell["hidden"], cell["ffn"], DTYPES[cell["dtype"]]),
             num_experts=cell["experts"],
+            ep_size=cell.get("ranks", 1),
             k=cell["top_k"],
             min_capacity=min(4, cell["tokens"]),  # it refuses fewer tokens than that
         )
@@ -48,7 +49,9 @@ class DeepSpeedLayer(nn.Module):
         inner = self.moe.deepspeed_moe
         with torch.no_grad():
             inner.gate.wg.weight.copy_(weights.router_ED)
-            for expert, up, down in zip(inner.experts.deepspeed_experts, weights.up_EFD, weights.down_EDF, strict=True):
+            experts = inner.experts.deepspeed_experts
+            own = slice(rank_and_size()[0] * len(experts), None)  # the layout of ranks that hold them all together
+            for expert, up, down in zip(experts, weights.up_EFD[own], weights.down_EDF[own], strict=False):
                 expert.up.weight.copy_(up)
                 expert.down.weight.copy_(down)
 
@@ -65,7 +68,8 @@ class DeepSpeedLayer(nn.Module):
 
 
 class DeepSpeedTraining:
-    """Steps of a DeepSpeed engine on one rank, ZeRO off: in bf16 with fp32 master weights, as it does it."""
+    """Steps of a DeepSpeed engine, in bf16 with fp32 master weights, as it does it: on one rank without ZeRO, on
+    several with ZeRO-2 and the experts spread over all of them."""
 
     def __init__(self, cell: dict[str, Any]) -> None:
         model = Gpt(cell, DeepSpeedLayer).to(DTYPES[cell["dtype"]])
@@ -73,21 +77,24 @@ class DeepSpeedTraining:
             {"params": list(model.parameters()), "name": "parameters"}
         )
         settings = {
-            "train_micro_batch_size_per_gpu": cell["tokens"] // cell["sequence"],
+            "train_micro_batch_size_per_gpu": cell["tokens"] // cell["sequence"] // cell.get("ranks", 1),
             "gradient_clipping": MAX_GRAD_NORM,
             "bf16": {"enabled": cell["dtype"] == "bf16"},
             "steps_per_print": 10**9,
         }
+        if cell["kind"] == "train":
+            settings |= {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
         optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-        self.batches = token_batches(cell)
+        self.batches = own_batches(cell)
 
     def step(self) -> None:
         self.engine.backward(self.engine(next(self.batches)))
         self.engine.step()
 
 
-# A group of this one process, without a port. The first time, DeepSpeed compiles an extension for it.
-distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+if rank_and_size()[1] == 1:
+    # A group of this one process, without a port. The first time, DeepSpeed compiles an extension for it.
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 deepspeed.init_distributed("gloo")
-serve({"layer": DeepSpeedLayer, "step": DeepSpeedTraining})
+serve({"layer": DeepSpeedLayer, "step": DeepSpeedTraining, "train": DeepSpeedTraining})

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from worker import DTYPES, token_batches
+from worker import DTYPES, own_batches
 
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-3
@@ -73,11 +73,16 @@ class Gpt(nn.Module):
 
 
 class Training:
-    """Steps of plain torch: parameters of the cell's type, fused AdamW."""
+    """Steps of plain torch: parameters of the cell's type, fused AdamW; of ranks that `spread` wraps the model for."""
 
-    def __init__(self, cell: dict[str, Any], experts: Callable[[dict[str, Any]], nn.Module]) -> None:
-        self.model = Gpt(cell, experts).to(DTYPES[cell["dtype"]]).train()
-        self.batches = token_batches(cell)
+    def __init__(
+        self,
+        cell: dict[str, Any],
+        experts: Callable[[dict[str, Any]], nn.Module],
+        spread: Callable[[Gpt], nn.Module] = lambda model: model,
+    ) -> None:
+        self.model = spread(Gpt(cell, experts).to(DTYPES[cell["dtype"]]).train())
+        self.batches = own_batches(cell)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step(self) -> None:

@@ -10,7 +10,9 @@ One JSON object a line; requests come on stdin, each is answered by one line on 
 A request that fails is answered by {"error": "one line"}. `run` makes at least `repeat` steps and goes on
 for `seconds`. A step is a forward pass without gradients, or, with `backward`, a forward and a backward
 pass that ends with gradients of the input and of every parameter; like a training loop it begins by
-letting the old gradients go. In a cell of kind `step` it is a step of training a whole model, optimizer and all.
+letting the old gradients go. In a cell of kind `step` it is a step of training a whole model, optimizer and all, and in
+one of kind `train` the same on several ranks, each a process with its part of the sequences: the first one answers, and
+tells the others of every request and every step, so that they sleep while other systems have their turns.
 
 Every system gets the same numbers: they are made here, from the cell's sizes alone. For forward passes of
 few tokens one layer would stay in the caches, which the layers of a model do not: then `copies` layers and
@@ -25,10 +27,12 @@ import ctypes
 import gc
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -92,11 +96,58 @@ def token_batches(cell: dict[str, Any]) -> Iterator[Tensor]:
         yield torch.randint(cell["vocabulary"], shape, generator=generator)
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Of this process, by torchrun's variables or mpirun's."""
+    of_mpi = os.environ.get("OMPI_COMM_WORLD_RANK", "0"), os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    return int(os.environ.get("RANK", of_mpi[0])), int(os.environ.get("WORLD_SIZE", of_mpi[1]))
+
+
+def own_batches(cell: dict[str, Any]) -> Iterator[Tensor]:
+    """This rank's sequences of token_batches()."""
+    rank, size = rank_and_size()
+    return (batch.tensor_split(size)[rank] for batch in token_batches(cell))
+
+
+class Ranks:
+    """A line from the first rank to the others. Waiting for it costs nothing, unlike waiting in a collective."""
+
+    def __init__(self) -> None:
+        self.rank, size = rank_and_size()
+        self.others: list[IO[str]] = []
+        if size == 1:
+            return
+        path = os.environ["BENCH_SOCKET"]
+        if self.rank == 0:
+            Path(path).unlink(missing_ok=True)  # of an earlier cell
+            server = socket.socket(socket.AF_UNIX)
+            server.bind(path)
+            server.listen()
+            self.others = [server.accept()[0].makefile("w") for _ in range(size - 1)]
+        else:
+            connection = socket.socket(socket.AF_UNIX)
+            while connection.connect_ex(path) != 0:  # the first one is on its way
+                time.sleep(0.01)
+            self.lines = connection.makefile("r")
+
+    def tell(self, line: str) -> None:
+        for other in self.others:
+            other.write(line + "\n")
+            other.flush()
+
+
 def serve(builders: dict[str, Build]) -> None:
     """Answer requests until stdin ends; `builders` are by kind of cell."""
-    bench = Bench(builders)
+    ranks = Ranks()
+    bench = Bench(builders, ranks)
+    if ranks.rank > 0:
+        for line in ranks.lines:
+            request = json.loads(line)
+            getattr(bench, request.pop("do"))(**request)
+        return
     for line in sys.stdin:
         request = json.loads(line)
+        if request["do"] != "run":  # its steps are told one by one
+            ranks.tell(line.strip())
         try:
             answer = getattr(bench, request.pop("do"))(**request)
         except Exception as error:  # whatever a peer raises is its reason, not our end
@@ -107,8 +158,9 @@ def serve(builders: dict[str, Build]) -> None:
 class Bench:
     """The layers of one cell, and the clock."""
 
-    def __init__(self, builders: dict[str, Build]) -> None:
+    def __init__(self, builders: dict[str, Build], ranks: Ranks) -> None:
         self.builders = builders
+        self.ranks = ranks
         self.idle_bytes = _status_bytes("VmRSS")
         self.drop()
 
@@ -117,8 +169,8 @@ class Bench:
         torch.manual_seed(0)
         self.backward = cell["backward"]
         info = {"torch": torch.__version__}
-        if cell["kind"] == "step":
-            self.training = self.builders["step"](cell)
+        if cell["kind"] in ("step", "train"):
+            self.training = self.builders[cell["kind"]](cell)
             self.training.step()
         else:
             info |= self._make_layer(cell)
@@ -141,11 +193,11 @@ class Bench:
         return info
 
     def run(self, repeat: int, seconds: float) -> dict[str, Any]:
-        self._step()  # the process has slept
+        self.step()  # the process has slept
         times: list[float] = []
         while len(times) < repeat or sum(times) < seconds:
             start = time.perf_counter()
-            self._step()
+            self.step()
             times.append(time.perf_counter() - start)
         return {"ms": [1e3 * t for t in times], "peak_bytes": _status_bytes("VmHWM") - self.idle_bytes}
 
@@ -157,6 +209,10 @@ class Bench:
         self.calls = 0
         gc.collect()
         return {}
+
+    def step(self) -> None:
+        self.ranks.tell('{"do": "step"}')
+        self._step()
 
     def _step(self) -> Tensor | None:
         if self.training is not None:

@@ -23,13 +23,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from coterie.distributed import choose_launcher, launch_command
+
 OURS = "coterie"
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 PEERS = {
     "layer": ("deepspeed", "torch_loop", "torch_grouped_mm", "transformers"),
     "linear": ("torch",),
     "step": ("deepspeed", "torch"),
+    "train": ("deepspeed", "ddp", "fsdp2"),
 }
+# Ours at other settings, beside the peers of a kind: what they set in the environment, and whether they are one rank.
+VARIANTS = {"train": {"coterie_zero0": {"BENCH_ZERO_STAGE": "0"}, "coterie_one_rank": {}}}
 PACKAGES = {"deepspeed": "deepspeed", "transformers": "transformers"}  # of the peers that need more than torch
 TCMALLOC = "tcmalloc"
 SHARES = ("share_of_peak", "share_of_bandwidth", "share_of_limit")  # the last two of forward passes alone
@@ -171,7 +176,24 @@ class StepCell:
         return self.weight_bytes
 
 
-Cell = LayerCell | LinearCell | StepCell
+@dataclass(frozen=True)
+class TrainCell(StepCell):
+    """The same step, its sequences shared by ranks that are processes of `threads` threads each."""
+
+    ranks: int = 2
+
+    kind = "train"
+
+    def check(self) -> None:
+        """Refuse sizes that are none."""
+        super().check()
+        if self.tokens // self.sequence % self.ranks:
+            raise BenchError(f"--ranks: does not divide the {self.tokens // self.sequence} sequences ({self.ranks})")
+        if self.experts % self.ranks:
+            raise BenchError(f"--ranks: does not divide --experts {self.experts} ({self.ranks})")
+
+
+Cell = LayerCell | LinearCell | StepCell | TrainCell
 
 
 def _check_top_k(cell: LayerCell | StepCell) -> None:
@@ -306,15 +328,17 @@ class Worker:
         return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
 
 
-def systems(kind: str, peers: Sequence[str]) -> list[System]:
-    """Ours and the named peers, first of all ours.
+def systems(kind: str, peers: Sequence[str], ranks: int = 1) -> list[System]:
+    """Ours, its variants, and the named peers.
 
     Parameters
     ----------
     kind
-        "layer" or "linear".
+        One of `PEERS`.
     peers
         Names of `PEERS[kind]`, each with or without "+tcmalloc".
+    ranks
+        Processes of each system; ours over MPI where that is installed, else as the peers by torchrun.
 
     Raises
     ------
@@ -327,8 +351,13 @@ def systems(kind: str, peers: Sequence[str]) -> list[System]:
         raise BenchError(f"{folder}: missing; the benchmarks run from a checkout of Coterie")
     python = root / ".venv-peers" / "bin" / "python"
     interpreter = str(python) if python.exists() else sys.executable
-    ours = System(OURS, [sys.executable, str(folder / f"{OURS}_peer.py")], {"PYTHONPATH": str(root / "python")})
-    found = [ours]
+    program, path = str(folder / f"{OURS}_peer.py"), {"PYTHONPATH": str(root / "python")}
+    found = [_ranked(OURS, sys.executable, program, path, ranks, choose_launcher() if ranks > 1 else "")]
+    for name, environment in VARIANTS.get(kind, {}).items():
+        alone = name.endswith("one_rank")
+        threads = {"OMP_NUM_THREADS": str(ranks), "BENCH_THREADS": str(ranks)} if alone else {}
+        launcher = "" if alone or ranks == 1 else choose_launcher()
+        found.append(_ranked(name, sys.executable, program, path | environment | threads, ranks, launcher))
     for peer in dict.fromkeys(peers):
         name, _, allocator = peer.partition("+")
         if name not in PEERS[kind] or allocator not in ("", TCMALLOC):
@@ -336,8 +365,20 @@ def systems(kind: str, peers: Sequence[str]) -> list[System]:
             raise BenchError(f"--peers: no peer is called {peer!r}; known: {known}, each also with +{TCMALLOC}")
         _require(interpreter, PACKAGES.get(name, "torch"), name)
         environment = {"LD_PRELOAD": _tcmalloc(peer)} if allocator else {}
-        found.append(System(peer, [interpreter, str(folder / f"{name}_peer.py")], environment))
+        program = str(folder / f"{name}_peer.py")
+        found.append(_ranked(peer, interpreter, program, environment, ranks, "torchrun" if kind == "train" else ""))
     return found
+
+
+def _ranked(
+    name: str, interpreter: str, program: str, environment: dict[str, str], ranks: int, launcher: str
+) -> System:
+    """A system as one process, or as ranks that a launcher starts."""
+    if not launcher:
+        return System(name, [interpreter, program], environment)
+    command, more = launch_command(launcher, ranks, interpreter)
+    directory = tempfile.mkdtemp(prefix="coterie-bench-")
+    return System(name, [*command, program], {**environment, **more, "BENCH_SOCKET": f"{directory}/ranks"})
 
 
 def _require(interpreter: str, package: str, peer: str) -> None:
@@ -379,7 +420,7 @@ def run(
     """
     for cell in cells:
         cell.check()
-    limits = Limits(settings.threads)
+    limits = Limits(settings.threads * max(getattr(cell, "ranks", 1) for cell in cells))
     measured = [measure(cell, contestants, settings, limits, progress) for cell in cells]
     return {
         "machine": machine(limits.isa, settings.threads),
@@ -458,7 +499,7 @@ def report(cell: Cell, samples: dict[str, Samples], peak: float, bandwidth: floa
         The limits of the same rounds, FLOP/s and bytes/s.
     """
     systems = {name: sample.summary(cell, peak, bandwidth) for name, sample in samples.items()}
-    ours, peers = systems[OURS], {name: system for name, system in systems.items() if name != OURS}
+    ours, peers = systems[OURS], {name: system for name, system in systems.items() if not name.startswith(OURS)}
     ran = [name for name, peer in peers.items() if peer["ms"] is not None]
     best = min(ran, key=lambda name: peers[name]["ms"], default=None)
     result = {

@@ -263,13 +263,23 @@ class _Failure:
         return f"{who} ended with exit code {self.exit_code}"
 
 
-def _run_mpi(command: list[str], ranks: int, environment: dict[str, str]) -> _Failure | None:
+def launch_command(launcher: str, ranks: int, interpreter: str = sys.executable) -> tuple[list[str], dict[str, str]]:
+    """What to put before a Python program and its arguments to run it as ranks, and into their environment."""
+    if launcher == "torchrun":
+        return [interpreter, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)], {}
     # Ranks share the processors as their threads like; more ranks than processors are allowed.
-    mpirun = [str(_mpirun()), "-n", str(ranks), "--bind-to", "none", "--oversubscribe"]
+    mpirun = [str(_mpirun()), "-n", str(ranks), "--bind-to", "none", "--oversubscribe", interpreter]
     if os.geteuid() == 0:
-        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return mpirun, {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return mpirun, {}
+
+
+def _run_mpi(command: list[str], ranks: int, environment: dict[str, str]) -> _Failure | None:
+    interpreter, *arguments = command
+    mpirun, more = launch_command("mpi", ranks, interpreter)
+    everything = {**os.environ, **environment, **more}
     with subprocess.Popen(
-        [*mpirun, *command], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, errors="replace"
+        [*mpirun, *arguments], env=everything, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:
         try:
             failed_rank = _pass_stderr(process.stderr)

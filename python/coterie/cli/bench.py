@@ -102,6 +102,38 @@ def step(
 
 
 @bench.command()
+def train(
+    ranks: Annotated[int, typer.Option(min=2, help="Processes of --threads threads each.")] = 2,
+    tokens: TokensOption = "4096",
+    layers: Annotated[int, typer.Option(min=1, help="Every second one has experts.")] = 8,
+    hidden: HiddenOption = 256,
+    ffn: Annotated[int, typer.Option(min=1, help="Inner size of a layer or an expert.")] = 1024,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 256,
+    vocabulary: Annotated[int, typer.Option(min=2)] = 8192,
+    experts: Annotated[Sizes, typer.Option(help="Experts of a layer that has any.")] = "16",
+    top_k: Annotated[Sizes, typer.Option(help="Experts of a token.")] = "1",
+    dtype: DtypeOption = "fp32,bf16",
+    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(benches.PEERS["train"]),
+    threads: ThreadsOption = 1,
+    rounds: RoundsOption = 5,
+    repeat: RepeatOption = 3,
+    json: JsonOption = False,
+) -> None:
+    """The same step on several ranks: ZeRO-2, experts spread over all of them.
+
+    Beside it ours at stage 0 (coterie_zero0), and as one process of as many threads (coterie_one_rank).
+    """
+    cells = [
+        benches.TrainCell(d, t, hidden, ffn, e, k, layers, heads, sequence, vocabulary, ranks=ranks)
+        for d, t, e, k in product(
+            _dtypes(dtype), _sizes("tokens", tokens), _sizes("experts", experts), _sizes("top-k", top_k)
+        )
+    ]
+    _run(cells, peers, benches.Settings(threads, rounds, repeat), json, ranks)
+
+
+@bench.command()
 def comm(
     ranks: Annotated[int, typer.Option(help="Processes of one thread on this machine.")] = 2,
     launchers: Annotated[str, typer.Option(help="mpi, torchrun (Gloo).")] = "mpi,torchrun",
@@ -121,10 +153,10 @@ def comm(
     results.print(table)
 
 
-def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, json: bool) -> None:
+def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, json: bool, ranks: int = 1) -> None:
     for cell in cells:
         cell.check()
-    contestants = benches.systems(cells[0].kind, [peer for peer in peers.split(",") if peer])
+    contestants = benches.systems(cells[0].kind, [peer for peer in peers.split(",") if peer], ranks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True) as bars:
         bar = bars.add_task("", total=len(cells) * settings.rounds * len(contestants))
