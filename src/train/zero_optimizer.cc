@@ -22,14 +22,6 @@ namespace {
 // Elements of a task, about 20 us; and of a partial sum of squares, whose order is thereby fixed.
 constexpr int64_t kChunk = 16 << 10;
 
-// Elements that the places of parameters are multiples of: a cache line in either type.
-constexpr int64_t kAlignment = 32;
-
-// Sums under way at once, at most: a stage 2 rank holds so many whole buckets and the one that is being filled.
-constexpr size_t kMaxSumsUnderWay = 2;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 class GradientHook final : public torch::autograd::PostAccumulateGradHook {
  public:
   explicit GradientHook(std::function<void()> call) : call_(std::move(call)) {}
@@ -39,9 +31,19 @@ class GradientHook final : public torch::autograd::PostAccumulateGradHook {
   std::function<void()> call_;
 };
 
-bool is_shared(const Parameter& parameter) {
-  return parameter.replicas && parameter.replicas->size() > 1 && parameter.tensor.requires_grad();
+std::vector<SizedParameter> sizes_of(const std::vector<Parameter>& parameters) {
+  std::map<ProcessGroup*, int64_t> ids;
+  std::vector<SizedParameter> sizes;
+  for (const Parameter& p : parameters) {
+    sizes.push_back({p.tensor.numel(), dtype_of(p.tensor), p.tensor.requires_grad()});
+    if (!p.replicas) continue;
+    const int64_t id = ids.try_emplace(p.replicas, static_cast<int64_t>(ids.size())).first->second;
+    sizes.back().replicas = {id, p.replicas->size(), p.replicas->rank()};
+  }
+  return sizes;
 }
+
+int64_t bytes_of(const at::Tensor& tensor) { return tensor.defined() ? static_cast<int64_t>(tensor.nbytes()) : 0; }
 
 // The element of a bucket in a tensor that is of all of it, or of the own partition alone.
 template <typename Bucket>
@@ -61,10 +63,7 @@ ZeroOptimizer::ZeroOptimizer(const std::vector<Parameter>& parameters, const Tra
                              const ParallelSettings& parallel, ProcessGroup* world)
     : parameters_(parameters), train_(train), stage_(parallel.zero_stage), world_(world) {
   c10::NoGradGuard no_grad;
-  make_shared_buckets(parallel.reduce_bucket_size);
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    if (!is_shared(parameters[i])) make_local_bucket(i);
-  }
+  for (const ZeroBucket& layout : zero_buckets(sizes_of(parameters), parallel.reduce_bucket_size)) make_bucket(layout);
   for (Bucket& bucket : buckets_) make_states(bucket);
   make_chunks();
   set_hooks();
@@ -73,60 +72,34 @@ ZeroOptimizer::ZeroOptimizer(const std::vector<Parameter>& parameters, const Tra
 ZeroOptimizer::~ZeroOptimizer() {
   for (const Bucket& bucket : buckets_) {
     if (!bucket.ranks) continue;
-    for (const Slot& slot : bucket.slots)
+    for (const ZeroSlot& slot : bucket.slots)
       torch::autograd::impl::set_post_acc_grad_hooks(parameters_[slot.parameter].tensor, nullptr);
   }
 }
 
-void ZeroOptimizer::make_local_bucket(size_t parameter) {
-  const at::Tensor flat = parameters_[parameter].tensor.detach().view({-1});
-  Bucket& bucket = buckets_.emplace_back();
-  bucket.slots = {{parameter, 0, flat.numel()}};
-  bucket.size = bucket.share = flat.numel();
-  bucket.weights = flat;
+void ZeroOptimizer::make_bucket(const ZeroBucket& layout) {
+  Bucket& bucket = buckets_.emplace_back(Bucket{layout});
+  const Parameter& last = parameters_[layout.slots.back().parameter];
+  bucket.name = last.name + (layout.slots.size() > 1 ? " and others" : "");
+  bucket.filled.resize(layout.slots.size());
+  if (layout.shared) bucket.ranks = last.replicas;
+  bucket.weights = layout.shared ? moved_weights(layout) : last.tensor.detach().view({-1});
 }
 
-// Backward passes finish parameters in about the reverse order of their list. Small fp32 ones of a bf16 model fill
-// their bucket slowly, so that buckets are sorted by what they wait for.
-void ZeroOptimizer::make_shared_buckets(int64_t bucket_size) {
-  std::map<std::pair<ProcessGroup*, at::ScalarType>, size_t> open;
-  for (size_t i = parameters_.size(); i-- > 0;) {
-    if (!is_shared(parameters_[i])) continue;
-    const std::pair key(parameters_[i].replicas, parameters_[i].tensor.scalar_type());
-    const int64_t size = parameters_[i].tensor.numel();
-    const auto found = open.find(key);
-    if (found == open.end() || buckets_[found->second].size + size > bucket_size) {
-      open[key] = buckets_.size();
-      buckets_.emplace_back().ranks = key.first;
-    }
-    Bucket& bucket = buckets_[open[key]];
-    bucket.slots.push_back({i, bucket.size, size});
-    bucket.size += round_up(size, kAlignment);
-  }
-  std::sort(buckets_.begin(), buckets_.end(),
-            [](const Bucket& a, const Bucket& b) { return a.slots.back().parameter > b.slots.back().parameter; });
-  for (Bucket& bucket : buckets_) lay_out(bucket);
-}
-
-// Pads the bucket to equal shares, and moves its parameters there.
-void ZeroOptimizer::lay_out(Bucket& bucket) {
-  bucket.size = round_up(bucket.size, kAlignment * bucket.ranks->size());
-  bucket.share = bucket.size / bucket.ranks->size();
-  bucket.own_begin = bucket.share * bucket.ranks->rank();
-  const Parameter& last = parameters_[bucket.slots.back().parameter];
-  bucket.name = last.name + (bucket.slots.size() > 1 ? " and others" : "");
-  bucket.weights = at::zeros({bucket.size}, last.tensor.scalar_type());
-  for (const Slot& slot : bucket.slots) {
+at::Tensor ZeroOptimizer::moved_weights(const ZeroBucket& layout) const {
+  at::Tensor weights = at::zeros({layout.size}, parameters_[layout.slots[0].parameter].tensor.scalar_type());
+  for (const ZeroSlot& slot : layout.slots) {
     const at::Tensor& tensor = parameters_[slot.parameter].tensor;
-    const at::Tensor place = bucket.weights.narrow(0, slot.offset, slot.size).view(tensor.sizes());
+    const at::Tensor place = weights.narrow(0, slot.offset, slot.size).view(tensor.sizes());
     place.copy_(tensor);
     tensor.set_data(place);
   }
+  return weights;
 }
 
 void ZeroOptimizer::make_states(Bucket& bucket) const {
-  const bool whole = !bucket.ranks || stage_ == 0;
-  const at::Tensor trained = whole ? bucket.weights : own_part(bucket, bucket.weights);
+  const ZeroRange held = bucket.states(stage_);
+  const at::Tensor trained = bucket.weights.narrow(0, held.begin, held.size);
   bucket.masters = trained.scalar_type() == at::kFloat ? bucket.weights : trained.to(at::kFloat);
   bucket.exp_avg = at::zeros(trained.sizes(), at::kFloat);
   bucket.exp_avg_sq = at::zeros(trained.sizes(), at::kFloat);
@@ -136,7 +109,7 @@ void ZeroOptimizer::make_chunks() {
   for (size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
     const auto cut = [&](int64_t begin, int64_t end, std::vector<Chunk>& chunks) {
-      for (const Slot& slot : bucket.slots) {
+      for (const ZeroSlot& slot : bucket.slots) {
         if (!parameters_[slot.parameter].tensor.requires_grad()) continue;  // kept and saved, but not trained
         const int64_t last = std::min(end, slot.offset + slot.size);
         for (int64_t first = std::max(begin, slot.offset); first < last; first += kChunk)
@@ -150,14 +123,14 @@ void ZeroOptimizer::make_chunks() {
 }
 
 void ZeroOptimizer::set_hooks() {
-  for (size_t b = 0; b < buckets_.size(); ++b) {
-    if (!buckets_[b].ranks) continue;
-    for (Slot& slot : buckets_[b].slots) {
-      auto hook = std::make_unique<GradientHook>([this, b, &slot] {
-        take_gradient(b, slot);
+  for (Bucket& bucket : buckets_) {
+    if (!bucket.ranks) continue;
+    for (size_t s = 0; s < bucket.slots.size(); ++s) {
+      auto hook = std::make_unique<GradientHook>([this, &bucket, s] {
+        take_gradient(bucket, s);
         begin_ready_sums();
       });
-      torch::autograd::impl::set_post_acc_grad_hooks(parameters_[slot.parameter].tensor, std::move(hook));
+      torch::autograd::impl::set_post_acc_grad_hooks(parameters_[bucket.slots[s].parameter].tensor, std::move(hook));
     }
   }
 }
@@ -167,18 +140,19 @@ bool ZeroOptimizer::sums_in_this_pass() const {
 }
 
 at::Tensor ZeroOptimizer::empty_gradients(const Bucket& bucket) const {
-  const bool adds_up = stage_ < 2 && train_.gradient_accumulation_steps > 1;
-  return at::empty({bucket.size}, adds_up ? at::kFloat : bucket.weights.scalar_type());
+  const DType dtype = gradient_dtype(bucket, stage_, train_.gradient_accumulation_steps);
+  return at::empty({bucket.size}, dtype == DType::kF32 ? at::kFloat : at::kBFloat16);
 }
 
-void ZeroOptimizer::take_gradient(size_t index, Slot& slot) {
+void ZeroOptimizer::take_gradient(Bucket& bucket, size_t index) {
   c10::NoGradGuard no_grad;
-  Bucket& bucket = buckets_[index];
+  const ZeroSlot& slot = bucket.slots[index];
   at::Tensor& grad = parameters_[slot.parameter].tensor.mutable_grad();
   if (!bucket.gradients.defined()) bucket.gradients = empty_gradients(bucket);
   const at::Tensor place = bucket.gradients.narrow(0, slot.offset, slot.size).view(grad.sizes());
-  slot.filled ? place.add_(grad) : place.copy_(grad);
-  slot.filled = true;
+  bucket.filled[index] ? place.add_(grad) : place.copy_(grad);
+  bucket.filled[index] = true;
+  watch_();
   grad.reset();
   ++bucket.num_filled;
   bucket.ranks->progress();
@@ -207,9 +181,10 @@ void ZeroOptimizer::begin_ready_sums() {
 void ZeroOptimizer::begin_sum(Bucket& bucket) const {
   if (!bucket.gradients.defined()) bucket.gradients = empty_gradients(bucket);
   int64_t end = 0;  // of what is known
-  for (const Slot& slot : bucket.slots) {
+  for (size_t s = 0; s < bucket.slots.size(); ++s) {
+    const ZeroSlot& slot = bucket.slots[s];
     bucket.gradients.narrow(0, end, slot.offset - end).zero_();
-    if (!slot.filled) bucket.gradients.narrow(0, slot.offset, slot.size).zero_();
+    if (!bucket.filled[s]) bucket.gradients.narrow(0, slot.offset, slot.size).zero_();
     end = slot.offset + slot.size;
   }
   bucket.gradients.narrow(0, end, bucket.size - end).zero_();
@@ -233,21 +208,22 @@ void ZeroOptimizer::finish_sum(Bucket& bucket) const {
   } else {
     const at::Tensor own = own_part(bucket, bucket.gradients);
     bucket.sum = bucket.sum.defined() ? bucket.sum.to(at::kFloat).add_(own) : own.clone();
+    watch_();
   }
   bucket.gradients.reset();
-  for (Slot& slot : bucket.slots) slot.filled = false;
+  bucket.filled.assign(bucket.slots.size(), false);
 }
 
 void ZeroOptimizer::accumulate_gradients() {
   c10::NoGradGuard no_grad;
-  for (size_t b = 0; b < buckets_.size(); ++b) {
-    Bucket& bucket = buckets_[b];
+  watch_();
+  for (Bucket& bucket : buckets_) {
     if (!bucket.ranks) {
       take_local_gradient(bucket);
       continue;
     }
-    for (Slot& slot : bucket.slots) {
-      if (parameters_[slot.parameter].tensor.grad().defined()) take_gradient(b, slot);
+    for (size_t s = 0; s < bucket.slots.size(); ++s) {
+      if (parameters_[bucket.slots[s].parameter].tensor.grad().defined()) take_gradient(bucket, s);
     }
     bucket.num_filled = bucket.slots.size();  // what has no gradient now has none in this pass
   }
@@ -341,7 +317,7 @@ void ZeroOptimizer::gather_weights() {
 std::vector<StateView> ZeroOptimizer::state_views() const {
   std::vector<StateView> views;
   for (const Bucket& bucket : buckets_) {
-    for (const Slot& slot : bucket.slots) {
+    for (const ZeroSlot& slot : bucket.slots) {
       const Stretch own = own_stretch(bucket, slot);
       if (own.count <= 0) continue;
       const auto add = [&](const std::string& prefix, const at::Tensor& state) {
@@ -360,7 +336,7 @@ std::vector<StateView> ZeroOptimizer::state_views() const {
 std::vector<StateView> ZeroOptimizer::gradient_views() const {
   std::vector<StateView> views;
   for (const Bucket& bucket : buckets_) {
-    for (const Slot& slot : bucket.slots) {
+    for (const ZeroSlot& slot : bucket.slots) {
       const Stretch own = own_stretch(bucket, slot);
       if (own.count <= 0 || !parameters_[slot.parameter].tensor.requires_grad()) continue;
       StateView& view = views.emplace_back(own.view);
@@ -370,19 +346,19 @@ std::vector<StateView> ZeroOptimizer::gradient_views() const {
   return views;
 }
 
-ZeroOptimizer::Stretch ZeroOptimizer::own_stretch(const Bucket& bucket, const Slot& slot) const {
+ZeroOptimizer::Stretch ZeroOptimizer::own_stretch(const Bucket& bucket, const ZeroSlot& slot) const {
   const Parameter& parameter = parameters_[slot.parameter];
-  const bool whole = !bucket.ranks || stage_ == 0;
-  const int64_t begin = whole ? 0 : bucket.own_begin, end = begin + (whole ? bucket.size : bucket.share);
+  const auto [begin, size] = bucket.states(stage_);
   Stretch own{.view = {.name = parameter.name, .shape = parameter.tensor.sizes().vec()},
               .first = std::max(begin, slot.offset)};
-  own.count = std::min(end, slot.offset + slot.size) - own.first;
+  own.count = std::min(begin + size, slot.offset + slot.size) - own.first;
   own.view.first_element = own.first - slot.offset;
   if (parameter.logical_rows > 0) {
     own.view.first_element += parameter.first_row * parameter.tensor.stride(0);
     own.view.shape[0] = parameter.logical_rows;
   }
-  own.view.writes = !whole || !parameter.replicas || parameter.replicas->rank() == 0;
+  const bool alone = bucket.shared && stage_ > 0;  // with its stretch
+  own.view.writes = alone || !parameter.replicas || parameter.replicas->rank() == 0;
   return own;
 }
 
@@ -399,6 +375,18 @@ void ZeroOptimizer::publish_masters() {
     (whole ? bucket.weights : own_part(bucket, bucket.weights)).copy_(bucket.masters);
   }
   gather_weights();
+}
+
+TrainingBytes ZeroOptimizer::held_bytes() const {
+  TrainingBytes bytes;
+  for (const Bucket& bucket : buckets_) {
+    bytes.weights += bytes_of(bucket.weights);
+    bytes.gradients += bytes_of(bucket.gradients) + bytes_of(bucket.sum);
+    for (const ZeroSlot& slot : bucket.slots) bytes.gradients += bytes_of(parameters_[slot.parameter].tensor.grad());
+    if (!bucket.masters.is_alias_of(bucket.weights)) bytes.masters += bytes_of(bucket.masters);
+    bytes.moments += bytes_of(bucket.exp_avg) + bytes_of(bucket.exp_avg_sq);
+  }
+  return bytes;
 }
 
 }  // namespace coterie

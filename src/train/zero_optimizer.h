@@ -6,11 +6,10 @@
 //   1       summed on all        own partition         2n
 //   2       own partition        own partition         n + n per backward pass
 //
-// Parameters that the same ranks hold, of one type, lie in flat buckets of parallel.reduce_bucket_size elements, in the
-// order in which backward passes finish them; a rank owns an equal stretch of each bucket. Gradients are copied into
-// their bucket when autograd has finished them, and a bucket that is complete begins its sum over the ranks, while the
-// backward pass goes on: at stages 0 and 1 in the last pass of a step, at stage 2 in each. Parameters of one rank
-// alone take no detour.
+// Parameters that the same ranks hold lie in flat buckets of parallel.reduce_bucket_size elements, of which a rank owns
+// an equal stretch each (zero_partition.h). Gradients are copied into their bucket when autograd has finished them, and
+// a bucket that is complete begins its sum over the ranks, while the backward pass goes on: at stages 0 and 1 in the
+// last pass of a step, at stage 2 in each. Parameters of one rank alone take no detour.
 //
 // Masters are fp32, and the parameter itself where that is fp32; bf16 parameters are rounded from them in every step.
 // Gradients are summed over the passes of a step in fp32, over the ranks in rank order. Results are the same bits on
@@ -29,6 +28,8 @@
 #include "train/language_model.h"
 #include "train/settings.h"
 #include "train/state_view.h"
+#include "train/training_bytes.h"
+#include "train/zero_partition.h"
 
 namespace coterie {
 
@@ -60,24 +61,22 @@ class ZeroOptimizer {
   std::vector<StateView> gradient_views() const;
   void publish_masters();
 
+  // Of the tensors that this rank holds now; of gradients also those that are still in the parameters.
+  TrainingBytes held_bytes() const;
+  // Is called whenever more gradients are held than before, so that who measures sees the most.
+  void watch_gradients(std::function<void()> watch) { watch_ = std::move(watch); }
+
   int64_t num_steps() const { return num_steps_; }
   void set_num_steps(int64_t steps) { num_steps_ = steps; }
 
  private:
-  // A parameter's place in its bucket, in elements.
-  struct Slot {
-    size_t parameter;
-    int64_t offset, size;
-    bool filled = false;  // has a gradient in Bucket::gradients
-  };
   // Tensors are flat; [size] or, of the own partition alone, [share].
-  struct Bucket {
-    ProcessGroup* ranks = nullptr;  // null: one parameter of this rank alone, without padding
-    std::vector<Slot> slots;
-    int64_t size = 0, share = 0, own_begin = 0;
-    at::Tensor weights;    // [size], the memory of the parameters
-    at::Tensor gradients;  // [size] of this pass (stage 2) or of the passes so far; undefined: none yet
-    at::Tensor sum;        // gradients of the step, over its passes and the ranks; undefined: zeros
+  struct Bucket : ZeroBucket {
+    ProcessGroup* ranks = nullptr;  // null: one parameter of this rank alone
+    std::vector<bool> filled;       // of each slot: has a gradient in `gradients`
+    at::Tensor weights;             // [size], the memory of the parameters
+    at::Tensor gradients;           // [size] of this pass (stage 2) or of the passes so far; undefined: none yet
+    at::Tensor sum;                 // gradients of the step, over its passes and the ranks; undefined: zeros
     at::Tensor masters, exp_avg, exp_avg_sq;
     size_t num_filled = 0;  // in this pass
     Work work;
@@ -89,15 +88,14 @@ class ZeroOptimizer {
     int64_t first, count;
   };
 
-  void make_local_bucket(size_t parameter);
-  void make_shared_buckets(int64_t bucket_size);
-  void lay_out(Bucket& bucket);
+  void make_bucket(const ZeroBucket& layout);
+  at::Tensor moved_weights(const ZeroBucket& layout) const;
   void make_states(Bucket& bucket) const;
   void make_chunks();
   void set_hooks();
 
   at::Tensor empty_gradients(const Bucket& bucket) const;
-  void take_gradient(size_t bucket, Slot& slot);
+  void take_gradient(Bucket& bucket, size_t slot);
   void take_local_gradient(Bucket& bucket) const;
   void begin_ready_sums();
   void begin_sum(Bucket& bucket) const;
@@ -113,19 +111,20 @@ class ZeroOptimizer {
     StateView view;
     int64_t first = 0, count = 0;  // in the bucket
   };
-  Stretch own_stretch(const Bucket& bucket, const Slot& slot) const;
+  Stretch own_stretch(const Bucket& bucket, const ZeroSlot& slot) const;
   static at::Tensor values_of(const Bucket& bucket, const Stretch& stretch, const at::Tensor& tensor);
 
   const std::vector<Parameter>& parameters_;
   const TrainSettings& train_;
   const int64_t stage_;
   ProcessGroup* const world_;
-  std::vector<Bucket> buckets_;       // shared ones in the order of their messages
+  std::vector<Bucket> buckets_;       // as zero_buckets() has them: shared ones in the order of their messages
   std::vector<Chunk> own_chunks_;     // of the own partition
   std::vector<Chunk> update_chunks_;  // of what this rank updates: at stage 0 everything
   size_t next_sum_ = 0;               // bucket that begins its sum next, in this pass
   int64_t passes_ = 0;                // of this step
   int64_t num_steps_ = 0;
+  std::function<void()> watch_ = [] {};
 };
 
 }  // namespace coterie
