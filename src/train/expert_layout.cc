@@ -47,6 +47,10 @@ std::vector<int64_t> expert_parallel_degrees(const ExpertParallelSettings& setti
   return degrees;
 }
 
+ExpertRanks expert_part(int64_t num_experts, int64_t degree, int64_t place) {
+  return {.first_expert = place * (num_experts / degree), .num_experts = num_experts / degree};
+}
+
 ExpertLayout::ExpertLayout(ProcessGroup& world, const ExpertParallelSettings& settings, const ModelConfig& config,
                            int64_t element_bytes)
     : world_(world.size() > 1 ? &world : nullptr) {
@@ -82,11 +86,9 @@ const ExpertLayout::Groups& ExpertLayout::groups_of(int64_t degree, const Expert
 ExpertRanks ExpertLayout::ranks_of(int64_t index, const LayerConfig& layer, int64_t degree,
                                    const ExpertParallelSettings& settings, int64_t row_bytes) {
   const Groups& groups = groups_of(degree, settings);
-  const int64_t num_experts = layer.router.num_experts / degree;
-  ExpertRanks ranks{.first_expert = groups.together->rank() * num_experts,
-                    .num_experts = num_experts,
-                    .replicas = groups.replicas->size() > 1 ? groups.replicas.get() : nullptr,
-                    .label = "layer " + std::to_string(index)};
+  ExpertRanks ranks = expert_part(layer.router.num_experts, degree, groups.together->rank());
+  ranks.replicas = groups.replicas->size() > 1 ? groups.replicas.get() : nullptr;
+  ranks.label = "layer " + std::to_string(index);
   if (degree == 1) return ranks;
   ranks.group = groups.together.get();
   ranks.exchange =

@@ -40,6 +40,10 @@ struct ExpertRanks {
   std::string label;                   // for errors: "layer 3"
 };
 
+// The numbers of the part, without its groups, of the rank at this place among `degree` neighbours; the ranks at the
+// same place in other groups of neighbours hold the same experts.
+ExpertRanks expert_part(int64_t num_experts, int64_t degree, int64_t place);
+
 // The groups of every degree that a model needs, and each MoE layer's part. Made by all ranks of the world alike.
 class ExpertLayout {
  public:

@@ -15,42 +15,20 @@
 #include "io/tensor_source.h"
 #include "kernels/parallel_rows.h"
 #include "model/tensors.h"
+#include "train/parameter_part.h"
 #include "train/torch_pool.h"
 
 namespace coterie {
 namespace {
 
-bool ends_with(const std::string& text, const std::string& end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
-}
-
-// Moved by update_choice_biases() and not by gradients.
-bool is_choice_bias(const std::string& name) { return ends_with(name, ".choice_bias"); }
-
-bool is_norm(const std::string& name) { return name.find("norm.weight") != std::string::npos; }
-
-// Vectors, routers and mixes stay fp32 in a bf16 model, as in the engine: they are small, and what
-// they decide is discrete.
-bool keeps_fp32(const std::string& name) {
-  return is_norm(name) || is_choice_bias(name) || ends_with(name, ".bias") || ends_with(name, "router.weight") ||
-         ends_with(name, "mix.weight");
-}
-
-// "model.layers.3.experts.up.weight" -> 3; -1 when the tensor is not of routed experts.
-int64_t layer_of_experts(const std::string& name) {
-  static const std::string prefix = "model.layers.";
-  if (!name.starts_with(prefix) || name.find(".experts.") == std::string::npos) return -1;
-  return std::stoll(name.substr(prefix.size()));
-}
-
 double initial_std(const std::string& name, const ModelConfig& config) {
-  const bool writes_residual = ends_with(name, "o_proj.weight") || ends_with(name, "down.weight");
+  const bool writes_residual = name.ends_with("o_proj.weight") || name.ends_with("down.weight");
   const double scale = writes_residual ? 1.0 / std::sqrt(2.0 * static_cast<double>(config.num_layers())) : 1.0;
   return config.initializer_range * scale;
 }
 
 at::Tensor initial_values(const TensorSpec& spec, const ModelConfig& config, uint64_t seed, size_t index) {
-  if (ends_with(spec.name, ".bias") || is_choice_bias(spec.name)) return at::zeros(spec.shape, at::kFloat);
+  if (spec.name.ends_with(".bias") || is_choice_bias(spec.name)) return at::zeros(spec.shape, at::kFloat);
   if (is_norm(spec.name)) return at::ones(spec.shape, at::kFloat);
   const auto bits = philox(seed, /*counter_high=*/0, index);
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{bits[0]} << 32 | bits[1]);
@@ -108,16 +86,16 @@ LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, ui
 }
 
 Parameter LanguageModel::make_parameter(const TensorSpec& spec, at::ScalarType dtype, uint64_t seed) const {
-  Parameter parameter{.name = spec.name, .logical_rows = spec.shape[0], .replicas = layout_.world()};
+  const ExpertRanks* experts = layout_.layer(layer_of_experts(spec.name));
+  const ParameterPart part = part_of(spec, dtype == at::kBFloat16 ? DType::kBF16 : DType::kF32, experts);
   at::Tensor values = initial_values(spec, config_, seed, parameters_.size());
-  if (!keeps_fp32(spec.name)) values = values.to(dtype);
-  if (const ExpertRanks* ranks = layout_.layer(layer_of_experts(spec.name))) {
-    parameter.first_row = ranks->first_expert;
-    parameter.replicas = ranks->replicas;
-    values = values.narrow(0, ranks->first_expert, ranks->num_experts).clone();
-  }
-  parameter.tensor = values.set_requires_grad(!is_choice_bias(spec.name));
-  return parameter;
+  values = values.to(part.dtype == DType::kBF16 ? at::kBFloat16 : at::kFloat);
+  if (experts) values = values.narrow(0, part.first_row, part.shape[0]).clone();
+  return {.name = spec.name,
+          .tensor = values.set_requires_grad(part.trained),
+          .first_row = part.first_row,
+          .logical_rows = spec.shape[0],
+          .replicas = experts ? experts->replicas : layout_.world()};
 }
 
 void LanguageModel::load(const TensorSource& source) {
