@@ -145,7 +145,7 @@ def test_every_system_computes_the_same(measured: dict[str, Any]):
 
 
 def test_systems_that_do_not_fit_together_are_built_turn_by_turn(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "_memory", lambda name: 0)
+    monkeypatch.setattr(bench, "memory_of_machine", lambda name: 0)
     cell = bench.LinearCell("fp32", 8, 32, 64, backward=True)
     result = bench.run([cell], bench.systems("linear", ["torch"]), SETTINGS)["cells"][0]
     assert result["systems"]["torch"]["steps"] == SETTINGS.rounds * SETTINGS.repeat

@@ -483,7 +483,7 @@ def _fit_together(cell: Cell, copies: int, num_systems: int) -> bool:
     """Whether all systems can hold the cell at once; otherwise each builds it anew for every turn."""
     gradients = 3 if cell.backward else 1  # weights, gradients, and gradients on their way
     need = num_systems * (copies * cell.weight_bytes * gradients + cell.activation_bytes)
-    return need < 0.8 * _memory("MemAvailable")
+    return need < 0.8 * memory_of_machine("MemAvailable")
 
 
 def report(cell: Cell, samples: dict[str, Samples], peak: float, bandwidth: float) -> dict[str, Any]:
@@ -566,12 +566,12 @@ def machine(isa: str, threads: int) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "threads": threads,
         "isa": isa,
-        "memory_bytes": _memory("MemTotal"),
+        "memory_bytes": memory_of_machine("MemTotal"),
         "load_1min": os.getloadavg()[0],
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(("OMP_", "GOMP_"))},
     }
 
 
-def _memory(name: str) -> int:
+def memory_of_machine(name: str) -> int:
     with open("/proc/meminfo") as info:
         return next(int(line.split()[1]) * 1024 for line in info if line.startswith(name + ":"))

@@ -13,6 +13,8 @@
 #include "bindings/process_group_binding.h"
 #include "io/safetensors.h"
 #include "model/config.h"
+#include "train/expert_parallel_json.h"
+#include "train/memory_plan.h"
 #include "train/torch_process_group.h"
 #include "train/trainer.h"
 #include "train/verify.h"
@@ -196,6 +198,52 @@ nb::dict evaluate(const Trainer& trainer) {
   return d;
 }
 
+MemoryCase memory_case(const std::string& config_json, const std::string& dtype, int64_t ranks,
+                       const std::string& expert_parallel, int64_t reduce_bucket_size, int64_t passes) {
+  MemoryCase layout{.config = ModelConfig::from_json(config_json, "model"),
+                    .dtype = dtype_from_name(dtype),
+                    .num_ranks = ranks,
+                    .passes = passes};
+  layout.experts.expert_parallel = expert_parallel_from_json(expert_parallel);
+  layout.parallel.reduce_bucket_size = reduce_bucket_size;
+  return layout;
+}
+
+nb::list to_list(const std::vector<TrainingBytes>& ranks) {
+  nb::list list;
+  for (const TrainingBytes& bytes : ranks) {
+    nb::dict d;
+    d["weights"] = bytes.weights;
+    d["gradients"] = bytes.gradients;
+    d["masters"] = bytes.masters;
+    d["moments"] = bytes.moments;
+    list.append(d);
+  }
+  return list;
+}
+
+nb::list plan_at_stage(const MemoryCase& layout, int64_t stage) {
+  MemoryCase at_stage = layout;
+  at_stage.parallel.zero_stage = stage;
+  std::vector<TrainingBytes> ranks;
+  {
+    nb::gil_scoped_release release;
+    ranks = plan_memory(at_stage);
+  }
+  return to_list(ranks);
+}
+
+nb::list measure_stages(const MemoryCase& layout, const std::vector<int64_t>& stages) {
+  std::vector<std::vector<TrainingBytes>> measured;
+  {
+    nb::gil_scoped_release release;
+    measured = measure_memory(layout, stages);
+  }
+  nb::list list;
+  for (const std::vector<TrainingBytes>& ranks : measured) list.append(to_list(ranks));
+  return list;
+}
+
 }  // namespace
 }  // namespace coterie
 
@@ -233,4 +281,10 @@ NB_MODULE(_train, m) {
            "seed"_a = 0, "step"_a = 0, "balance_loss_choices"_a = "all")
       .def("logits", &Model::logits, "tokens"_a)
       .def("expert_ids", &Model::expert_ids, "tokens"_a, "training"_a = false, "seed"_a = 0, "step"_a = 0);
+  nb::class_<MemoryCase>(m, "MemoryCase")
+      .def(nb::new_(&memory_case), "config_json"_a, "dtype"_a, "ranks"_a, "expert_parallel"_a, "reduce_bucket_size"_a,
+           "passes"_a)
+      .def("degrees", [](const MemoryCase& c) { return expert_parallel_degrees(c.experts, c.config, c.num_ranks); })
+      .def("plan", &plan_at_stage, "stage"_a)
+      .def("measure", &measure_stages, "stages"_a);
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import groupby, product
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from coterie import bench as benches
-from coterie import comm_bench
-from coterie.cli.console import JsonOption, human_bytes, notes, print_json, results
+from coterie import comm_bench, memory_bench
+from coterie.cli.console import JsonOption, human_bytes, human_count, notes, print_json, results
 
 bench = typer.Typer(help="Measure our layers against their peers, side by side in one run.", no_args_is_help=True)
 
@@ -153,6 +154,58 @@ def comm(
     results.print(table)
 
 
+@bench.command()
+def memory(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Of `coterie train`.")] = None,
+    model: Annotated[
+        str, typer.Option(metavar="|".join(memory_bench.SHAPES), help="A known shape, where no CONFIG.toml is given.")
+    ] = memory_bench.DEFAULT,
+    ranks: Annotated[Sizes, typer.Option(help="Numbers of ranks.")] = "1,2,4,8",
+    zero_stage: Annotated[str, typer.Option(help="Stages of ZeRO.")] = "0,1,2",
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16; if not given CONFIG's, else bf16.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Count from shapes, without making the model; the large shapes always do.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Bytes that training holds per rank, beside ZeRO's formula.
+
+    Measured on ranks that are threads of this process; ends with code 1 where the two differ by more than 2 %.
+    """
+    subject = memory_bench.of_file(config) if config else memory_bench.named(model)
+    counts = plan or (config is None and model != memory_bench.DEFAULT)
+    find = memory_bench.plan if counts else memory_bench.measure
+    found = find(subject, _sizes("ranks", ranks), _stages(zero_stage), _dtypes(dtype or subject.dtype))
+    if json:
+        print_json(found)
+    else:
+        _print_memory(found)
+    if found["measured"] and not found["within_tolerance"]:
+        raise typer.Exit(1)
+
+
+def _print_memory(found: dict[str, Any]) -> None:
+    params = f"{human_count(found['params_total'])} parameters, {human_count(found['params_active'])} active per token"
+    results.print(f"{found['model']}: {params}; bytes per rank, {'measured' if found['measured'] else 'counted'}")
+    for dtype, rows in groupby(found["results"], lambda row: row["dtype"]):
+        # Minimal widths, so that a narrow terminal wraps lines rather than cutting figures.
+        names = ("ranks", "stage", *memory_bench.KINDS, "total", "formula", "diff")
+        columns = (Column(name, justify="right", min_width=max(len(name), 7 * (i > 1))) for i, name in enumerate(names))
+        table = Table(*columns, title=dtype, box=box.SIMPLE, padding=0)
+        for row in rows:
+            figures = [_between(row["least"][kind], row["bytes"][kind]) for kind in (*memory_bench.KINDS, "total")]
+            expected, difference = human_bytes(row["formula"]["total"]), f"{row['difference']:+.2%}"
+            table.add_row(f"{row['ranks']:,}", str(row["zero_stage"]), *figures, expected, difference)
+        results.print(table)
+    if found["measured"]:
+        results.print(f"largest difference {found['worst_difference']:+.2%}, {found['tolerance']:.0%} are allowed")
+
+
+def _between(least: float, most: float) -> str:
+    shown = [human_bytes(least), human_bytes(most)]
+    return " to ".join(dict.fromkeys(shown))
+
+
 def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, json: bool, ranks: int = 1) -> None:
     for cell in cells:
         cell.check()
@@ -183,6 +236,14 @@ def _sizes(option: str, text: str) -> list[int]:
         if not size.isdecimal() or int(size) < 1:
             raise benches.BenchError(f"--{option}: {size!r} is no number from 1 up")
     return list(dict.fromkeys(int(size) for size in text.split(",")))
+
+
+def _stages(text: str) -> list[int]:
+    known = [str(stage) for stage in memory_bench.STAGES]
+    for stage in text.split(","):
+        if stage not in known:
+            raise benches.BenchError(f"--zero-stage: {stage!r} is none of {', '.join(known)}")
+    return list(dict.fromkeys(int(stage) for stage in text.split(",")))
 
 
 def _print(measured: dict[str, Any]) -> None:
