@@ -68,6 +68,15 @@ def test_beyond_the_tolerance_is_code_1(capsys: pytest.CaptureFixture[str], tiny
     ]
 
 
+def test_a_configuration_says_how_experts_are_spread(capsys: pytest.CaptureFixture[str], tiny: str):
+    path = Path(tiny)
+    path.write_text(path.read_text() + "[parallel]\nexpert_parallel = 2\n")
+    for result in answered(capsys, tiny, "--ranks", "4", "--plan")["results"]:
+        assert (result["dtype"], result["expert_parallel"]) == ("fp32", [2])
+    assert main(["bench", "memory", tiny, "--ranks", "3"]) == 2
+    assert capsys.readouterr().err == "coterie: parallel.expert_parallel: 2 does not divide the 3 ranks\n"
+
+
 def test_a_thousand_ranks_are_counted_in_seconds(capsys: pytest.CaptureFixture[str]):
     for model, least, most in (("1t-moe", 1.03e12, 1.06e12), ("530b-dense", 5.29e11, 5.31e11)):
         start = time.monotonic()

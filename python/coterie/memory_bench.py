@@ -107,7 +107,8 @@ def of_file(path: Path) -> Subject:
         model,
         config.train.dtype,
         config.parallel.reduce_bucket_size,
-        passes=config.train.gradient_accumulation_steps,
+        config.parallel.expert_parallel,
+        config.train.gradient_accumulation_steps,
     )
 
 

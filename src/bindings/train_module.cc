@@ -204,7 +204,7 @@ MemoryCase memory_case(const std::string& config_json, const std::string& dtype,
                     .dtype = dtype_from_name(dtype),
                     .num_ranks = ranks,
                     .passes = passes};
-  layout.experts.expert_parallel = expert_parallel_from_json(expert_parallel);
+  layout.parallel.experts.expert_parallel = expert_parallel_from_json(expert_parallel);
   layout.parallel.reduce_bucket_size = reduce_bucket_size;
   return layout;
 }
@@ -284,7 +284,8 @@ NB_MODULE(_train, m) {
   nb::class_<MemoryCase>(m, "MemoryCase")
       .def(nb::new_(&memory_case), "config_json"_a, "dtype"_a, "ranks"_a, "expert_parallel"_a, "reduce_bucket_size"_a,
            "passes"_a)
-      .def("degrees", [](const MemoryCase& c) { return expert_parallel_degrees(c.experts, c.config, c.num_ranks); })
+      .def("degrees",
+           [](const MemoryCase& c) { return expert_parallel_degrees(c.parallel.experts, c.config, c.num_ranks); })
       .def("plan", &plan_at_stage, "stage"_a)
       .def("measure", &measure_stages, "stages"_a);
 }

@@ -63,7 +63,7 @@ std::vector<std::vector<TrainingBytes>> measure_memory(const MemoryCase& layout,
   const at::ScalarType dtype = layout.dtype == DType::kBF16 ? at::kBFloat16 : at::kFloat;
   run_ranks(static_cast<int>(layout.num_ranks), kTimeout, [&](ProcessGroup& world) {
     at::set_num_threads(1);
-    const LanguageModel model(layout.config, dtype, /*seed=*/0, &world, layout.experts);
+    const LanguageModel model(layout.config, dtype, /*seed=*/0, &world, layout.parallel.experts);
     for (size_t s = 0; s < stages.size(); ++s) {
       ParallelSettings parallel = layout.parallel;
       parallel.zero_stage = stages[s];

@@ -104,7 +104,8 @@ class GradientBytes {
 }  // namespace
 
 std::vector<SizedParameter> parameters_of_rank(const MemoryCase& layout, int64_t rank) {
-  const std::vector<int64_t> degrees = expert_parallel_degrees(layout.experts, layout.config, layout.num_ranks);
+  const std::vector<int64_t> degrees =
+      expert_parallel_degrees(layout.parallel.experts, layout.config, layout.num_ranks);
   std::map<int64_t, int64_t> degree_of;  // by layer
   for (int64_t i = 0; i < layout.config.num_layers(); ++i) {
     const bool is_moe = layout.config.layers[static_cast<size_t>(i)].is_moe();

@@ -8,7 +8,6 @@
 
 #include "base/dtype.h"
 #include "model/config.h"
-#include "train/expert_layout.h"
 #include "train/settings.h"
 #include "train/training_bytes.h"
 #include "train/zero_partition.h"
@@ -19,7 +18,6 @@ struct MemoryCase {
   ModelConfig config;
   DType dtype = DType::kBF16;  // of the model's matrices: fp32 or bf16
   int64_t num_ranks = 1;
-  ExpertParallelSettings experts = {};
   ParallelSettings parallel = {};
   int64_t passes = 1;  // backward passes of a step
 };

@@ -117,7 +117,7 @@ TEST(MemoryPlan, IsWhatAModelHolds) {
       for (const std::vector<int64_t>& degrees : {std::vector<int64_t>{0}, {1}, {2, 1}}) {
         if (ranks == 1 && degrees[0] == 2) continue;
         MemoryCase layout{.config = pyramid(), .dtype = dtype, .num_ranks = ranks};
-        layout.experts.expert_parallel = degrees;
+        layout.parallel.experts.expert_parallel = degrees;
         layout.parallel.reduce_bucket_size = 1500;
         const auto measured = measure_memory(layout, {0, 1, 2});
         for (const int64_t stage : {0, 1, 2}) {
@@ -139,7 +139,7 @@ TEST(MemoryPlan, IsWhatAModelHolds) {
 
 TEST(MemoryPlan, RefusesDegreesThatCannotBe) {
   MemoryCase layout{.config = pyramid(), .num_ranks = 4};
-  layout.experts.expert_parallel = {3};
+  layout.parallel.experts.expert_parallel = {3};
   EXPECT_THROW(plan_memory(layout), InvalidArgument);
 }
 
