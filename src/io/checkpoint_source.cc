@@ -59,8 +59,8 @@ void CheckpointSource::open_files() {
   }
   for (const auto& [file, count] : listed) {
     if (const size_t held = files_[file]->tensors().size(); held != count) {
-      throw CorruptFile((fs::path(path_) / file).string() + ": holds " + std::to_string(held) + " pieces, but " +
-                        kManifest + " lists " + std::to_string(count));
+      throw CorruptFile((fs::path(path_) / file).string() + ": header: holds " + std::to_string(held) +
+                        " pieces, but " + kManifest + " lists " + std::to_string(count));
     }
   }
 }
@@ -70,9 +70,13 @@ void CheckpointSource::check_piece(const std::string& name, const CheckpointTens
   const SafetensorsSource& file = *files_.at(piece.file);
   const std::string key = piece_key(name, piece.first);
   const StoredTensor* stored = file.find(key);
-  if (!stored) throw CorruptFile(tensor_at(file.path(), key) + "is missing");
+  // The two were written together, so that one of them is damaged where they differ.
+  const auto differ = [&](const std::string& what) {
+    return CorruptFile(file.path() + ": header: " + what + ": this file or " + kManifest + " is damaged");
+  };
+  if (!stored) throw differ("has no tensor " + printable(key) + ", which " + kManifest + " lists");
   if (stored->shape != std::vector{piece.count} || stored->dtype != safetensors_dtype(tensor.dtype)) {
-    throw CorruptFile(tensor_at(file.path(), key) + "has another shape or dtype than " + kManifest + " says");
+    throw differ("tensor " + printable(key) + " has another shape or dtype than " + kManifest + " says");
   }
 }
 

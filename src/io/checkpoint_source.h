@@ -32,6 +32,7 @@ class CheckpointSource : public TensorSource {
   // Elements [first, first + count) as fp32. InvalidArgument when there is no such tensor or it has fewer elements.
   void read_range(const std::string& name, int64_t first, int64_t count, float* out) const;
 
+  const CheckpointManifest& manifest() const { return manifest_; }
   const nlohmann::json& state() const { return manifest_.state; }
   std::string manifest_path() const;
 

@@ -81,8 +81,8 @@ TEST_F(CheckpointTest, ReadsAnyRangeOfAnyCut) {
     source.read("empty", nullptr);
     for (int64_t first = 0; first <= 21; ++first) {
       for (int64_t count = 0; first + count <= 21; ++count) {
-        std::vector<float> got(static_cast<size_t>(count), -1), expected = counted(first + count);
-        expected.erase(expected.begin(), expected.begin() + first);
+        std::vector<float> got(static_cast<size_t>(count), -1), expected(static_cast<size_t>(count));
+        std::iota(expected.begin(), expected.end(), static_cast<float>(first));
         source.read_range("w", first, count, got.data());
         EXPECT_EQ(got, expected) << first << " " << count;
       }
@@ -153,6 +153,42 @@ TEST_F(CheckpointTest, FindsDamage) {
   EXPECT_EQ(open_message(path), "tensor 'w': file 'rank-00001.safetensors' is missing");
 }
 
+// Each bit of a header's bytes in turn, and each byte as a whole: one line names the file, or nothing has changed.
+TEST_F(CheckpointTest, FindsDamageInHeaders) {
+  const std::string path = save(1, {0, 5, 9, 21}), shard = path + "/rank-00000.safetensors";
+  const std::string bytes = read_text_file(shard);
+  const size_t header = bytes.size() - 17 * sizeof(float);
+  int found = 0;
+  for (size_t i = 0; i < header; ++i) {
+    for (const int mask : {1, 2, 4, 8, 16, 32, 64, 128, 255}) {
+      std::string changed = bytes;
+      changed[i] = static_cast<char>(changed[i] ^ mask);
+      std::ofstream(shard, std::ios::binary) << changed;
+      std::vector<float> w(21);
+      const std::string said = corrupt_message([&] { CheckpointSource(path).read("w", w.data()); }, shard + ": ");
+      ASSERT_FALSE(said.starts_with("/")) << said;  // another file
+      ASSERT_EQ(said.find('\n'), std::string::npos);
+      ASSERT_EQ(said.find("@0': is missing"), std::string::npos) << said;
+      if (said.empty()) {
+        ASSERT_EQ(w, counted(21)) << "byte " << i << " ^ " << mask;
+      }
+      found += !said.empty();
+    }
+  }
+  EXPECT_GT(found, 8 * static_cast<int>(header) / 2);
+  const auto with = [&](const std::string& from, const std::string& to) {
+    std::string changed = bytes;
+    changed.replace(changed.find(from), from.size(), to);
+    std::ofstream(shard, std::ios::binary) << changed;
+    return corrupt_message([&] { CheckpointSource source(path); }, shard + ": ");
+  };
+  EXPECT_EQ(with("w@9", "w@8"),
+            "header: has no tensor 'w@9', which manifest.json lists: this file or manifest.json is damaged");
+  EXPECT_EQ(with("F32", "I32"),
+            "header: tensor 'w@0' has another shape or dtype than manifest.json says: this file or manifest.json is "
+            "damaged");
+}
+
 TEST_F(CheckpointTest, RefusesManifestsThatLie) {
   const std::string original = save(1, {0, 9, 21});
   const auto changed = [&](const std::string& from, const std::string& to) {
@@ -174,8 +210,8 @@ TEST_F(CheckpointTest, RefusesManifestsThatLie) {
             "tensor 'w': pieces[1]: file: '../rank-00001.safetensors' is not the plain name of a .safetensors file");
   EXPECT_EQ(changed("\"state\"", "\"stale\""), "state: is missing");
   EXPECT_EQ(changed("7,", "9223372036854775807,"), "tensor 'w': shape: product exceeds 2^60");
-  EXPECT_NE(changed("\"w\"", "\"v\"").find("tensor 'v@0': is missing"), std::string::npos);
-  EXPECT_NE(changed("\"F32\"", "\"F16\"").find("tensor 'w@0': has another shape or dtype"), std::string::npos);
+  EXPECT_NE(changed("\"w\"", "\"v\"").find("header: has no tensor 'v@0'"), std::string::npos);
+  EXPECT_NE(changed("\"F32\"", "\"F16\"").find("header: tensor 'w@0' has another shape or dtype"), std::string::npos);
   fs::remove(fs::path(original) / "manifest.json");
   EXPECT_EQ(corrupt_message([&] { CheckpointSource source(original); }, original),
             ": holds no manifest.json, so it is no checkpoint of this version");
