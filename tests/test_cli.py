@@ -165,6 +165,29 @@ def test_inspect_reads_gguf(capsys: pytest.CaptureFixture[str], smollm2: Path):
     assert facts["tensors"] == 272
 
 
+def test_inspect_shows_a_checkpoint(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path):
+    summary = answered(capsys, "train", config)
+    finished = answered(capsys, "inspect", summary["model"])
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    facts = answered(capsys, "inspect", step)
+    assert facts["config"] == finished["config"]
+    assert (facts["params_total"], facts["params_active"]) == (finished["params_total"], finished["params_active"])
+    assert facts["bytes_per_dtype"] == {"F32": 3 * 4 * facts["params_total"]}  # masters and two moments
+    assert facts["tensors"] == 3 * finished["tensors"]
+    checkpoint = facts["checkpoint"]
+    assert (checkpoint["step"], checkpoint["sequences"], checkpoint["dtype"]) == (1, 4, "fp32")
+    assert (checkpoint["ranks"], checkpoint["pieces"]) == (1, facts["tensors"])
+    assert main(["inspect", str(step)]) == 0
+    assert "checkpoint of step" in capsys.readouterr().out
+    # A run is its model or, until that is there, its newest checkpoint.
+    assert answered(capsys, "inspect", tmp_path / "run") == finished
+    (tmp_path / "run" / "model" / "config.json").unlink()
+    assert answered(capsys, "inspect", tmp_path / "run") == facts
+    assert answered(capsys, "inspect", tmp_path / "run" / "checkpoints") == facts
+    (step / "rank-00000.safetensors").unlink()
+    assert "rank-00000.safetensors" in refused(capsys, "inspect", step)
+
+
 def test_a_process_ends_with_code_2_and_no_trace(tmp_path: Path):
     arguments = [sys.executable, "-m", "coterie", "train", str(tmp_path / "x.toml")]
     done = subprocess.run(arguments, capture_output=True, text=True)

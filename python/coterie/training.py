@@ -178,11 +178,17 @@ def model_of_run(run_dir: Path) -> tuple[Path, Path]:
     model_dir = run_dir / "model"
     if (model_dir / "config.json").is_file():
         return model_dir, model_dir
-    latest = run_dir / "checkpoints" / "latest"
-    if not latest.is_file():
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is None:
         raise ConfigError(f"{run_dir}: has neither a model nor a checkpoint yet")
     settings = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    return latest.parent / latest.read_text(encoding="utf-8").strip(), Path(settings["data"]["path"])
+    return checkpoint, Path(settings["data"]["path"])
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """What `latest` in a directory of checkpoints names; None without one."""
+    latest = checkpoints / "latest"
+    return checkpoints / latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

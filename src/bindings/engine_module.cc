@@ -8,10 +8,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <set>
+#include <string>
 
 #include "bindings/errors.h"
 #include "coterie/engine.h"
 #include "coterie/error.h"
+#include "io/checkpoint_source.h"
 #include "io/gguf.h"
 #include "io/printable.h"
 #include "kernels/kernel_table.h"
@@ -128,6 +131,23 @@ nb::list stored_tensors(const std::string& path) {
   return result;
 }
 
+// What a training checkpoint says of itself beside its tensors; None for another path.
+nb::object checkpoint_facts(const std::string& path) {
+  if (!CheckpointSource::is_checkpoint(path)) return nb::none();
+  const CheckpointSource source(path);
+  std::set<std::string> files;
+  size_t pieces = 0;
+  for (const auto& [name, tensor] : source.manifest().tensors) {
+    pieces += tensor.pieces.size();
+    for (const CheckpointPiece& piece : tensor.pieces) files.insert(piece.file);
+  }
+  nb::dict facts;
+  facts["state_json"] = source.state().dump();
+  facts["files"] = files.size();
+  facts["pieces"] = pieces;
+  return facts;
+}
+
 nb::ndarray<nb::numpy, float> read_tensor(const std::string& path, const std::string& name) {
   const std::unique_ptr<TensorSource> source = open_tensors(path);
   const StoredTensor* tensor = source->find(name);
@@ -200,6 +220,7 @@ NB_MODULE(_engine, m) {
   m.def("model_config", [](const std::string& path) { return read_model_config(path).to_json(); }, "path"_a);
   m.def("count_parameters", &count_parameters, "config_json"_a);
   m.def("stored_tensors", &stored_tensors, "path"_a);
+  m.def("checkpoint_facts", &checkpoint_facts, "path"_a);
   m.def("read_tensor", &read_tensor, "path"_a, "name"_a);
   m.def("gguf_metadata", &gguf_metadata, "path"_a);
   m.def("load_weights", &load_weights_of, "path"_a);

@@ -55,6 +55,7 @@ bool is_gguf_path(const std::string& path) { return path.ends_with(".gguf"); }
 
 std::unique_ptr<TensorSource> open_tensors(const std::string& path) {
   if (is_gguf_path(path)) return std::make_unique<GgufSource>(path);
+  if (CheckpointSource::is_checkpoint(path)) return std::make_unique<CheckpointSource>(path);
   return std::make_unique<SafetensorsSource>(path);
 }
 

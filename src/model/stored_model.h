@@ -28,7 +28,7 @@ class StoredModel {
   std::unique_ptr<LogicalReader> reader_;
 };
 
-// The tensors of a directory, a .safetensors or a .gguf file, under their own names.
+// The tensors of a directory, a training checkpoint, a .safetensors or a .gguf file, under their own names.
 std::unique_ptr<TensorSource> open_tensors(const std::string& path);
 
 // The configuration alone.

@@ -1,4 +1,4 @@
-"""`coterie inspect`: what a model is made of."""
+"""`coterie inspect`: what a model or a training checkpoint is made of."""
 
 from __future__ import annotations
 
@@ -10,18 +10,32 @@ import typer
 from rich.table import Table
 
 from coterie.cli.console import JsonOption, human_bytes, human_count, print_json, results
+from coterie.training import model_of_run, newest_checkpoint
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or a .gguf file.")],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A model directory, a .gguf file, a training checkpoint or a run."),
+    ],
     json: JsonOption = False,
 ) -> None:
-    """Show layers, experts per layer, total and active parameters, and bytes per dtype."""
-    facts = describe(model)
+    """Show layers, experts per layer, total and active parameters, and bytes per dtype.
+
+    Of a checkpoint also the step, and how it lies in files; of a run its model, or its newest checkpoint.
+    """
+    facts = describe(_located(model))
     if json:
         print_json(facts)
     else:
         _print(facts)
+
+
+def _located(path: Path) -> Path:
+    """The model of a run, the newest of its checkpoints, or the path itself."""
+    if (path / "run.json").is_file():
+        return model_of_run(path)[0]
+    return newest_checkpoint(path) or path
 
 
 def describe(model: Path) -> dict[str, Any]:
@@ -43,7 +57,19 @@ def describe(model: Path) -> dict[str, Any]:
         "bytes_per_dtype": bytes_per_dtype,
         "tensors": len(tensors),
         "config": config,
+        **_of_checkpoint(model),
     }
+
+
+def _of_checkpoint(path: Path) -> dict[str, Any]:
+    from coterie import _engine
+
+    facts = _engine.checkpoint_facts(str(path))
+    if facts is None:
+        return {}
+    state = jsonlib.loads(facts["state_json"])
+    known = {key: state.get(key) for key in ("step", "train_seconds", "sequences", "dtype")}
+    return {"checkpoint": {**known, "ranks": facts["files"], "pieces": facts["pieces"]}}
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -59,6 +85,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("vocabulary", f"{config['vocab_size']:,}"),
         ("on disk", human_bytes(facts["bytes"])),
         *((f"  {dtype}", human_bytes(count)) for dtype, count in sorted(facts["bytes_per_dtype"].items())),
+        *_checkpoint_rows(facts),
     ):
         summary.add_row(name, value)
     results.print(facts["model"])
@@ -72,6 +99,18 @@ def _print(facts: dict[str, Any]) -> None:
         else:
             layers.add_row(span, "dense", "", "", "", str(layer["intermediate_size"]), "")
     results.print(layers)
+
+
+def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if "checkpoint" not in facts:
+        return []
+    checkpoint = facts["checkpoint"]
+    return [
+        ("checkpoint of step", str(checkpoint["step"])),
+        ("trained in", str(checkpoint["dtype"])),
+        ("ranks (files)", str(checkpoint["ranks"])),
+        ("tensors", f"{facts['tensors']:,}, with the optimizer's, in {checkpoint['pieces']:,} pieces"),
+    ]
 
 
 def _runs(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
