@@ -38,3 +38,14 @@ void adamw_row_of(const AdamWRow& row) {
 void adamw_row(const AdamWRow& row) {
   row.grad_dtype == DType::kBF16 ? adamw_row_of<DType::kBF16>(row) : adamw_row_of<DType::kF32>(row);
 }
+
+// The random bits are Murmur3's last mix (Appleby 2011) of the index and the key.
+void round_randomly_row(const float* in, uint32_t key, BFloat16* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t mixed = static_cast<uint32_t>(i) * 0x9E3779B9u + key;
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6Bu;
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35u;
+    const uint32_t below = (mixed ^ (mixed >> 16)) & 0xFFFFu;
+    out[i].bits = static_cast<uint16_t>((std::bit_cast<uint32_t>(in[i]) + below) >> 16);
+  }
+}

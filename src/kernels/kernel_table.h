@@ -208,6 +208,9 @@ struct KernelTable {
 
   float (*square_sum_row)(const void* x, DType dtype, int64_t n);
   void (*adamw_row)(const AdamWRow& row);
+  // Each value becomes one of its two neighbours in bf16, the nearer one more often: the mean over many keys is the
+  // value. Sums of small steps keep what rounding to the nearest would lose. The choice is a function of (key, index).
+  void (*round_randomly_row)(const float* in, uint32_t key, BFloat16* out, int64_t n);
 
   // Rows of kF32 or kBF16.
   void (*convert_row)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n);

@@ -46,6 +46,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.exponentials_row = exponentials_row;
   table.attention_backward_row = attention_backward_row;
   table.square_sum_row = square_sum_row;
+  table.round_randomly_row = round_randomly_row;
   table.adamw_row = adamw_row;
   table.convert_row = convert_row;
   table.scale_row = scale_row;

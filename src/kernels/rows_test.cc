@@ -395,6 +395,38 @@ TEST(Rows, SquareSum) {
   });
 }
 
+// Of many keys: neighbours alone, a mean within five standard deviations (a neighbour's distance halved at most, over
+// the root of the number) of the value; and the same on every ISA.
+TEST(Rows, RoundsRandomlyWithoutBias) {
+  std::mt19937 random(14);
+  const int64_t n = 37;
+  const std::vector<float> x = random_floats(n, random);
+  constexpr uint32_t kKeys = 4000;
+  std::vector<std::vector<double>> sums;
+  for_each_isa([&] {
+    std::vector<double> sum(static_cast<size_t>(n));
+    std::vector<BFloat16> out(static_cast<size_t>(n));
+    for (uint32_t key = 0; key < kKeys; ++key) {
+      active_kernels().round_randomly_row(x.data(), key, out.data(), n);
+      for (int64_t i = 0; i < n; ++i) {
+        ASSERT_LT(std::abs(to_float(out[i]) - x[i]), std::abs(x[i]) * 0x1p-7);
+        sum[i] += to_float(out[i]);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const double spacing = std::abs(x[i]) * 0x1p-7;
+      ASSERT_NEAR(sum[i] / kKeys, x[i], 5 * 0.5 * spacing / std::sqrt(kKeys)) << i;
+    }
+    sums.push_back(sum);
+    const std::vector<BFloat16> exact = rounded(x);
+    std::vector<float> floats(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) floats[i] = to_float(exact[i]);
+    active_kernels().round_randomly_row(floats.data(), 1, out.data(), n);
+    for (int64_t i = 0; i < n; ++i) ASSERT_EQ(out[i].bits, exact[i].bits);
+  });
+  for (const std::vector<double>& sum : sums) EXPECT_EQ(sum, sums[0]);
+}
+
 // One element's step in doubles. Errors: a blend of a and b, b + beta (a - b), is off by at most 4 u (|a| + |b|), with
 // the two roundings of g; of squares by 6 u of their sum, which is at most 1 / (1 - beta2) times the result, and the
 // root halves that. The quotient, its factor and eps add 8 u, the last fma 2 u.
