@@ -22,12 +22,14 @@ void adamw_row_of(const AdamWRow& row) {
   const AdamWFactors& f = row.factors;
   for (int64_t i = 0; i < row.n; i += kWidth) {
     const int64_t m = lanes_left(i, row.n);
-    const VF grad = row.grad ? load_any(row.grad, kGradType, i, m) * f.grad_scale : VF{};
+    const VF old = load_floats(row.master, i, m);
+    const VF raw = row.grad ? load_any(row.grad, kGradType, i, m) * f.grad_scale : VF{};
+    const VF grad = fma(old, broadcast(f.l2), raw);
     const VF average = fma(load_floats(row.exp_avg, i, m) - grad, broadcast(f.beta1), grad);
     const VF square = grad * grad;
     const VF average_square = fma(load_floats(row.exp_avg_sq, i, m) - square, broadcast(f.beta2), square);
     const VF step = f.step_size * average / fma(root(average_square), broadcast(f.inverse_root), broadcast(f.eps));
-    const VF master = fma(load_floats(row.master, i, m), broadcast(f.decay), -step);
+    const VF master = fma(old, broadcast(f.decay), -step);
     store_floats(row.exp_avg, i, m, average);
     store_floats(row.exp_avg_sq, i, m, average_square);
     store_floats(row.master, i, m, master);

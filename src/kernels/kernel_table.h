@@ -134,13 +134,15 @@ struct AttentionBackwardRow {
   float delta = 0.0f;
 };
 
-// What a step of AdamW is for every element (Loshchilov and Hutter 2019, algorithm 2), with g = grad_scale * grad:
+// What a step of Adam or AdamW is for every element (Loshchilov and Hutter 2019, algorithm 2), with
+//   g = grad_scale * grad + l2 master,
 //   exp_avg = beta1 exp_avg + (1 - beta1) g,  exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2,
 //   master = decay master - step_size exp_avg / (inverse_root sqrt(exp_avg_sq) + eps)
 struct AdamWFactors {
   float grad_scale = 1.0f;
   float beta1 = 0.0f, beta2 = 0.0f;
-  float decay = 1.0f;         // 1 - learning rate * weight decay
+  float l2 = 0.0f;            // Adam's weight decay
+  float decay = 1.0f;         // AdamW's: 1 - learning rate * weight decay
   float step_size = 0.0f;     // learning rate / (1 - beta1^t)
   float inverse_root = 1.0f;  // 1 / sqrt(1 - beta2^t)
   float eps = 0.0f;

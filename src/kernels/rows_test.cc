@@ -428,20 +428,21 @@ TEST(Rows, RoundsRandomlyWithoutBias) {
 }
 
 // One element's step in doubles. Errors: a blend of a and b, b + beta (a - b), is off by at most 4 u (|a| + |b|), with
-// the two roundings of g; of squares by 6 u of their sum, which is at most 1 / (1 - beta2) times the result, and the
-// root halves that. The quotient, its factor and eps add 8 u, the last fma 2 u.
+// the two roundings of g and |b| the size of its two parts; of squares by 6 u of their sum, and the root halves that.
+// The quotient, its factor and eps add 8 u, the last fma 2 u.
 TEST(Rows, AdamWAgreesWithDoubles) {
-  const AdamWFactors f{.grad_scale = 0.3f,
-                       .beta1 = 0.9f,
-                       .beta2 = 0.95f,
-                       .decay = 0.99f,
-                       .step_size = 0.02f,
-                       .inverse_root = 1.7f,
-                       .eps = 1e-6f};
+  AdamWFactors f{.grad_scale = 0.3f,
+                 .beta1 = 0.9f,
+                 .beta2 = 0.95f,
+                 .decay = 0.99f,
+                 .step_size = 0.02f,
+                 .inverse_root = 1.7f,
+                 .eps = 1e-6f};
   std::mt19937 random(13);
   for_each_isa([&] {
     for (int64_t n : kWidths) {
-      for (int kind = 0; kind < 3; ++kind) {  // gradients of fp32, of bf16, none
+      for (int kind = 0; kind < 4; ++kind) {  // gradients of fp32, of bf16, none; Adam's decay
+        f.l2 = kind == 3 ? 0.05f : 0.0f;
         const std::vector<float> grad = random_floats(n, random), w = random_floats(n, random);
         const std::vector<float> m = random_floats(n, random), root_v = random_floats(n, random);
         const std::vector<BFloat16> halves = rounded(grad);
@@ -455,21 +456,23 @@ TEST(Rows, AdamWAgreesWithDoubles) {
                      .exp_avg_sq = square.data(),
                      .parameter = parameter.data(),
                      .n = n};
-        if (kind == 0) row.grad = grad.data();
+        if (kind == 0 || kind == 3) row.grad = grad.data();
         if (kind == 1) row.grad = halves.data();
         if (kind == 1) row.grad_dtype = DType::kBF16;
         active_kernels().adamw_row(row);
         for (int64_t i = 0; i < n; ++i) {
-          const double raw = kind == 0 ? grad[i] : (kind == 1 ? to_float(halves[i]) : 0.0), g = raw * f.grad_scale;
+          const double raw = kind == 1 ? to_float(halves[i]) : (kind == 2 ? 0.0 : grad[i]);
+          const double scaled = raw * f.grad_scale, decayed = double{f.l2} * w[i], g = scaled + decayed;
+          const double size = std::abs(scaled) + std::abs(decayed);
           const double new_m = double{f.beta1} * m[i] + (1.0 - f.beta1) * g;
           const double new_v = double{f.beta2} * v[i] + (1.0 - f.beta2) * g * g;
           const double denominator = f.inverse_root * std::sqrt(new_v) + f.eps,
                        step = f.step_size * new_m / denominator;
-          const double m_error = 4 * u * (std::abs(m[i]) + std::abs(g)), v_error = 6 * u * (v[i] + g * g);
+          const double m_error = 4 * u * (std::abs(m[i]) + size), v_error = 6 * u * (v[i] + size * size);
           ASSERT_NEAR(average[i], new_m, m_error);
           ASSERT_NEAR(square[i], new_v, v_error);
-          const double error = f.step_size * m_error / denominator +
-                               std::abs(step) * (3 * u / (1.0 - f.beta2) + 8 * u) + 2 * u * std::abs(w[i]);
+          const double error = f.step_size * m_error / denominator + std::abs(step) * (v_error / (2 * new_v) + 8 * u) +
+                               2 * u * std::abs(w[i]);
           ASSERT_NEAR(master[i], f.decay * double{w[i]} - step, error);
           ASSERT_EQ(parameter[i].bits, to_bfloat16(master[i]).bits);
         }

@@ -41,8 +41,7 @@ void run_pass(const LanguageModel& model, uint64_t step) {
 
 TrainingBytes measure_step(const LanguageModel& model, const ParallelSettings& parallel, int64_t passes,
                            ProcessGroup& world) {
-  const TrainSettings train{.gradient_accumulation_steps = passes};
-  ZeroOptimizer optimizer(model.parameters(), train, parallel, &world);
+  ZeroOptimizer optimizer(model.parameters(), passes, parallel, &world);
   int64_t gradients = 0;
   optimizer.watch_gradients([&] { gradients = std::max(gradients, optimizer.held_bytes().gradients); });
   for (int64_t pass = 0; pass < passes; ++pass) {

@@ -50,8 +50,7 @@ std::vector<SizedParameter> sizes_of(const std::vector<Parameter>& parameters, c
 // A step whose backward passes finish the parameters one after the other, the last first.
 TrainingBytes run_step(const std::vector<Parameter>& parameters, const ParallelSettings& parallel, int64_t passes,
                        ProcessGroup& world) {
-  const TrainSettings train{.gradient_accumulation_steps = passes};
-  ZeroOptimizer optimizer(parameters, train, parallel, &world);
+  ZeroOptimizer optimizer(parameters, passes, parallel, &world);
   int64_t peak = 0;
   optimizer.watch_gradients([&] { peak = std::max(peak, optimizer.held_bytes().gradients); });
   for (int64_t pass = 0; pass < passes; ++pass) {
@@ -62,7 +61,7 @@ TrainingBytes run_step(const std::vector<Parameter>& parameters, const ParallelS
   }
   TrainingBytes held = optimizer.held_bytes();
   held.gradients = peak;
-  optimizer.step(0.0);
+  optimizer.step(std::vector<AdamWSettings>(parameters.size()), 0.0);
   return held;
 }
 

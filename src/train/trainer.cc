@@ -98,7 +98,7 @@ Trainer::Trainer(const ModelConfig& config, const RunSettings& settings, Process
       train_data_(settings.data.path, "train", settings.data.sequence_length, settings.train.seed),
       valid_data_(settings.data.path, "valid", settings.data.sequence_length, settings.train.seed),
       distiller_(make_distiller(settings_, model_, total_steps_)),
-      optimizer_(model_.parameters(), settings_.train, settings_.parallel, world_),
+      optimizer_(model_.parameters(), settings.train.gradient_accumulation_steps, settings_.parallel, world_),
       saver_(config, settings_, world_) {
   const int64_t sequences = settings.train.batch_size / settings.train.gradient_accumulation_steps;
   if (sequences % ranks() != 0) {
@@ -136,12 +136,28 @@ StepMetrics Trainer::step(const ZeroOptimizer::Inspect& inspect) {
   tally.finish();
   metrics.tokens = (state_.step + 1) * tokens_per_step;
   metrics.learning_rate = learning_rate_at(settings_.train, metrics.tokens);
-  metrics.grad_norm = optimizer_.step(metrics.learning_rate, inspect);
+  metrics.grad_norm = optimizer_.step(optimizer_settings(metrics.learning_rate), settings_.train.max_grad_norm,
+                                      /*skips_overflow=*/false, inspect);
   model_.update_choice_biases(tally.loads, settings_.train.choice_bias_rate);
   metrics.step = ++state_.step;
   metrics.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   state_.train_seconds += metrics.seconds;
   return metrics;
+}
+
+// Matrices alone decay.
+std::vector<AdamWSettings> Trainer::optimizer_settings(double learning_rate) const {
+  const TrainSettings& train = settings_.train;
+  std::vector<AdamWSettings> settings;
+  for (const Parameter& parameter : model_.parameters()) {
+    const bool decays = parameter.tensor.dim() >= 2 && !parameter.name.ends_with(".bias");
+    settings.push_back({.learning_rate = learning_rate,
+                        .beta1 = train.beta1,
+                        .beta2 = train.beta2,
+                        .eps = train.eps,
+                        .weight_decay = decays ? train.weight_decay : 0.0});
+  }
+  return settings;
 }
 
 int64_t Trainer::pass_sequences() const {

@@ -75,6 +75,7 @@ class Trainer {
  private:
   struct Tally;                    // sums over the micro-batches of one step
   int64_t pass_sequences() const;  // that go through this rank's model at once
+  std::vector<AdamWSettings> optimizer_settings(double learning_rate) const;
   void micro_batch(int64_t index, Tally& tally);
 
   RunSettings settings_;

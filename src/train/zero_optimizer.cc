@@ -57,11 +57,30 @@ at::Tensor own_part(const Bucket& bucket, const at::Tensor& tensor) {
   return tensor.numel() == bucket.size ? tensor.narrow(0, bucket.own_begin, bucket.share) : tensor;
 }
 
+AdamWFactors factors_of(const AdamWSettings& settings, int64_t num_steps, double grad_scale) {
+  const auto steps = static_cast<double>(num_steps);
+  AdamWFactors factors{.grad_scale = static_cast<float>(grad_scale),
+                       .beta1 = static_cast<float>(settings.beta1),
+                       .beta2 = static_cast<float>(settings.beta2)};
+  if (settings.decoupled) {
+    factors.decay = static_cast<float>(1.0 - settings.learning_rate * settings.weight_decay);
+  } else {
+    factors.l2 = static_cast<float>(settings.weight_decay);
+  }
+  factors.step_size = static_cast<float>(settings.learning_rate / (1.0 - std::pow(settings.beta1, steps)));
+  factors.inverse_root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(settings.beta2, steps)));
+  factors.eps = static_cast<float>(settings.eps);
+  return factors;
+}
+
 }  // namespace
 
-ZeroOptimizer::ZeroOptimizer(const std::vector<Parameter>& parameters, const TrainSettings& train,
+ZeroOptimizer::ZeroOptimizer(const std::vector<Parameter>& parameters, int64_t gradient_accumulation_steps,
                              const ParallelSettings& parallel, ProcessGroup* world)
-    : parameters_(parameters), train_(train), stage_(parallel.zero_stage), world_(world) {
+    : parameters_(parameters),
+      passes_per_step_(gradient_accumulation_steps),
+      stage_(parallel.zero_stage),
+      world_(world) {
   c10::NoGradGuard no_grad;
   for (const ZeroBucket& layout : zero_buckets(sizes_of(parameters), parallel.reduce_bucket_size)) make_bucket(layout);
   for (Bucket& bucket : buckets_) make_states(bucket);
@@ -135,12 +154,10 @@ void ZeroOptimizer::set_hooks() {
   }
 }
 
-bool ZeroOptimizer::sums_in_this_pass() const {
-  return stage_ == 2 || passes_ + 1 == train_.gradient_accumulation_steps;
-}
+bool ZeroOptimizer::sums_in_this_pass() const { return stage_ == 2 || passes_ + 1 == passes_per_step_; }
 
 at::Tensor ZeroOptimizer::empty_gradients(const Bucket& bucket) const {
-  const DType dtype = gradient_dtype(bucket, stage_, train_.gradient_accumulation_steps);
+  const DType dtype = gradient_dtype(bucket, stage_, passes_per_step_);
   return at::empty({bucket.size}, dtype == DType::kF32 ? at::kFloat : at::kBFloat16);
 }
 
@@ -238,32 +255,26 @@ void ZeroOptimizer::accumulate_gradients() {
   ++passes_;
 }
 
-bool ZeroOptimizer::decays(size_t parameter) const {
-  return parameters_[parameter].tensor.dim() >= 2 && !parameters_[parameter].name.ends_with(".bias");
-}
-
-double ZeroOptimizer::step(double learning_rate, const Inspect& inspect) {
+double ZeroOptimizer::step(const std::vector<AdamWSettings>& settings, double max_grad_norm, bool skips_overflow,
+                           const Inspect& inspect) {
   c10::NoGradGuard no_grad;
-  COTERIE_CHECK(buckets_.empty() || !buckets_[0].ranks || passes_ == train_.gradient_accumulation_steps,
+  COTERIE_CHECK(settings.size() == parameters_.size(), "settings of every parameter");
+  COTERIE_CHECK(buckets_.empty() || !buckets_[0].ranks || passes_ == passes_per_step_,
                 "the last pass of a step sums over the ranks");
-  ++num_steps_;
   passes_ = 0;
   double norm = gradient_norm();
   if (inspect) inspect(norm);
-  const bool clips = train_.max_grad_norm > 0 && norm > train_.max_grad_norm;
-  const auto steps = static_cast<double>(num_steps_);
-  AdamWFactors factors{.grad_scale = clips ? static_cast<float>(train_.max_grad_norm / norm) : 1.0f,
-                       .beta1 = static_cast<float>(train_.beta1),
-                       .beta2 = static_cast<float>(train_.beta2)};
-  factors.step_size = static_cast<float>(learning_rate / (1.0 - std::pow(train_.beta1, steps)));
-  factors.inverse_root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(train_.beta2, steps)));
-  factors.eps = static_cast<float>(train_.eps);
-  const auto decay = static_cast<float>(1.0 - learning_rate * train_.weight_decay);
+  if (skips_overflow && !std::isfinite(norm)) {
+    for (Bucket& bucket : buckets_) bucket.sum.reset();
+    return norm;
+  }
+  ++num_steps_;
+  const double grad_scale = max_grad_norm > 0 && norm > max_grad_norm ? max_grad_norm / norm : 1.0;
+  std::vector<AdamWFactors> factors;
+  for (const AdamWSettings& s : settings) factors.push_back(factors_of(s, num_steps_, grad_scale));
   torch_pool().run(static_cast<int64_t>(update_chunks_.size()), [&](int64_t task, int) {
     const Chunk& chunk = update_chunks_[static_cast<size_t>(task)];
-    AdamWFactors own = factors;
-    own.decay = decays(chunk.parameter) ? decay : 1.0f;
-    update(chunk, own);
+    update(chunk, factors[chunk.parameter]);
   });
   for (Bucket& bucket : buckets_) bucket.sum.reset();
   gather_weights();

@@ -1,5 +1,5 @@
-// AdamW (Loshchilov and Hutter 2019) over parameters that one or several ranks hold, with what ranks hold alike spread
-// over them (ZeRO: Rajbhandari et al. 2020, section 5):
+// Adam and AdamW (Loshchilov and Hutter 2019) over parameters that one or several ranks hold, with what ranks hold
+// alike spread over them (ZeRO: Rajbhandari et al. 2020, section 5):
 //
 //   stage   gradients            moments and masters   messages per step, of n parameters
 //   0       summed on all        on all                2n
@@ -33,24 +33,36 @@
 
 namespace coterie {
 
+// What a step does to a parameter.
+struct AdamWSettings {
+  double learning_rate = 0;
+  double beta1 = 0.9, beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0;
+  bool decoupled = true;  // the decay: AdamW's, else Adam's, which is part of the gradient
+};
+
 class ZeroOptimizer {
  public:
   // Moves replicated parameters into their buckets; the arguments outlive the optimizer. `world`: all ranks of the run,
   // over which the norm is taken; null: one. Every rank has the same parameters in the same order, with equal values
-  // among replicas.
-  ZeroOptimizer(const std::vector<Parameter>& parameters, const TrainSettings& train, const ParallelSettings& parallel,
-                ProcessGroup* world);
+  // among replicas. A step has gradient_accumulation_steps backward passes.
+  ZeroOptimizer(const std::vector<Parameter>& parameters, int64_t gradient_accumulation_steps,
+                const ParallelSettings& parallel, ProcessGroup* world);
   ~ZeroOptimizer();  // takes its hooks off the parameters
   ZeroOptimizer(const ZeroOptimizer&) = delete;
 
-  // After each of the train.gradient_accumulation_steps backward passes of a step: takes the gradients that are still
-  // in the parameters, and completes what the hooks have begun.
+  // After each backward pass: takes the gradients that are still in the parameters, and completes what the hooks have
+  // begun.
   void accumulate_gradients();
 
-  // Clips by the global norm, in which every logical parameter counts once, updates, clears the sums. Returns the norm
-  // before clipping. `inspect` sees it, and gradient_views(), before the update.
+  // Clips by the global norm, in which every logical parameter counts once (max_grad_norm 0: no clipping), updates,
+  // clears the sums. `settings`: of every parameter. Returns the norm before clipping; when that is not finite and
+  // `skips_overflow`, the sums are cleared and nothing else is done. `inspect` sees the norm, and gradient_views(),
+  // before the update.
   using Inspect = std::function<void(double& norm)>;
-  double step(double learning_rate, const Inspect& inspect = {});
+  double step(const std::vector<AdamWSettings>& settings, double max_grad_norm, bool skips_overflow = false,
+              const Inspect& inspect = {});
 
   // What this rank answers for between steps: per parameter its master under the parameter's own name, then
   // "optimizer.exp_avg.<name>" and "optimizer.exp_avg_sq.<name>"; from stage 1 on, of the own partition. Whoever writes
@@ -102,7 +114,6 @@ class ZeroOptimizer {
   void finish_sum(Bucket& bucket) const;
   bool sums_in_this_pass() const;
 
-  bool decays(size_t parameter) const;  // matrices alone
   double gradient_norm() const;
   void update(const Chunk& chunk, const AdamWFactors& factors) const;
   void gather_weights();
@@ -115,7 +126,7 @@ class ZeroOptimizer {
   static at::Tensor values_of(const Bucket& bucket, const Stretch& stretch, const at::Tensor& tensor);
 
   const std::vector<Parameter>& parameters_;
-  const TrainSettings& train_;
+  const int64_t passes_per_step_;
   const int64_t stage_;
   ProcessGroup* const world_;
   std::vector<Bucket> buckets_;       // as zero_buckets() has them: shared ones in the order of their messages

@@ -1,4 +1,4 @@
-// The optimizer against torch's AdamW formula in doubles, over several steps.
+// The optimizer against torch's Adam and AdamW formulas in doubles, over several steps.
 #include "train/zero_optimizer.h"
 
 #include <ATen/ATen.h>
@@ -11,13 +11,13 @@
 namespace coterie {
 namespace {
 
-constexpr double kLearningRate = 0.05;
+constexpr double kLearningRate = 0.05, kMaxNorm = 1.0;
 
-TrainSettings settings() {
-  TrainSettings s;
-  s.weight_decay = 0.1;
-  s.max_grad_norm = 1.0;
-  return s;
+// Of three parameters, each with its own.
+std::vector<AdamWSettings> settings() {
+  return {{.learning_rate = kLearningRate, .weight_decay = 0.1},
+          {.learning_rate = 0.4 * kLearningRate, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6},
+          {.learning_rate = kLearningRate, .weight_decay = 0.2, .decoupled = false}};
 }
 
 // A matrix, larger than one task, a bias of two axes and a vector; the last has no gradient at first.
@@ -41,12 +41,13 @@ at::Tensor random_gradient(const Parameter& parameter, uint64_t seed) {
 struct Oracle {
   at::Tensor w, m, v;
 
-  void step(const at::Tensor& gradient, double decay, int t) {
-    const TrainSettings s = settings();
+  void step(const at::Tensor& clipped, const AdamWSettings& s, int t) {
+    const at::Tensor gradient = s.decoupled ? clipped : clipped + s.weight_decay * w;
+    const double decay = s.decoupled ? s.weight_decay : 0.0;
     m = s.beta1 * m + (1 - s.beta1) * gradient;
     v = s.beta2 * v + (1 - s.beta2) * gradient * gradient;
     const at::Tensor root = (v / (1 - std::pow(s.beta2, t))).sqrt() + s.eps;
-    w = w * (1 - kLearningRate * decay) - kLearningRate * m / (1 - std::pow(s.beta1, t)) / root;
+    w = w * (1 - s.learning_rate * decay) - s.learning_rate * m / (1 - std::pow(s.beta1, t)) / root;
   }
 };
 
@@ -54,8 +55,7 @@ struct Oracle {
 // a few hundred 2^-24 of it in three steps (rows_test.cc has the bound of one), stay below 1e-5.
 void check(at::ScalarType dtype, int micro_batches) {
   const std::vector<Parameter> trained = parameters(dtype);
-  const TrainSettings s = settings();
-  ZeroOptimizer optimizer(trained, s, {}, nullptr);
+  ZeroOptimizer optimizer(trained, micro_batches, {}, nullptr);
   std::vector<Oracle> oracles;
   for (const Parameter& p : trained) {
     const at::Tensor w = p.tensor.detach().to(at::kDouble);
@@ -75,9 +75,8 @@ void check(at::ScalarType dtype, int micro_batches) {
       for (const Parameter& p : trained) EXPECT_FALSE(p.tensor.grad().defined());
     }
     for (const at::Tensor& sum : sums) squares += sum.square().sum().item<double>();
-    EXPECT_NEAR(optimizer.step(kLearningRate), std::sqrt(squares), 1e-5 * std::sqrt(squares));
-    for (size_t i = 0; i < trained.size(); ++i)
-      oracles[i].step(sums[i] / std::sqrt(squares), i == 0 ? s.weight_decay : 0.0, t);
+    EXPECT_NEAR(optimizer.step(settings(), kMaxNorm), std::sqrt(squares), 1e-5 * std::sqrt(squares));
+    for (size_t i = 0; i < trained.size(); ++i) oracles[i].step(sums[i] / std::sqrt(squares), settings()[i], t);
   }
   const std::vector<StateView> views = optimizer.state_views();
   ASSERT_EQ(views.size(), 3 * trained.size());
@@ -103,11 +102,10 @@ TEST(ZeroOptimizer, BitsDontDependOnThreads) {
   for (const int threads : {1, 2}) {
     at::set_num_threads(threads);
     const std::vector<Parameter> trained = parameters(at::kBFloat16);
-    const TrainSettings s = settings();
-    ZeroOptimizer optimizer(trained, s, {}, nullptr);
+    ZeroOptimizer optimizer(trained, 1, {}, nullptr);
     for (const Parameter& p : trained) at::Tensor(p.tensor).mutable_grad() = random_gradient(p, 7);
     optimizer.accumulate_gradients();
-    results.push_back(at::scalar_tensor(optimizer.step(kLearningRate), at::kDouble));
+    results.push_back(at::scalar_tensor(optimizer.step(settings(), kMaxNorm), at::kDouble));
     results.push_back(trained[0].tensor.detach());
   }
   at::set_num_threads(before);
@@ -141,30 +139,28 @@ struct Replica {
 };
 
 TEST(ZeroOptimizer, CountsEveryParameterOnce) {
-  TrainSettings s = settings();
-  s.gradient_accumulation_steps = 2;
   const Replica one(0, nullptr);
-  ZeroOptimizer oracle(one.parameters, s, {}, nullptr);
+  ZeroOptimizer oracle(one.parameters, 2, {}, nullptr);
   std::vector<double> norms;
   for (int step = 0; step < 3; ++step) {
     for (int pass = 0; pass < 2; ++pass) {
       (one.loss(0, pass) + one.loss(1, pass)).backward();
       oracle.accumulate_gradients();
     }
-    norms.push_back(oracle.step(kLearningRate));
+    norms.push_back(oracle.step(settings(), kMaxNorm));
   }
   for (const int64_t stage : {0, 1, 2}) {
     run_ranks(2, 30.0, [&](ProcessGroup& world) {
       at::set_num_threads(1);
       const Replica mine(world.rank(), &world);
-      ZeroOptimizer optimizer(mine.parameters, s, {.zero_stage = stage, .reduce_bucket_size = 1300}, &world);
+      ZeroOptimizer optimizer(mine.parameters, 2, {.zero_stage = stage, .reduce_bucket_size = 1300}, &world);
       for (const double norm : norms) {
         for (int pass = 0; pass < 2; ++pass) {
           mine.loss(world.rank(), pass).backward();
           EXPECT_FALSE(mine.parameters[0].tensor.grad().defined()) << "the hook has taken it";
           optimizer.accumulate_gradients();
         }
-        EXPECT_NEAR(optimizer.step(kLearningRate), norm, 1e-5 * norm);
+        EXPECT_NEAR(optimizer.step(settings(), kMaxNorm), norm, 1e-5 * norm);
       }
       // As in check().
       const auto expect_near = [](const at::Tensor& a, const at::Tensor& b) {
