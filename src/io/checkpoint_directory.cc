@@ -32,7 +32,6 @@ std::string padded(int64_t number, size_t digits) {
   return std::string(text.size() < digits ? digits - text.size() : 0, '0') + text;
 }
 
-std::string step_name(int64_t step) { return kStep + padded(step, 8); }
 std::string shard_name(int rank) { return "rank-" + padded(rank, 5) + ".safetensors"; }
 std::string list_name(int rank) { return "rank-" + padded(rank, 5) + ".json"; }  // the shard's part of the manifest
 
@@ -79,10 +78,17 @@ std::optional<std::pair<int64_t, int64_t>> parse_name(const std::string& name) {
   return error == std::errc() && next == end ? std::optional(parsed) : std::nullopt;
 }
 
+bool is_plain(const std::string& name) {
+  return !name.empty() && name[0] != '.' && name != "latest" &&
+         name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
+}
+
 }  // namespace
 
-std::string CheckpointDirectory::aside(int64_t step) const {
-  return (fs::path(path_) / (kAside + step_name(step))).string();
+std::string CheckpointDirectory::step_name(int64_t step) { return kStep + padded(step, 8); }
+
+std::string CheckpointDirectory::aside(const std::string& name) const {
+  return (fs::path(path_) / (kAside + name)).string();
 }
 
 std::optional<std::string> CheckpointDirectory::latest() const {
@@ -90,23 +96,30 @@ std::optional<std::string> CheckpointDirectory::latest() const {
   if (!fs::exists(link)) return std::nullopt;
   std::string name = read_text_file(link);
   while (!name.empty() && name.back() == '\n') name.pop_back();
-  const bool plain = name.starts_with(kStep) && name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
   const std::string path = (fs::path(path_) / name).string();
-  if (!plain || !fs::is_directory(path)) throw CorruptFile(link + ": there is no checkpoint " + printable(name));
+  if (!is_plain(name) || !fs::is_directory(path))
+    throw CorruptFile(link + ": there is no checkpoint " + printable(name));
   return path;
 }
 
-void CheckpointDirectory::begin(int64_t step) const {
-  on_disk(path_, [&] {
+// Others may keep files of their own here.
+std::string CheckpointDirectory::begin(const std::string& name) const {
+  if (!is_plain(name)) throw InvalidArgument(path_ + ": " + printable(name) + " can't be the name of a checkpoint");
+  const auto is_left_over = [&](const std::string& found, const std::string& prefix) {
+    const std::string rest = found.starts_with(prefix) ? found.substr(prefix.size()) : "";
+    return rest == name || parse_name(rest);
+  };
+  return on_disk(path_, [&] {
     fs::create_directories(path_);
-    for (const std::string& name : names_in(path_)) {
-      if (name.starts_with(kAside) || name.starts_with(kGoing)) fs::remove_all(fs::path(path_) / name);
+    for (const std::string& found : names_in(path_)) {
+      if (is_left_over(found, kAside) || is_left_over(found, kGoing)) fs::remove_all(fs::path(path_) / found);
     }
-    fs::create_directory(aside(step));
+    fs::create_directory(aside(name));
+    return aside(name);
   });
 }
 
-void CheckpointDirectory::write_shard(int64_t step, int rank, std::span<const PieceToWrite> pieces) const {
+void CheckpointDirectory::write_shard(const std::string& name, int rank, std::span<const PieceToWrite> pieces) const {
   CheckpointManifest list;
   std::vector<TensorToWrite> tensors;
   for (const PieceToWrite& piece : pieces) {
@@ -119,13 +132,13 @@ void CheckpointDirectory::write_shard(int64_t step, int rank, std::span<const Pi
     tensor.pieces.push_back({shard_name(rank), piece.first, piece.count, static_cast<uint32_t>(sum)});
     tensors.push_back({piece_key(piece.tensor, piece.first), {piece.count}, piece.dtype, piece.data});
   }
-  const fs::path directory = aside(step);
+  const fs::path directory = aside(name);
   write_safetensors((directory / shard_name(rank)).string(), tensors);
   write_text_file((directory / list_name(rank)).string(), manifest_text(list));
 }
 
-std::string CheckpointDirectory::commit(int64_t step, const Commit& commit, std::stop_token stop) const {
-  const fs::path directory = aside(step);
+std::string CheckpointDirectory::commit(const std::string& wanted, const Commit& commit, std::stop_token stop) const {
+  const fs::path directory = aside(wanted);
   CheckpointManifest manifest{.state = commit.state};
   for (int rank = 0; rank < commit.num_ranks; ++rank) {
     const std::string list = (directory / list_name(rank)).string();
@@ -137,12 +150,15 @@ std::string CheckpointDirectory::commit(int64_t step, const Commit& commit, std:
   return on_disk(path_, [&] {
     for (int rank = 0; rank < commit.num_ranks; ++rank) fs::remove(directory / list_name(rank));
     sync_directory(directory.string());
-    std::string name = step_name(step);
-    for (int i = 2; fs::exists(fs::path(path_) / name); ++i) name = step_name(step) + "." + std::to_string(i);
+    std::string name = wanted;
+    const fs::path going = fs::path(path_) / (kGoing + name);
+    if (commit.replace && fs::exists(fs::path(path_) / name)) fs::rename(fs::path(path_) / name, going);
+    for (int i = 2; fs::exists(fs::path(path_) / name); ++i) name = wanted + "." + std::to_string(i);
     fs::rename(directory, fs::path(path_) / name);
     sync_directory(path_);
-    write_text_file((fs::path(path_) / "latest").string(), name + "\n");
-    prune(commit.keep, name);
+    fs::remove_all(going);
+    if (commit.latest) write_text_file((fs::path(path_) / "latest").string(), name + "\n");
+    if (commit.keep > 0) prune(commit.keep, name);
     return (fs::path(path_) / name).string();
   });
 }

@@ -1,11 +1,12 @@
-// The checkpoints of a run: DIRECTORY/step-NNNNNNNN/ with manifest.json (checkpoint_manifest.h) and one safetensors
-// file per rank, and `latest`, a text file with the newest one's name, which is moved last. Everything is written
-// aside (tmp-...), fsynced and renamed: whoever dies at any moment leaves a whole checkpoint behind, and every step-*
-// is whole. A step that is saved again, by a run that went back, becomes step-NNNNNNNN.2.
+// The checkpoints of a run: DIRECTORY/NAME/ with manifest.json (checkpoint_manifest.h) and one safetensors file per
+// rank, and `latest`, a text file with the newest one's name, which is moved last. Everything is written aside
+// (tmp-NAME), fsynced and renamed: whoever dies at any moment leaves a whole checkpoint behind, and what has its name
+// is whole. Only one that replaces another of its name comes a moment after that one went. The command's are called
+// step-NNNNNNNN; a step that is saved again, by a run that went back, becomes step-NNNNNNNN.2.
 //
 // Saving is in three parts, so that any number of ranks on one file system can do it without exchanging more than one
 // barrier, and from any thread:
-//   1. rank 0: begin(); then a barrier, so that no rank writes before.
+//   1. rank 0: begin(), after which it may add files of its own; then a barrier, so that no rank writes before.
 //   2. every rank: write_shard().
 //   3. rank 0: commit(), which waits for the shards of all ranks.
 // InvalidArgument or ResourceExhausted when something can't be written.
@@ -37,26 +38,31 @@ class CheckpointDirectory {
  public:
   explicit CheckpointDirectory(std::string path) : path_(std::move(path)) {}
 
+  static std::string step_name(int64_t step);
+
   // The newest checkpoint's path; nothing when none was ever finished. CorruptFile when `latest` names none.
   std::optional<std::string> latest() const;
 
-  // Clears what saves that were cut off left behind. No other save may be under way.
-  void begin(int64_t step) const;
+  // Clears what saves of steps or of this name that were cut off left behind; no other save may be under way. Returns
+  // the path of what is being written. InvalidArgument for a name that can't be a directory's.
+  std::string begin(const std::string& name) const;
 
-  void write_shard(int64_t step, int rank, std::span<const PieceToWrite> pieces) const;
+  void write_shard(const std::string& name, int rank, std::span<const PieceToWrite> pieces) const;
 
   struct Commit {
     int num_ranks = 1;
     nlohmann::json state = nlohmann::json::object();
-    int64_t keep = 2;         // checkpoints that stay, at least 1: the newest ones
+    int64_t keep = 2;         // steps that stay: the newest ones; 0: all
+    bool replace = false;     // an older one of this name, else this one's name gets a number
+    bool latest = true;       // whether `latest` names it
     double timeout_s = 1800;  // for the other ranks' shards; CommError names the rank
   };
   // Returns the checkpoint's path. CorruptFile when the shards together don't cover every tensor once. A stop request
   // ends the wait for other ranks.
-  std::string commit(int64_t step, const Commit& commit, std::stop_token stop = {}) const;
+  std::string commit(const std::string& name, const Commit& commit, std::stop_token stop = {}) const;
 
  private:
-  std::string aside(int64_t step) const;
+  std::string aside(const std::string& name) const;
   void prune(int64_t keep, const std::string& latest) const;
 
   std::string path_;

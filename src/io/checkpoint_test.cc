@@ -40,15 +40,17 @@ class CheckpointTest : public TemporaryDirectoryTest {
   std::string save(int64_t step, const std::vector<int64_t>& cuts, int64_t keep = 2, int ranks = 2) const {
     const std::vector<float> values = counted(21);
     const CheckpointDirectory checkpoints(path_);
-    checkpoints.begin(step);
+    checkpoints.begin(CheckpointDirectory::step_name(step));
     std::vector<std::vector<PieceToWrite>> of_rank(static_cast<size_t>(ranks));
     for (size_t i = 0; i + 1 < cuts.size(); ++i) {
       of_rank[i % of_rank.size()].push_back(
           {"w", {7, 3}, DType::kF32, cuts[i], cuts[i + 1] - cuts[i], values.data() + cuts[i]});
     }
     of_rank[0].push_back({"empty", {0, 4}, DType::kBF16});
-    for (int rank = 0; rank < ranks; ++rank) checkpoints.write_shard(step, rank, of_rank[static_cast<size_t>(rank)]);
-    return checkpoints.commit(step, {.num_ranks = ranks, .state = {{"step", step}}, .keep = keep});
+    for (int rank = 0; rank < ranks; ++rank)
+      checkpoints.write_shard(CheckpointDirectory::step_name(step), rank, of_rank[static_cast<size_t>(rank)]);
+    return checkpoints.commit(CheckpointDirectory::step_name(step),
+                              {.num_ranks = ranks, .state = {{"step", step}}, .keep = keep});
   }
 
   std::set<std::string> names() const {
@@ -101,15 +103,16 @@ TEST_F(CheckpointTest, RefusesToCommitWhatIsNotWhole) {
   const auto failure = [&](const std::vector<std::array<int64_t, 2>>& pieces) {
     const std::vector<float> values = counted(21);
     const CheckpointDirectory checkpoints(path_);
-    checkpoints.begin(5);
+    checkpoints.begin("step-00000005");
     for (size_t rank = 0; rank < pieces.size(); ++rank) {
       const auto [first, count] = pieces[rank];
       const std::vector<int64_t> shape = first == 20 ? std::vector<int64_t>{3, 7} : std::vector<int64_t>{7, 3};
       const PieceToWrite piece{"w", shape, DType::kF32, first, count, values.data() + first};
-      checkpoints.write_shard(5, static_cast<int>(rank), {&piece, 1});
+      checkpoints.write_shard("step-00000005", static_cast<int>(rank), {&piece, 1});
     }
-    const std::string message = corrupt_message(
-        [&] { checkpoints.commit(5, {.num_ranks = static_cast<int>(pieces.size())}); }, path_ + "/tmp-step-00000005");
+    const std::string message =
+        corrupt_message([&] { checkpoints.commit("step-00000005", {.num_ranks = static_cast<int>(pieces.size())}); },
+                        path_ + "/tmp-step-00000005");
     EXPECT_FALSE(checkpoints.latest());
     return message;
   };
@@ -124,10 +127,10 @@ TEST_F(CheckpointTest, RefusesToCommitWhatIsNotWhole) {
 
 TEST_F(CheckpointTest, NamesTheRankThatDidNotWrite) {
   const CheckpointDirectory checkpoints(path_);
-  checkpoints.begin(1);
-  checkpoints.write_shard(1, 0, {});
-  EXPECT_EQ(message<CommError>([&] { checkpoints.commit(1, {.num_ranks = 2, .timeout_s = 0.02}); }, path_),
-            "/tmp-step-00000001/rank-00001.json: rank 1 did not write its part of the checkpoint in time");
+  checkpoints.begin("one");
+  checkpoints.write_shard("one", 0, {});
+  EXPECT_EQ(message<CommError>([&] { checkpoints.commit("one", {.num_ranks = 2, .timeout_s = 0.02}); }, path_),
+            "/tmp-one/rank-00001.json: rank 1 did not write its part of the checkpoint in time");
 }
 
 TEST_F(CheckpointTest, FindsDamage) {
@@ -230,10 +233,29 @@ TEST_F(CheckpointTest, KeepsTheNewest) {
   EXPECT_EQ(checkpoints.latest(), path_ + "/step-00000011.2");
   save(12, {0, 21}, 1);
   EXPECT_EQ(names(), (std::set<std::string>{"latest", "step-00000012"}));
-  for (const char* name : {"../x", "step-00000011", "step-/../..", ""}) {
+  for (const char* name : {"../x", "step-00000011", "step-/../..", "..", ""}) {
     write_text_file(path_ + "/latest", name);
     EXPECT_EQ(corrupt_message([&] { checkpoints.latest(); }, path_ + "/latest"),
               std::string(": there is no checkpoint '") + name + "'");
+  }
+}
+
+TEST_F(CheckpointTest, ReplacesAName) {
+  const CheckpointDirectory checkpoints(path_);
+  const auto save_as = [&](const std::string& name, bool latest) {
+    checkpoints.begin(name);
+    checkpoints.write_shard(name, 0, {});
+    return checkpoints.commit(name, {.keep = 0, .replace = true, .latest = latest});
+  };
+  fs::create_directories(path_ + "/tmp-of-others");
+  EXPECT_EQ(save_as("best", true), path_ + "/best");
+  EXPECT_EQ(save_as("worst", false), path_ + "/worst");
+  EXPECT_EQ(save_as("best", true), path_ + "/best");
+  EXPECT_EQ(names(), (std::set<std::string>{"best", "latest", "tmp-of-others", "worst"}));
+  EXPECT_EQ(checkpoints.latest(), path_ + "/best");
+  for (const std::string name : {"", ".", "..", "a/b", "latest"}) {
+    EXPECT_EQ(invalid_message([&] { checkpoints.begin(name); }, path_ + ": '" + name + "' "),
+              "can't be the name of a checkpoint");
   }
 }
 

@@ -12,7 +12,6 @@
 #include "comm/process_group.h"
 #include "coterie/error.h"
 #include "io/checkpoint_manifest.h"
-#include "io/checkpoint_source.h"
 #include "io/printable.h"
 #include "train/views.h"
 
@@ -98,8 +97,9 @@ CheckpointManifest held_by_all(const std::vector<StateView>& views, ProcessGroup
 
 std::string shape_text(const std::vector<int64_t>& shape) { return json(shape).dump(); }
 
-// Every logical tensor arrives exactly once, and all that is stored arrives.
-void check_arrival(const CheckpointSource& source, CheckpointManifest wanted) {
+// Every logical tensor arrives exactly once, and all that is stored arrives, but for what is unwanted.
+void check_arrival(const CheckpointSource& source, CheckpointManifest wanted,
+                   const std::optional<std::string>& unwanted) {
   const std::string& path = source.path();
   check_coverage(wanted, path + ": of the run's layout");
   for (const auto& [name, tensor] : wanted.tensors) {
@@ -111,7 +111,7 @@ void check_arrival(const CheckpointSource& source, CheckpointManifest wanted) {
     }
   }
   for (const StoredTensor& stored : source.tensors()) {
-    if (!wanted.tensors.contains(stored.name)) {
+    if (!wanted.tensors.contains(stored.name) && !(unwanted && stored.name.starts_with(*unwanted))) {
       throw InvalidArgument(path + ": tensor " + printable(stored.name) + ": is in no part of the model");
     }
   }
@@ -124,7 +124,27 @@ void load_view(const CheckpointSource& source, const StateView& view) {
   if (!read.is_same(target)) target.copy_(read);
 }
 
+PieceToWrite piece_of(const StateView& view, const at::Tensor& values) {
+  COTERIE_CHECK(values.is_contiguous(), "a view of a checkpoint is contiguous: " + view.name);
+  const int64_t count = view.writes ? values.numel() : 0;
+  return {view.name,          view.shape, dtype_of(values),
+          view.first_element, count,      count > 0 ? values.const_data_ptr() : nullptr};
+}
+
 }  // namespace
+
+std::vector<PieceToWrite> pieces_of(const std::vector<StateView>& views) {
+  std::vector<PieceToWrite> pieces;
+  for (const StateView& view : views) pieces.push_back(piece_of(view, view.values));
+  return pieces;
+}
+
+void load_views(const CheckpointSource& source, const std::vector<StateView>& views, ProcessGroup* group,
+                const std::optional<std::string>& unwanted) {
+  c10::NoGradGuard no_grad;
+  check_arrival(source, held_by_all(views, group, source.path()), unwanted);
+  for (const StateView& view : views) load_view(source, view);
+}
 
 struct CheckpointSaver::Snapshot {
   int64_t step = 0;
@@ -133,11 +153,8 @@ struct CheckpointSaver::Snapshot {
   std::vector<PieceToWrite> pieces;
 
   void add(const StateView& view) {
-    COTERIE_CHECK(view.values.is_contiguous(), "a view of a checkpoint is contiguous: " + view.name);
-    const int64_t count = view.writes ? view.values.numel() : 0;
-    if (count > 0) values.push_back(view.values.clone());
-    pieces.push_back({view.name, view.shape, dtype_of(view.values), view.first_element, count,
-                      count > 0 ? values.back().const_data_ptr() : nullptr});
+    values.push_back(view.writes ? view.values.clone() : view.values);
+    pieces.push_back(piece_of(view, values.back()));
   }
 };
 
@@ -149,7 +166,7 @@ CheckpointSaver::~CheckpointSaver() = default;  // the thread is told to stop wa
 void CheckpointSaver::start(const TrainState& state, const std::vector<StateView>& views) {
   finish();
   c10::NoGradGuard no_grad;
-  if (!group_ || group_->rank() == 0) directory_.begin(state.step);
+  if (!group_ || group_->rank() == 0) directory_.begin(CheckpointDirectory::step_name(state.step));
   if (group_) group_->barrier("checkpoint of step " + std::to_string(state.step));
   Snapshot snapshot{.step = state.step,
                     .state = {{"step", state.step},
@@ -172,10 +189,11 @@ void CheckpointSaver::start(const TrainState& state, const std::vector<StateView
 
 void CheckpointSaver::write(const Snapshot& snapshot, std::stop_token stop) {
   const int rank = group_ ? group_->rank() : 0;
-  directory_.write_shard(snapshot.step, rank, snapshot.pieces);
+  const std::string name = CheckpointDirectory::step_name(snapshot.step);
+  directory_.write_shard(name, rank, snapshot.pieces);
   if (rank != 0) return;
   last_path_ = directory_.commit(
-      snapshot.step,
+      name,
       {.num_ranks = group_ ? group_->size() : 1, .state = snapshot.state, .keep = settings_.train.keep_checkpoints},
       stop);
 }
@@ -201,11 +219,9 @@ std::optional<TrainState> load_latest_checkpoint(const ModelConfig& config, cons
                                                  const std::vector<StateView>& views, ProcessGroup* group) {
   const std::optional<std::string> path = CheckpointDirectory(directory_of(settings)).latest();
   if (!path) return std::nullopt;
-  c10::NoGradGuard no_grad;
   const CheckpointSource source(*path);
   check_same_run(source.state(), source.manifest_path(), config, settings);
-  check_arrival(source, held_by_all(views, group, *path));
-  for (const StateView& view : views) load_view(source, view);
+  load_views(source, views, group);
   return read_state(source.state(), source.manifest_path());
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "io/checkpoint_directory.h"
+#include "io/checkpoint_source.h"
 #include "model/config.h"
 #include "train/settings.h"
 #include "train/state_view.h"
@@ -18,6 +19,15 @@
 namespace coterie {
 
 class ProcessGroup;
+
+// What a rank writes of its views. The values stay where they are.
+std::vector<PieceToWrite> pieces_of(const std::vector<StateView>& views);
+
+// Reads the views from a checkpoint, whatever layout wrote it. Every rank of the group (null: one) calls it.
+// InvalidArgument when the views of all ranks together aren't each of its logical tensors once, naming the tensor;
+// tensors that nobody wants are left alone when their names begin with `unwanted`.
+void load_views(const CheckpointSource& source, const std::vector<StateView>& views, ProcessGroup* group,
+                const std::optional<std::string>& unwanted = std::nullopt);
 
 // Where a run stands. Data order and random choices follow from `step` and the settings alone.
 struct TrainState {
@@ -60,9 +70,8 @@ class CheckpointSaver {
 std::string latest_checkpoint(const RunSettings& settings);
 
 // Loads the newest checkpoint of settings.train.output_dir into the views, whatever layout wrote it; nothing when there
-// is none. Every rank of the group calls it. InvalidArgument when it is of another model, seed or data order, or when
-// the views of all ranks together aren't each of its logical tensors once (naming the tensor); CorruptFile when it is
-// damaged.
+// is none. Every rank of the group calls it. InvalidArgument when it is of another model, seed or data order, or as
+// load_views(); CorruptFile when it is damaged.
 std::optional<TrainState> load_latest_checkpoint(const ModelConfig& config, const RunSettings& settings,
                                                  const std::vector<StateView>& views, ProcessGroup* group = nullptr);
 
