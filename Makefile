@@ -15,10 +15,10 @@ test: setup
 	ctest --test-dir build/dev --output-on-failure
 	$(VENV_PYTHON) -m pytest
 
-# Our layers against DeepSpeed's own, which lives with the other peers of `coterie bench`.
+# Our layers and our training engine against DeepSpeed's own, which lives with the other peers of `coterie bench`.
 parity: setup
 	@benches/peers/setup
-	PYTHONPATH=python .venv-peers/bin/python -m pytest tests/test_torch_moe.py
+	PYTHONPATH=python .venv-peers/bin/python -m pytest tests/test_torch_moe.py tests/test_initialize.py
 
 lint: setup
 	@.venv/bin/clang-format --dry-run -Werror $(CPP_FILES)

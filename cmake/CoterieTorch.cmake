@@ -24,6 +24,9 @@ if(COTERIE_TRAIN)
     target_compile_options(coterie_torch INTERFACE -fopenmp)
     target_link_libraries(coterie_torch INTERFACE ${torch_openmp})
     target_link_options(coterie_torch INTERFACE "LINKER:--no-as-needed")
+    # Python's tensors, for the extension module alone.
+    add_library(coterie_torch_python INTERFACE)
+    target_link_libraries(coterie_torch_python INTERFACE coterie_torch ${torch_dir}/lib/libtorch_python.so)
     # In the build tree CMake finds the libraries by their full path; in a wheel coterie/ and torch/ are
     # neighbours in site-packages.
     set(CMAKE_INSTALL_RPATH "$ORIGIN/../torch/lib")

@@ -4,20 +4,40 @@
 #include <c10/core/GradMode.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
+
+#include <nlohmann/json.hpp>
 
 #include "bindings/errors.h"
 #include "bindings/process_group_binding.h"
 #include "io/safetensors.h"
 #include "model/config.h"
+#include "train/checkpoint.h"
 #include "train/expert_parallel_json.h"
 #include "train/memory_plan.h"
 #include "train/torch_process_group.h"
 #include "train/trainer.h"
 #include "train/verify.h"
+#include "train/zero_optimizer.h"
+
+// Python's tensor and ours are the same one: its memory, its gradient and its hooks.
+namespace nanobind::detail {
+template <>
+struct type_caster<at::Tensor> {
+  NB_TYPE_CASTER(at::Tensor, const_name("torch.Tensor"))
+
+  bool from_python(handle source, uint8_t /*flags*/, cleanup_list* /*cleanup*/) noexcept {
+    if (!THPVariable_Check(source.ptr())) return false;
+    value = THPVariable_Unpack(source.ptr());
+    return true;
+  }
+};
+}  // namespace nanobind::detail
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -148,6 +168,87 @@ class Model {
   LanguageModel model_;
 };
 
+// The optimizer of coterie.torch.initialize: ZeroOptimizer over parameters of a Python program, and its checkpoints.
+class ModuleOptimizer {
+ public:
+  ModuleOptimizer(std::vector<Parameter> parameters, int64_t gradient_accumulation_steps, int64_t zero_stage,
+                  int64_t reduce_bucket_size, ProcessGroup* world)
+      : parameters_(std::move(parameters)),
+        world_(world),
+        optimizer_(parameters_, gradient_accumulation_steps,
+                   {.zero_stage = zero_stage, .reduce_bucket_size = reduce_bucket_size}, world) {}
+
+  void accumulate_gradients() { optimizer_.accumulate_gradients(); }
+  double step(const std::vector<AdamWSettings>& settings, double max_grad_norm, bool skips_overflow) {
+    return optimizer_.step(settings, max_grad_norm, skips_overflow);
+  }
+
+  int64_t num_steps() const { return optimizer_.num_steps(); }
+  void set_num_steps(int64_t steps) { optimizer_.set_num_steps(steps); }
+
+  void write_shard(const std::string& directory, const std::string& name) const {
+    CheckpointDirectory(directory).write_shard(name, world_ ? world_->rank() : 0, pieces_of(optimizer_.state_views()));
+  }
+
+  // Returns the checkpoint's state as JSON. Without moments they and num_steps stay as they are.
+  std::string load(const std::string& path, bool moments) {
+    const CheckpointSource source(path);
+    std::vector<StateView> views = optimizer_.state_views();
+    if (!moments) std::erase_if(views, [](const StateView& view) { return view.name.starts_with(kMoments); });
+    load_views(source, views, world_, moments ? std::nullopt : std::optional<std::string>(kMoments));
+    optimizer_.publish_masters();
+    return source.state().dump();
+  }
+
+ private:
+  static constexpr const char* kMoments = "optimizer.";
+
+  const std::vector<Parameter> parameters_;
+  ProcessGroup* const world_;
+  ZeroOptimizer optimizer_;
+};
+
+void bind_module_optimizer(nb::module_& m) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<Parameter>(m, "Parameter")
+      .def(
+          "__init__",
+          [](Parameter* self, const std::string& name, const at::Tensor& tensor, int64_t first_row,
+             int64_t logical_rows,
+             ProcessGroup* replicas) { new (self) Parameter{name, tensor, first_row, logical_rows, replicas}; },
+          "name"_a, "tensor"_a, "first_row"_a = 0, "logical_rows"_a = 0, "replicas"_a.none() = nb::none());
+  nb::class_<AdamWSettings>(m, "AdamWSettings")
+      .def(
+          "__init__",
+          [](AdamWSettings* self, double learning_rate, double beta1, double beta2, double eps, double weight_decay,
+             bool decoupled) { new (self) AdamWSettings{learning_rate, beta1, beta2, eps, weight_decay, decoupled}; },
+          "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "decoupled"_a);
+  // Whoever makes one keeps the groups of ranks alive.
+  nb::class_<ModuleOptimizer>(m, "ModuleOptimizer")
+      .def(nb::init<std::vector<Parameter>, int64_t, int64_t, int64_t, ProcessGroup*>(), "parameters"_a,
+           "gradient_accumulation_steps"_a, "zero_stage"_a, "reduce_bucket_size"_a, "world"_a.none())
+      .def("accumulate_gradients", &ModuleOptimizer::accumulate_gradients, Unlocked())
+      .def("step", &ModuleOptimizer::step, "settings"_a, "max_grad_norm"_a, "skips_overflow"_a, Unlocked())
+      .def_prop_rw("num_steps", &ModuleOptimizer::num_steps, &ModuleOptimizer::set_num_steps)
+      .def("write_shard", &ModuleOptimizer::write_shard, "directory"_a, "name"_a, Unlocked())
+      .def("load", &ModuleOptimizer::load, "path"_a, "moments"_a, Unlocked());
+  nb::class_<CheckpointDirectory>(m, "CheckpointDirectory")
+      .def(nb::init<std::string>(), "path"_a)
+      .def("latest", &CheckpointDirectory::latest)
+      .def("begin", &CheckpointDirectory::begin, "name"_a)
+      .def(
+          "commit",
+          [](const CheckpointDirectory& self, const std::string& name, int num_ranks, const std::string& state_json,
+             bool latest) {
+            return self.commit(name, {.num_ranks = num_ranks,
+                                      .state = nlohmann::json::parse(state_json),
+                                      .keep = 0,
+                                      .replace = true,
+                                      .latest = latest});
+          },
+          "name"_a, "num_ranks"_a, "state_json"_a, "latest"_a, Unlocked());
+}
+
 nb::dict step(Trainer& trainer) {
   StepMetrics metrics;
   {
@@ -253,6 +354,7 @@ NB_MODULE(_train, m) {
   bind_process_group(m);
   m.def("torch_process_group", &torch_process_group, "name"_a, "timeout_s"_a);
   m.def("verify", &verify, "model_config_json"_a, "settings_json"_a, "world"_a);
+  bind_module_optimizer(m);
   nb::class_<Trainer>(m, "Trainer")
       .def(
           "__init__",

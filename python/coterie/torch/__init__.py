@@ -9,12 +9,16 @@ that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie export`` writ
 
 from importlib.util import find_spec
 
+from coterie.torch.engine import Engine, add_config_arguments, initialize
 from coterie.torch.functional import aten_ops, cross_entropy, experts, linear, route
 from coterie.torch.layers import GroupedExperts, Linear, Router
 from coterie.torch.moe import Experts, LayerConfig, RouterConfig, RouterDraws, Routing
-from coterie.torch.moe_layer import MoE
+from coterie.torch.moe.layer import MoE
+from coterie.torch.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from coterie.torch.ranks import init_distributed
 
 __all__ = [
+    "Engine",
     "Experts",
     "GroupedExperts",
     "LayerConfig",
@@ -24,11 +28,16 @@ __all__ = [
     "RouterConfig",
     "RouterDraws",
     "Routing",
+    "add_config_arguments",
     "aten_ops",
     "cross_entropy",
     "experts",
+    "init_distributed",
+    "initialize",
+    "is_moe_param",
     "linear",
     "route",
+    "split_params_into_different_moe_groups_for_optimizer",
 ]
 
 if find_spec("transformers") is not None:

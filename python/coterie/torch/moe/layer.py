@@ -148,6 +148,10 @@ class GroupedDeepSpeedExperts(nn.Module):
             x_TD, expert_ids_TK, weights_TK, self.up, self.down, *biases, self.form.activation, self.form.gated
         )
 
+    def logical_parameters(self, first_expert: int, num_experts: int) -> list[tuple[nn.Parameter, str, int, int]]:
+        """Each parameter with its name, first row and rows in the layer of all ranks."""
+        return [(p, name, first_expert, num_experts) for name, p in self.named_parameters()]
+
     def _slices(self) -> dict[str, tuple[nn.Parameter, int, slice]]:
         """For every name in DeepSpeed's state_dict: the parameter, the expert and the rows that hold it."""
         places = {}
@@ -187,6 +191,14 @@ class LoopedDeepSpeedExperts(nn.Module):
     def __init__(self, expert: nn.Module, num_experts: int) -> None:
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_experts))
+
+    def logical_parameters(self, first_expert: int, num_experts: int) -> list[tuple[nn.Parameter, str, int, int]]:
+        """Each parameter with its name, first row and rows in the layer of all ranks; 0 of 0 is the whole tensor."""
+        return [
+            (p, f"deepspeed_experts.{first_expert + e}.{name}", 0, 0)
+            for e, expert in enumerate(self.deepspeed_experts)
+            for name, p in expert.named_parameters()
+        ]
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         order, offset = functional.dispatch(expert_ids_TK, len(self.deepspeed_experts))
@@ -328,6 +340,17 @@ class MoE(nn.Module):
         if self.use_residual:
             output = self._with_residual(hidden_states, output)
         return output, l_aux, exp_counts
+
+    def logical_experts(self, part: int) -> list[tuple[nn.Parameter, str, int, int]]:
+        """The experts' parameters with name, first row and rows in the layer of all ranks.
+
+        Parameters
+        ----------
+        part
+            Which of the ``ep_size`` parts of the experts this rank holds.
+        """
+        inner = self.deepspeed_moe.experts.logical_parameters(part * self.num_local_experts, self.num_experts)
+        return [(p, f"deepspeed_moe.experts.{name}", first, rows) for p, name, first, rows in inner]
 
     def _with_residual(self, x: Tensor, routed: Tensor) -> Tensor:
         fixed = first_output(self.mlp(x))
