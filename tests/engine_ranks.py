@@ -4,9 +4,9 @@
 and of a norm, relative to the norm.
 """
 
-import copy
 import json
 import sys
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import coterie.torch as ct
 
-STEPS, PASSES, MICRO_BATCH = 4, 2, 6
+STEPS, PASSES, MICRO_BATCH = 4, 2, 8
 D, CLASSES = 16, 7
 LR, EPS, CLIP = 0.02, 1e-2, 0.05
 
@@ -117,45 +117,57 @@ def train(engine: ct.Engine, first_step: int = 0, steps: int = STEPS) -> tuple[l
 
 
 def make_net(ep_size: int = 1, looped: bool = False) -> Net:
-    """With experts that differ."""
+    """With experts that differ; the values of an expert are the same on whatever rank it is."""
     torch.manual_seed(3)
     net = Net(ep_size, looped)
-    generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for p, _, first, rows in net.moe.logical_experts(0):
-            if rows:
-                p.copy_(0.3 * torch.randn(rows, *p.shape[1:], generator=generator)[first : first + p.shape[0]])
-            else:
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+        for p, name, first, rows in net.moe.logical_experts(part_of(ep_size)):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            whole = 0.3 * torch.randn(rows or len(p), *p.shape[1:], generator=generator)
+            p.copy_(whole[first : first + len(p)])
     return net
+
+
+def part_of(ep_size: int) -> int:
+    return dist.get_rank() % ep_size if ep_size > 1 else 0
+
+
+def largest_difference(net: Net, whole: Net) -> float:
+    """Between a rank's parameters and those of the model that has all experts."""
+    shared = dict(whole.named_parameters())
+    pairs = [(p, shared[name]) for name, p in net.named_parameters() if ".experts." not in name]
+    experts = {name: p for p, name, _, _ in whole.moe.logical_experts(0)}
+    for p, name, first, rows in net.moe.logical_experts(part_of(net.moe.ep_size)):
+        pairs.append((p, experts[name][first : first + len(p)] if rows else experts[name]))
+    difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
+    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    return difference.item()
 
 
 def main() -> None:
     torch.set_num_threads(1)
     ct.init_distributed()
-    rank = dist.get_rank()
+    adam, adam_w = torch.optim.Adam, torch.optim.AdamW
+    cases = [(0, adam_w, 1, False), (1, adam_w, 1, False), (2, adam_w, 1, False), (2, adam, 1, True)]
+    if dist.get_world_size() > 1:
+        cases += [(0, adam_w, 2, False), (2, adam_w, 2, False), (1, adam_w, 2, True)]
+    if dist.get_world_size() > 2:
+        cases = cases[-3:] + [(2, adam_w, 4, False)]
     differences = {}
-    for stage, optimizer in (
-        (0, torch.optim.AdamW),
-        (1, torch.optim.AdamW),
-        (2, torch.optim.AdamW),
-        (2, torch.optim.Adam),
-    ):
-        net = make_net()
-        plain = copy.deepcopy(net)
-        if rank > 0:  # the first rank's values count
+    for stage, optimizer, ep_size, looped in cases:
+        net, plain = make_net(ep_size, looped), make_net(1, looped)
+        if ep_size == 1 and dist.get_rank() > 0:  # the first rank's values count
             with torch.no_grad():
                 for p in net.parameters():
                     p.zero_()
         losses, norms = train(make_engine(net, stage, optimizer))
         plain_losses, plain_norms = train_plainly(plain, optimizer)
-        weights = plain.state_dict()
-        differences[f"{optimizer.__name__}, stage {stage}"] = {
-            "weights": max(float((p - weights[name]).abs().max()) for name, p in net.state_dict().items()),
+        differences[f"{optimizer.__name__}, stage {stage}, ep_size {ep_size}, looped {looped}"] = {
+            "weights": largest_difference(net, plain),
             "losses": max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True)),
             "norms": max(abs(a / b - 1) for a, b in zip(norms, plain_norms, strict=True)),
         }
-    if rank == 0:
+    if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(differences, file)
     dist.barrier()

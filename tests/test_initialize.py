@@ -66,7 +66,7 @@ def micro_step(engine: ct.Engine, x: torch.Tensor) -> float:
 # Against plain PyTorch.
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, 2, 4])
 def test_equals_plain_pytorch(ranks: int, tmp_path: Path) -> None:
     run_program(HERE / "engine_ranks.py", ranks, tmp_path / "out.json")
     for case, differences in json.loads((tmp_path / "out.json").read_text()).items():
@@ -172,24 +172,31 @@ def test_passes_and_steps_alternate() -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return run_script(tmp_path_factory.mktemp("alone") / "out.json", 0)
+    """Three epochs of 16 micro-batches, two to a step."""
+    return run_script(tmp_path_factory.mktemp("alone") / "out.json", 0, "--epochs", 3)
 
 
 def test_the_script_learns(alone: dict) -> None:
     losses, norms = steps_of(alone, 2)
-    assert len(losses) == 16 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert len(losses) == 24 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
     assert all(norm > 0 for norm in norms)
 
 
 def test_two_ranks_equal_one(alone: dict, tmp_path: Path) -> None:
     # Two ranks take a step's samples at once, where one takes them in two passes.
-    two = run_script(tmp_path / "out.json", 2, "--stage", 2, "--accumulate", 1)
+    two = run_script(tmp_path / "out.json", 2, "--epochs", 3, "--stage", 2, "--accumulate", 1)
     for ours, expected in zip(steps_of(two, 1), steps_of(alone, 2), strict=True):
         assert ours == pytest.approx(expected, abs=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("arguments", ["", "--stage 1", "--stage 2 --top-k 2 --mlp-type standard"])
-@pytest.mark.parametrize("ranks", [1, 2])
+STANDARD_TOP2 = "--stage 2 --top-k 2 --mlp-type standard"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(ranks, arguments) for ranks in (1, 2) for arguments in ("", "--stage 1", STANDARD_TOP2)]
+    + [(2, f"{arguments} --ep-world-size 2") for arguments in ("", "--stage 1", STANDARD_TOP2)],
+)
 def test_equals_deepspeed(ranks: int, arguments: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
@@ -325,6 +332,13 @@ def test_optimizers_that_cannot_be_taken_over_name_themselves() -> None:
         engine.optimizer.add_param_group({"params": [other.weight]})
 
 
+def test_experts_need_ranks_that_their_degree_divides() -> None:
+    net = ct.MoE(4, nn.Linear(4, 4), num_experts=4, ep_size=2)
+    assert net.num_local_experts == len(net.deepspeed_moe.experts.deepspeed_experts) == 2
+    with pytest.raises(ValueError, match=r"^\[MoE\] ep_size \(2\) does not divide the number of ranks \(1\)$"):
+        make_engine({}, net)
+
+
 def test_experts_get_groups_of_their_own() -> None:
     net = nn.Sequential(nn.Linear(4, 4), ct.MoE(4, nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), 2))
     experts = [p for p in net.parameters() if ct.is_moe_param(p)]
@@ -392,29 +406,22 @@ def test_schedules_by_hand() -> None:
 # Checkpoints.
 
 
-def script_with(directory: Path, ranks: int, name: str, *arguments: object) -> dict:
-    return run_script(directory / f"{name}.json", ranks, *arguments)
-
-
 def test_the_script_goes_on_where_it_stopped(alone: dict, tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    first = script_with(tmp_path, 0, "first", "--epochs", 1, "--save", runs)
-    second = script_with(tmp_path, 0, "second", "--load", runs)
-    assert first["losses"] + second["losses"] == alone["losses"]
-    assert steps_of(first, 2)[1] + steps_of(second, 2)[1] == steps_of(alone, 2)[1]
-    # Two ranks go on from the same, at stage 2 instead of 0; then one at stage 1 with what they saved.
-    two = script_with(tmp_path, 2, "two", "--load", runs, "--stage", 2, "--accumulate", 1, "--save", runs)
+    runs, out = tmp_path / "runs", tmp_path / "out.json"
+    first = run_script(out, 0, "--epochs", 1, "--save", runs)
+    second = run_script(out, 0, "--epochs", 2, "--load", runs)
+    assert first["losses"] + second["losses"] == alone["losses"][:32]
+    assert steps_of(first, 2)[1] + steps_of(second, 2)[1] == steps_of(alone, 2)[1][:16]
+    # Two ranks go on from the same, at stage 2 instead of 0 and with half of the experts each; then one at stage 1 with
+    # what they saved.
+    spread = ("--stage", 2, "--accumulate", 1, "--ep-world-size", 2)
+    two = run_script(out, 2, "--epochs", 2, "--load", runs, "--save", runs, *spread)
     assert steps_of(two, 1)[0] == pytest.approx(steps_of(second, 2)[0], abs=LOSS_TOLERANCE)
     assert (runs / "latest").read_text() == "global_step16\n"
-    assert sorted(path.name for path in (runs / "global_step16").iterdir()) == [
-        "manifest.json",
-        "rank-00000.safetensors",
-        "rank-00001.safetensors",
-        "state.pt",
-    ]
-    third = script_with(tmp_path, 0, "third", "--load", runs, "--stage", 1, "--epochs", 3)
-    whole = script_with(tmp_path, 0, "whole", "--epochs", 3)
-    assert third["losses"] == pytest.approx(whole["losses"][-16:], abs=LOSS_TOLERANCE)
+    files = ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.pt"]
+    assert sorted(path.name for path in (runs / "global_step16").iterdir()) == files
+    third = run_script(out, 0, "--epochs", 3, "--load", runs, "--stage", 1)
+    assert third["losses"] == pytest.approx(alone["losses"][32:], abs=LOSS_TOLERANCE)
 
 
 class Counting(nn.Module):

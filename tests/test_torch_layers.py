@@ -188,11 +188,12 @@ def test_route_refuses_in_one_line(logits: torch.Tensor, config: str, message: s
     assert str(caught.value) == "coterie::route: " + message
 
 
-def test_the_examples_of_the_documentation_run() -> None:
+def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     pytest.importorskip("transformers")
     text = (Path(__file__).parent.parent / "docs" / "pytorch.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     exec("\n".join(examples), {})
 
 

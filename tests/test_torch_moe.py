@@ -356,7 +356,7 @@ def test_bf16_checkpointing_and_compilation() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ep_size": 2}, r"^\[MoE\] ep_size \(2\) is not 1: experts on several ranks are not supported yet$"),
+        ({"ep_size": 4}, r"^\[MoE\] ep_size \(4\) does not divide 6 experts$"),
         ({"k": 7}, r"^\[MoE\] k \(7\) is not in \[1, num_experts \(6\)\]$"),
         ({"residual_mix": "mean"}, r"^\[MoE\] residual_mix \(mean\) is not one of"),
         ({"noisy_gate_policy": "Gauss"}, r"^\[MoE\] noisy_gate_policy \(Gauss\) is not one of"),

@@ -62,16 +62,11 @@ def _untrained(engine: Engine) -> dict[str, Tensor]:
     module = engine.module
     trained = {name for name, p in module.named_parameters() if id(p) in engine.optimizer.trained_ids}
     frozen = {name: p.detach() for name, p in module.named_parameters() if name not in trained}
-    if engine.world_size > 1:
-        local = [name for name, p in module.named_parameters() if name in frozen and not _is_everywhere(p)]
-        if local:
-            raise ValueError(f"save_checkpoint: {local[0]} is an expert's that is not trained, with ep_size above 1")
+    for name, p in module.named_parameters():
+        if name in frozen and getattr(p, "group_name", "ep_size_1") != "ep_size_1":
+            raise ValueError(f"checkpoint: {name} is an expert's that is not trained, with ep_size above 1")
     saved = module.state_dict()
     return {**frozen, **{name: buffer for name, buffer in module.named_buffers() if name in saved}}
-
-
-def _is_everywhere(parameter: Tensor) -> bool:
-    return getattr(parameter, "group_name", "ep_size_1") == "ep_size_1"
 
 
 def load(

@@ -1,6 +1,6 @@
 """MoE: a mixture-of-experts layer with DeepSpeed's interface on our router and kernels.
 
-Semantics are those of deepspeed.moe.layer.MoE 0.19 on one rank. With s the softmax of the gate's logits, an expert
+Semantics are those of deepspeed.moe.layer.MoE 0.19. With s the softmax of the gate's logits, an expert
 takes at most C = max(ceil(T / E * capacity factor * k), min_capacity) tokens, and a token's output is the sum of
 w_e expert_e(x) over the choices that were kept:
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from coterie.torch import functional
 from coterie.torch.expert_forms import ExpertForm, recognise
 from coterie.torch.moe import RouterConfig, Routing
+from coterie.torch.moe.expert_parallel import run_experts_of_ranks
+from coterie.torch.ranks import world
 
 RESIDUAL_MIXES = ("learned", "sum")
 NOISE_POLICIES = (None, "None", "Jitter", "RSample")
@@ -241,7 +243,8 @@ class MoE(nn.Module):
     num_experts
         E.
     ep_size
-        Only 1: experts on several ranks come later.
+        So many neighbouring ranks of torch.distributed hold all experts together, E / ep_size each; the layer is then
+        called by all ranks, forward and backward, and divides them. ``state_dict`` has this rank's experts alone.
     k
         Experts per token.
     capacity_factor, eval_capacity_factor, min_capacity, drop_tokens
@@ -281,7 +284,9 @@ class MoE(nn.Module):
         residual_mix: str = "learned",
     ) -> None:
         super().__init__()
-        _require(ep_size == 1, "ep_size", ep_size, "is not 1: experts on several ranks are not supported yet")
+        _require(
+            ep_size >= 1 and num_experts % ep_size == 0, "ep_size", ep_size, f"does not divide {num_experts} experts"
+        )
         _require(not enable_expert_tensor_parallelism, "enable_expert_tensor_parallelism", True, "is not supported yet")
         _require(1 <= k <= num_experts, "k", k, f"is not in [1, num_experts ({num_experts})]")
         for name, value, allowed in (
@@ -290,11 +295,12 @@ class MoE(nn.Module):
         ):
             _require(value in allowed, name, value, f"is not one of {allowed}")
         self.use_residual = use_residual
-        self.num_experts = self.num_local_experts = num_experts
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // ep_size
         self.ep_size = ep_size
         form = recognise(expert, hidden_size)
         kind, given = (LoopedDeepSpeedExperts, expert) if form is None else (GroupedDeepSpeedExperts, form)
-        experts = kind(given, num_experts)
+        experts = kind(given, self.num_local_experts)
         for parameter in experts.parameters():
             parameter.allreduce = False  # how DeepSpeed marks what data parallelism treats apart
             parameter.group_name = f"ep_size_{ep_size}"
@@ -336,10 +342,17 @@ class MoE(nn.Module):
         """
         x_TD = hidden_states.flatten(0, -2)
         expert_ids_TK, weights_TK, l_aux, exp_counts = self.deepspeed_moe.gate(x_TD, used_token)
-        output = self.deepspeed_moe.experts(x_TD, expert_ids_TK, weights_TK).view_as(hidden_states)
+        output = self._run_experts(x_TD, expert_ids_TK, weights_TK).view_as(hidden_states)
         if self.use_residual:
             output = self._with_residual(hidden_states, output)
         return output, l_aux, exp_counts
+
+    def _run_experts(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        experts = self.deepspeed_moe.experts
+        if self.ep_size == 1:
+            return experts(x_TD, expert_ids_TK, weights_TK)
+        group = world().expert_ranks(self.ep_size).together
+        return run_experts_of_ranks(experts, self.num_experts, group, x_TD, expert_ids_TK, weights_TK)
 
     def logical_experts(self, part: int) -> list[tuple[nn.Parameter, str, int, int]]:
         """The experts' parameters with name, first row and rows in the layer of all ranks.
