@@ -460,6 +460,7 @@ def test_a_checkpoint_restores_everything(bf16: bool, tmp_path: Path) -> None:
     expected = train_some(engine, 3, 7)
     rates = engine.get_lr()
     fresh = make_saved(tmp_path / "other", bf16={"enabled": bf16})[0]
+    train_some(fresh, 3, 5)
     path, client_state = fresh.load_checkpoint(str(tmp_path))
     assert path == f"{tmp_path}/good"
     assert client_state["epoch"] == 2 and client_state["names"] == ["a"] and client_state["best"].tolist() == [1, 1]
