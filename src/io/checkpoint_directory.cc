@@ -126,6 +126,7 @@ void CheckpointDirectory::write_shard(const std::string& name, int rank, std::sp
     CheckpointTensor& tensor = list.tensors[piece.tensor];
     tensor.dtype = piece.dtype;
     tensor.shape = piece.shape;
+    tensor.order = piece.order;
     if (piece.count == 0) continue;
     const size_t bytes = static_cast<size_t>(piece.count) * dtype_size(piece.dtype);
     const auto sum = crc32_z(0, static_cast<const Bytef*>(piece.data), bytes);

@@ -20,11 +20,13 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "io/element_order.h"
 #include "io/json.h"
 
 namespace coterie {
 
-// Elements [first, first + count) of a logical tensor, contiguous at `data`.
+// Elements [first, first + count) of a logical tensor, contiguous at `data`. All ranks count a tensor's elements in the
+// same order.
 struct PieceToWrite {
   std::string tensor;
   std::vector<int64_t> shape;  // of the logical tensor
@@ -32,6 +34,7 @@ struct PieceToWrite {
   int64_t first = 0;
   int64_t count = 0;  // 0: nothing is written but that the tensor exists
   const void* data = nullptr;
+  ElementOrder order = {};
 };
 
 class CheckpointDirectory {

@@ -28,6 +28,8 @@ class Fields {
     throw CorruptFile(where_ + ": " + field + ": " + what);
   }
 
+  bool has(const char* field) const { return object_.contains(field); }
+
   const json& get(const char* field) const {
     const auto found = object_.find(field);
     if (found == object_.end()) fail(field, "is missing");
@@ -81,6 +83,18 @@ CheckpointPiece read_piece(const Fields& fields, int64_t num_elements) {
   return piece;
 }
 
+ElementOrder read_order(const Fields& fields, int64_t num_elements) {
+  const ElementOrder order{fields.number("row", 1, INT64_MAX), fields.number("run", 1, INT64_MAX)};
+  if (num_elements % order.row != 0) {
+    fields.fail("row",
+                std::to_string(order.row) + " does not divide the " + std::to_string(num_elements) + " elements");
+  }
+  if (order.row % order.run != 0) {
+    fields.fail("run", std::to_string(order.run) + " does not divide the row of " + std::to_string(order.row));
+  }
+  return order;
+}
+
 CheckpointTensor read_tensor(const json& object, const std::string& where) {
   const Fields fields(object, where);
   CheckpointTensor tensor;
@@ -91,6 +105,9 @@ CheckpointTensor read_tensor(const json& object, const std::string& where) {
   for (const json& dim : fields.array("shape")) tensor.shape.push_back(fields.number("shape", dim, 0, INT64_MAX));
   const std::optional<int64_t> elements = checked_num_elements(tensor.shape);
   if (!elements || *elements > INT64_MAX / 8) fields.fail("shape", "product exceeds 2^60");
+  if (fields.has("element_order")) {
+    tensor.order = read_order({fields.get("element_order"), where + ": element_order"}, *elements);
+  }
   const json& pieces = fields.array("pieces");
   for (size_t i = 0; i < pieces.size(); ++i) {
     tensor.pieces.push_back(read_piece({pieces[i], where + ": pieces[" + std::to_string(i) + "]"}, *elements));
@@ -150,7 +167,10 @@ std::string manifest_text(const CheckpointManifest& manifest) {
     for (const CheckpointPiece& p : tensor.pieces) {
       pieces.push_back({{"file", p.file}, {"first", p.first}, {"count", p.count}, {"crc32", p.crc32}});
     }
-    tensors[name] = {{"dtype", safetensors_dtype(tensor.dtype)}, {"shape", tensor.shape}, {"pieces", pieces}};
+    json& written = tensors[name];
+    written = {{"dtype", safetensors_dtype(tensor.dtype)}, {"shape", tensor.shape}, {"pieces", pieces}};
+    const ElementOrder& order = tensor.order;
+    if (order != ElementOrder{}) written["element_order"] = {{"row", order.row}, {"run", order.run}};
   }
   try {
     return json{{"format", kFormat}, {"state", manifest.state}, {"tensors", tensors}}.dump(1) + "\n";
@@ -163,10 +183,11 @@ void add_pieces(CheckpointManifest& manifest, const CheckpointManifest& other, c
   for (const auto& [name, tensor] : other.tensors) {
     const auto [place, added] = manifest.tensors.emplace(name, tensor);
     if (added) continue;
-    if (place->second.shape != tensor.shape || place->second.dtype != tensor.dtype) {
-      throw CorruptFile(source + ": tensor " + printable(name) + ": its shape or dtype is not the other ranks'");
+    CheckpointTensor& all = place->second;
+    if (all.shape != tensor.shape || all.dtype != tensor.dtype || all.order != tensor.order) {
+      throw CorruptFile(source + ": tensor " + printable(name) + ": its shape, dtype or order is not the other ranks'");
     }
-    place->second.pieces.insert(place->second.pieces.end(), tensor.pieces.begin(), tensor.pieces.end());
+    all.pieces.insert(all.pieces.end(), tensor.pieces.begin(), tensor.pieces.end());
   }
 }
 

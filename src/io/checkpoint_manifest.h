@@ -1,6 +1,7 @@
 // What a training checkpoint holds, as its manifest.json says it. A logical tensor lies in pieces, each a range of its
-// elements in row-major order, so that any cut by ranks fits: rows (experts) as well as flat ranges (an optimizer's
-// partitions). The pieces of a tensor cover it without holes or overlap.
+// elements, so that any cut by ranks fits: rows (experts) as well as flat ranges (an optimizer's partitions). Elements
+// are counted row-major or, where experts are cut into slices, slice by slice (element_order.h); then the tensor has an
+// "element_order": {"row": 48, "run": 24}. The pieces of a tensor cover it without holes or overlap.
 //
 //   {"format": 1, "state": {...},
 //    "tensors": {"head.weight": {"dtype": "F32", "shape": [61, 24],
@@ -20,13 +21,14 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "io/element_order.h"
 #include "io/json.h"
 
 namespace coterie {
 
 struct CheckpointPiece {
   std::string file;   // a plain name in the checkpoint's directory
-  int64_t first = 0;  // element of the logical tensor
+  int64_t first = 0;  // element of the logical tensor, in its order
   int64_t count = 0;  // elements, at least 1
   uint32_t crc32 = 0;
 };
@@ -34,6 +36,7 @@ struct CheckpointPiece {
 struct CheckpointTensor {
   DType dtype = DType::kF32;  // fp32, bf16 or fp16
   std::vector<int64_t> shape;
+  ElementOrder order;  // in which pieces count the elements
   std::vector<CheckpointPiece> pieces;
 
   int64_t num_elements() const;
@@ -48,7 +51,8 @@ struct CheckpointManifest {
 CheckpointManifest parse_manifest(std::string_view text, const std::string& source);
 std::string manifest_text(const CheckpointManifest& manifest);  // InvalidArgument for a name that is not UTF-8
 
-// Adds the pieces that another rank wrote. CorruptFile when a tensor has another shape or dtype there.
+// Adds the pieces that another rank wrote. CorruptFile when a tensor has another shape, dtype or order
+// there.
 void add_pieces(CheckpointManifest& manifest, const CheckpointManifest& other, const std::string& source);
 
 // Sorts every tensor's pieces. CorruptFile names the first elements that are missing, or there twice and in which

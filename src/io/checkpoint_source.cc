@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "base/check.h"
 #include "coterie/error.h"
 #include "io/atomic_file.h"
 #include "io/printable.h"
@@ -103,7 +104,42 @@ std::span<const std::byte> CheckpointSource::checked_bytes(const std::string& na
   return bytes;
 }
 
-void CheckpointSource::read_range(const std::string& name, int64_t first, int64_t count, float* out) const {
+// A tensor's elements in the order of its pieces.
+class CheckpointSource::StoredElements {
+ public:
+  StoredElements(const CheckpointSource& source, const std::string& name, const CheckpointTensor& tensor)
+      : source_(source), name_(name), tensor_(tensor), bytes_(tensor.pieces.size()) {}
+
+  void read(int64_t first, int64_t count, float* out) {
+    // The last piece that begins at or before `first`, and those that follow.
+    const std::vector<CheckpointPiece>& pieces = tensor_.pieces;
+    const auto after = std::upper_bound(pieces.begin(), pieces.end(), first,
+                                        [](int64_t at, const CheckpointPiece& piece) { return at < piece.first; });
+    auto index = static_cast<size_t>(after - pieces.begin()) - 1;
+    const size_t size = dtype_size(tensor_.dtype);
+    for (int64_t done = 0; done < count; ++index) {
+      const CheckpointPiece& piece = pieces[index];
+      const int64_t skip = first + done - piece.first, n = std::min(count - done, piece.count - skip);
+      const std::byte* from = bytes(index).data() + static_cast<size_t>(skip) * size;
+      convert_to_float(from, tensor_.dtype, out + done, static_cast<size_t>(n));
+      done += n;
+    }
+  }
+
+ private:
+  std::span<const std::byte> bytes(size_t index) {
+    if (bytes_[index].empty()) bytes_[index] = source_.checked_bytes(name_, tensor_.pieces[index]);
+    return bytes_[index];
+  }
+
+  const CheckpointSource& source_;
+  const std::string& name_;
+  const CheckpointTensor& tensor_;
+  std::vector<std::span<const std::byte>> bytes_;  // of the pieces that were read
+};
+
+void CheckpointSource::read_range(const std::string& name, int64_t first, int64_t count, float* out,
+                                  const ElementOrder& order) const {
   const auto found = manifest_.tensors.find(name);
   if (found == manifest_.tensors.end()) throw InvalidArgument(tensor_at(path_, name) + "is missing");
   const CheckpointTensor& tensor = found->second;
@@ -112,17 +148,15 @@ void CheckpointSource::read_range(const std::string& name, int64_t first, int64_
     throw InvalidArgument(tensor_at(path_, name) + "has no " + std::to_string(count) + " elements from " +
                           std::to_string(first) + " on, but " + std::to_string(elements));
   }
-  // The last piece that begins at or before `first`, and those that follow.
-  auto piece = std::upper_bound(tensor.pieces.begin(), tensor.pieces.end(), first,
-                                [](int64_t at, const CheckpointPiece& p) { return at < p.first; });
-  const size_t size = dtype_size(tensor.dtype);
-  for (int64_t done = 0; done < count; ++piece) {
-    const CheckpointPiece& part = *std::prev(piece);
-    const int64_t skip = first + done - part.first, n = std::min(count - done, part.count - skip);
-    const std::span<const std::byte> bytes = checked_bytes(name, part);
-    convert_to_float(bytes.data() + static_cast<size_t>(skip) * size, tensor.dtype, out + done, static_cast<size_t>(n));
-    done += n;
-  }
+  COTERIE_CHECK(fits(order, elements), "an order of another tensor: " + name);
+  StoredElements stored(*this, name, tensor);
+  const ElementOrder place = inverse(tensor.order, elements);
+  for_each_run(order, elements, first, count, [&](int64_t logical, int64_t n) {
+    for_each_run(place, elements, logical, n, [&](int64_t at, int64_t m) {
+      stored.read(at, m, out);
+      out += m;
+    });
+  });
 }
 
 void CheckpointSource::read(const std::string& name, float* out) const {

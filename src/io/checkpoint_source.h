@@ -1,7 +1,7 @@
-// A training checkpoint (checkpoint_directory.h) for reading: any range of any logical tensor, whatever pieces hold it,
-// whatever layout of ranks wrote them. Opening it checks that every logical tensor is covered exactly once and that its
-// pieces lie in their files; a piece's checksum is checked when it is first read. CorruptFile names what is missing,
-// twice there, or damaged.
+// A training checkpoint (checkpoint_directory.h) for reading: any range of any logical tensor, in any order of its
+// elements, whatever pieces hold it, whatever layout of ranks wrote them. Opening it checks that every logical tensor
+// is covered exactly once and that its pieces lie in their files; a piece's checksum is checked when it is first read.
+// CorruptFile names what is missing, twice there, or damaged.
 #pragma once
 
 #include <map>
@@ -29,8 +29,10 @@ class CheckpointSource : public TensorSource {
   const StoredTensor* find(const std::string& name) const override;
   void read(const std::string& name, float* out) const override;
 
-  // Elements [first, first + count) as fp32. InvalidArgument when there is no such tensor or it has fewer elements.
-  void read_range(const std::string& name, int64_t first, int64_t count, float* out) const;
+  // Elements [first, first + count) of this order, which fits the tensor, as fp32. InvalidArgument when there is no
+  // such tensor or it has fewer elements.
+  void read_range(const std::string& name, int64_t first, int64_t count, float* out,
+                  const ElementOrder& order = {}) const;
 
   const CheckpointManifest& manifest() const { return manifest_; }
   const nlohmann::json& state() const { return manifest_.state; }
@@ -40,6 +42,7 @@ class CheckpointSource : public TensorSource {
   void open_files();
   void check_piece(const std::string& name, const CheckpointTensor& tensor, const CheckpointPiece& piece) const;
   std::span<const std::byte> checked_bytes(const std::string& name, const CheckpointPiece& piece) const;
+  class StoredElements;
 
   std::string path_;
   CheckpointManifest manifest_;

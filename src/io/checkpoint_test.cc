@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
@@ -29,6 +30,18 @@ std::vector<float> counted(int64_t count) {
   return values;
 }
 
+// The row-major numbers of 21 elements in an order, from its definition as [slices, rows, run].
+std::vector<float> counted_in(const ElementOrder& order) {
+  if (order == ElementOrder{}) return counted(21);
+  std::vector<float> values;
+  for (int64_t column = 0; column < order.row; column += order.run) {
+    for (int64_t row = 0; row < 21; row += order.row) {
+      for (int64_t i = 0; i < order.run; ++i) values.push_back(static_cast<float>(row + column + i));
+    }
+  }
+  return values;
+}
+
 class CheckpointTest : public TemporaryDirectoryTest {
  protected:
   void SetUp() override {
@@ -36,15 +49,16 @@ class CheckpointTest : public TemporaryDirectoryTest {
     path_ = (directory() / "checkpoints").string();
   }
 
-  // Cuts "w" [7, 3], whose element i is i, at the given places, a piece per rank in turn.
-  std::string save(int64_t step, const std::vector<int64_t>& cuts, int64_t keep = 2, int ranks = 2) const {
-    const std::vector<float> values = counted(21);
+  // Cuts "w" [7, 3], whose row-major element i is i, at the given places of an order, a piece per rank in turn.
+  std::string save(int64_t step, const std::vector<int64_t>& cuts, int64_t keep = 2, int ranks = 2,
+                   const ElementOrder& order = {}) const {
+    const std::vector<float> values = counted_in(order);
     const CheckpointDirectory checkpoints(path_);
     checkpoints.begin(CheckpointDirectory::step_name(step));
     std::vector<std::vector<PieceToWrite>> of_rank(static_cast<size_t>(ranks));
     for (size_t i = 0; i + 1 < cuts.size(); ++i) {
       of_rank[i % of_rank.size()].push_back(
-          {"w", {7, 3}, DType::kF32, cuts[i], cuts[i + 1] - cuts[i], values.data() + cuts[i]});
+          {"w", {7, 3}, DType::kF32, cuts[i], cuts[i + 1] - cuts[i], values.data() + cuts[i], order});
     }
     of_rank[0].push_back({"empty", {0, 4}, DType::kBF16});
     for (int rank = 0; rank < ranks; ++rank)
@@ -99,6 +113,24 @@ TEST_F(CheckpointTest, ReadsAnyRangeOfAnyCut) {
   }
 }
 
+TEST_F(CheckpointTest, ReadsAnyOrderFromAnyOther) {
+  const std::vector<ElementOrder> orders = {{}, {3, 1}, {7, 1}, {21, 7}, {21, 3}, {21, 21}, {7, 7}};
+  for (const ElementOrder& saved : orders) {
+    const CheckpointSource source(save(1, {0, 4, 10, 21}, 2, 3, saved));
+    for (const ElementOrder& wanted : orders) {
+      const std::vector<float> all = counted_in(wanted);
+      for (int64_t first = 0; first <= 21; ++first) {
+        for (int64_t count = 0; first + count <= 21; ++count) {
+          std::vector<float> got(static_cast<size_t>(count), -1);
+          source.read_range("w", first, count, got.data(), wanted);
+          ASSERT_TRUE(std::equal(got.begin(), got.end(), all.begin() + first))
+              << saved.run << " in " << saved.row << ", " << wanted.run << " in " << wanted.row;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CheckpointTest, RefusesToCommitWhatIsNotWhole) {
   const auto failure = [&](const std::vector<std::array<int64_t, 2>>& pieces) {
     const std::vector<float> values = counted(21);
@@ -107,7 +139,8 @@ TEST_F(CheckpointTest, RefusesToCommitWhatIsNotWhole) {
     for (size_t rank = 0; rank < pieces.size(); ++rank) {
       const auto [first, count] = pieces[rank];
       const std::vector<int64_t> shape = first == 20 ? std::vector<int64_t>{3, 7} : std::vector<int64_t>{7, 3};
-      const PieceToWrite piece{"w", shape, DType::kF32, first, count, values.data() + first};
+      const ElementOrder order = first == 19 ? ElementOrder{3, 1} : ElementOrder{};
+      const PieceToWrite piece{"w", shape, DType::kF32, first, count, values.data() + first, order};
       checkpoints.write_shard("step-00000005", static_cast<int>(rank), {&piece, 1});
     }
     const std::string message =
@@ -122,7 +155,9 @@ TEST_F(CheckpointTest, RefusesToCommitWhatIsNotWhole) {
   EXPECT_EQ(
       failure({{0, 12}, {10, 11}}),
       ": tensor 'w': elements 10 to 11 are there twice, in 'rank-00000.safetensors' and 'rank-00001.safetensors'");
-  EXPECT_EQ(failure({{0, 20}, {20, 1}}), "/rank-00001.json: tensor 'w': its shape or dtype is not the other ranks'");
+  const char* const differs = "/rank-00001.json: tensor 'w': its shape, dtype or order is not the other ranks'";
+  EXPECT_EQ(failure({{0, 20}, {20, 1}}), differs);
+  EXPECT_EQ(failure({{0, 19}, {19, 2}}), differs);
 }
 
 TEST_F(CheckpointTest, NamesTheRankThatDidNotWrite) {
@@ -211,6 +246,17 @@ TEST_F(CheckpointTest, RefusesManifestsThatLie) {
   EXPECT_EQ(changed("\"F32\"", "\"I64\""), "tensor 'w': dtype: 'I64' is not one of F32, F16, BF16");
   EXPECT_EQ(changed("\"rank-00001", "\"../rank-00001"),
             "tensor 'w': pieces[1]: file: '../rank-00001.safetensors' is not the plain name of a .safetensors file");
+  const auto ordered = [&](const std::string& order) {
+    return changed("\"w\": {", "\"w\": {\"element_order\": " + order + ", ");
+  };
+  EXPECT_EQ(ordered("{\"row\": 21, \"run\": 7}"), "");
+  EXPECT_EQ(ordered("3"), "tensor 'w': element_order: is not an object");
+  EXPECT_EQ(ordered("{\"row\": 3}"), "tensor 'w': element_order: run: is missing");
+  EXPECT_EQ(ordered("{\"row\": 6, \"run\": 2}"), "tensor 'w': element_order: row: 6 does not divide the 21 elements");
+  EXPECT_EQ(ordered("{\"row\": 3, \"run\": 2}"), "tensor 'w': element_order: run: 2 does not divide the row of 3");
+  for (const char* zero : {"{\"row\": 0, \"run\": 1}", "{\"run\": 0, \"row\": 3}"}) {
+    EXPECT_NE(ordered(zero).find("'0' is not a whole number of 1 to 9223372036854775807"), std::string::npos);
+  }
   EXPECT_EQ(changed("\"state\"", "\"stale\""), "state: is missing");
   EXPECT_EQ(changed("7,", "9223372036854775807,"), "tensor 'w': shape: product exceeds 2^60");
   EXPECT_NE(changed("\"w\"", "\"v\"").find("header: has no tensor 'v@0'"), std::string::npos);
