@@ -208,14 +208,26 @@ class ModuleOptimizer {
   ZeroOptimizer optimizer_;
 };
 
+// Rows [first_row, first_row + the tensor's own) of so many; 0 of 0: all of the logical tensor.
+Parameter part_in_rows(const std::string& name, const at::Tensor& tensor, int64_t first_row, int64_t logical_rows,
+                       ProcessGroup* replicas) {
+  Parameter parameter{.name = name, .tensor = tensor, .logical_shape = tensor.sizes().vec(), .replicas = replicas};
+  if (logical_rows > 0) {
+    parameter.logical_shape[0] = logical_rows;
+    parameter.first_element = first_row * c10::multiply_integers(tensor.sizes().slice(1));
+  }
+  return parameter;
+}
+
 void bind_module_optimizer(nb::module_& m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Parameter>(m, "Parameter")
       .def(
           "__init__",
           [](Parameter* self, const std::string& name, const at::Tensor& tensor, int64_t first_row,
-             int64_t logical_rows,
-             ProcessGroup* replicas) { new (self) Parameter{name, tensor, first_row, logical_rows, replicas}; },
+             int64_t logical_rows, ProcessGroup* replicas) {
+            new (self) Parameter(part_in_rows(name, tensor, first_row, logical_rows, replicas));
+          },
           "name"_a, "tensor"_a, "first_row"_a = 0, "logical_rows"_a = 0, "replicas"_a.none() = nb::none());
   nb::class_<AdamWSettings>(m, "AdamWSettings")
       .def(

@@ -61,6 +61,7 @@ CheckpointManifest held_by(const std::vector<StateView>& views, int rank) {
   for (const StateView& view : views) {
     CheckpointTensor& tensor = held.tensors[view.name];
     tensor.shape = view.shape;
+    tensor.order = view.order;
     if (view.writes && view.values.numel() > 0) {
       const std::string holder = "rank-" + std::to_string(rank) + ".safetensors";
       tensor.pieces.push_back({holder, view.first_element, view.values.numel()});
@@ -120,15 +121,15 @@ void check_arrival(const CheckpointSource& source, CheckpointManifest wanted,
 void load_view(const CheckpointSource& source, const StateView& view) {
   const at::Tensor target = view.values;
   const at::Tensor read = target.scalar_type() == at::kFloat ? target : at::empty(target.sizes(), at::kFloat);
-  source.read_range(view.name, view.first_element, read.numel(), read.mutable_data_ptr<float>());
+  source.read_range(view.name, view.first_element, read.numel(), read.mutable_data_ptr<float>(), view.order);
   if (!read.is_same(target)) target.copy_(read);
 }
 
 PieceToWrite piece_of(const StateView& view, const at::Tensor& values) {
   COTERIE_CHECK(values.is_contiguous(), "a view of a checkpoint is contiguous: " + view.name);
   const int64_t count = view.writes ? values.numel() : 0;
-  return {view.name,          view.shape, dtype_of(values),
-          view.first_element, count,      count > 0 ? values.const_data_ptr() : nullptr};
+  const void* const data = count > 0 ? values.const_data_ptr() : nullptr;
+  return {view.name, view.shape, dtype_of(values), view.first_element, count, data, view.order};
 }
 
 }  // namespace

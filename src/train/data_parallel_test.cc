@@ -39,7 +39,7 @@ History run_steps(Trainer& trainer, int64_t until) {
     run.loads.push_back(m.loads.at(0).tokens_per_expert_E);
   }
   for (const Parameter& p : trainer.model().parameters()) {
-    if (p.tensor.size(0) == p.logical_rows) run.weights.push_back(copy(p.tensor));
+    if (p.tensor.sizes() == p.logical_shape) run.weights.push_back(copy(p.tensor));
   }
   run.valid_loss = trainer.evaluate().loss;
   return run;
@@ -204,7 +204,8 @@ TEST_F(DataParallelTest, CheckpointsFitAnyLayout) {
       {"one", 1, {1}, 0}, {"two", 2, {1}, 1},   {"ep2", 2, {2}, 2},
       {"ep4", 4, {4}, 1}, {"ep2x2", 4, {2}, 2}, {"pyramid", 4, {2, 4}, 1}};
   constexpr int64_t kSavedAt = 10, kUntil = 15;
-  const ModelConfig config = pyramid_config(1.0f);
+  ModelConfig config = pyramid_config(1.0f);
+  config.layers[0].router.num_experts = 2;  // which degree 4 cuts into slices
   const History whole = run_as(1, config, ranked("whole", "fp32", 2, 0), kUntil);
   const std::vector<double> expected(whole.losses.begin() + kSavedAt, whole.losses.end());
   for (const auto& [saved, saved_ranks, saved_degrees, saved_stage] : layouts) {

@@ -75,7 +75,7 @@ void Distiller::initialize(const LanguageModel& student) const {
   for (const Parameter& parameter : student.parameters()) {
     const std::string name = teacher_name(parameter.name, kept);
     const auto found = source.find(name);
-    if (found == source.end() || found->second.sizes() != logical_shape(parameter)) {
+    if (found == source.end() || found->second.sizes() != parameter.logical_shape) {
       throw InvalidArgument("distill.drop_layers: " + parameter.name +
                             " of the student has no tensor of its shape in the teacher (" + name + ")");
     }

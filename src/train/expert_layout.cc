@@ -7,17 +7,30 @@
 namespace coterie {
 namespace {
 
-int64_t checked_degree(int64_t asked, int64_t num_experts, int64_t num_ranks, int64_t layer) {
+int64_t slices_of(int64_t degree, int64_t num_experts) { return degree > num_experts ? degree / num_experts : 1; }
+
+int64_t checked_degree(int64_t asked, const ModelConfig& config, int64_t index, int64_t num_ranks) {
+  const LayerConfig& layer = config.layers[static_cast<size_t>(index)];
+  const int64_t num_experts = layer.router.num_experts;
   if (asked == ExpertParallelSettings::kAuto) return std::gcd(num_experts, num_ranks);
   const std::string field = "parallel.expert_parallel: " + std::to_string(asked);
   if (asked < 1) throw InvalidArgument(field + " is below 1");
   if (num_ranks % asked != 0) {
     throw InvalidArgument(field + " does not divide the " + std::to_string(num_ranks) + " ranks");
   }
-  if (num_experts % asked != 0) {
-    throw InvalidArgument(field + " does not divide the " + std::to_string(num_experts) + " experts of layer " +
-                          std::to_string(layer));
+  if (num_experts % asked != 0 && asked % num_experts != 0) {
+    throw InvalidArgument(field + " is neither a divisor nor a multiple of the " + std::to_string(num_experts) +
+                          " experts of layer " + std::to_string(index));
   }
+  const int64_t slices = slices_of(asked, num_experts);
+  const auto check_cut = [&](const char* what, int64_t size) {
+    if (size % slices == 0) return;
+    throw InvalidArgument(field + " cuts each expert of layer " + std::to_string(index) + " into " +
+                          std::to_string(slices) + " slices, which do not divide its " + what + " (" +
+                          std::to_string(size) + ")");
+  };
+  check_cut("expert_intermediate_size", layer.expert_intermediate_size);
+  if (config.mlp_bias) check_cut("hidden_size, the length of a bias", config.hidden_size);
   return asked;
 }
 
@@ -41,14 +54,18 @@ std::vector<int64_t> expert_parallel_degrees(const ExpertParallelSettings& setti
                           std::to_string(moe_layers.size()) + " MoE layers");
   }
   for (size_t i = 0; i < moe_layers.size(); ++i) {
-    const RouterConfig& router = config.layers[static_cast<size_t>(moe_layers[i])].router;
-    degrees.push_back(checked_degree(asked[asked.size() == 1 ? 0 : i], router.num_experts, num_ranks, moe_layers[i]));
+    degrees.push_back(checked_degree(asked[asked.size() == 1 ? 0 : i], config, moe_layers[i], num_ranks));
   }
   return degrees;
 }
 
 ExpertRanks expert_part(int64_t num_experts, int64_t degree, int64_t place) {
-  return {.first_expert = place * (num_experts / degree), .num_experts = num_experts / degree};
+  const int64_t slices = slices_of(degree, num_experts), own = num_experts * slices / degree;
+  const int64_t first_slice = place * own;  // where the first slices of all experts come before the second ones
+  return {.first_expert = first_slice % num_experts,
+          .num_experts = own,
+          .slices = slices,
+          .slice = first_slice / num_experts};
 }
 
 ExpertLayout::ExpertLayout(ProcessGroup& world, const ExpertParallelSettings& settings, const ModelConfig& config,
@@ -91,9 +108,9 @@ ExpertRanks ExpertLayout::ranks_of(int64_t index, const LayerConfig& layer, int6
   ranks.label = "layer " + std::to_string(index);
   if (degree == 1) return ranks;
   ranks.group = groups.together.get();
-  ranks.exchange =
-      std::make_unique<AllToAll>(*ranks.group, ranks_per_node(settings, *ranks.group), settings.all_to_all,
-                                 groups.links, settings.tokens_per_rank * layer.router.top_k / degree * row_bytes);
+  ranks.exchange = std::make_unique<AllToAll>(
+      *ranks.group, ranks_per_node(settings, *ranks.group), settings.all_to_all, groups.links,
+      settings.tokens_per_rank * layer.router.top_k * ranks.slices / degree * row_bytes);
   return ranks;
 }
 

@@ -1,6 +1,9 @@
 // Which ranks hold which experts (DeepSpeed-MoE, section 5.2). Each MoE layer has its own degree of expert
 // parallelism: so many neighbouring ranks hold all of its experts together, num_experts / degree each, and
-// degree x (ranks that hold the same experts) = ranks.
+// degree x (ranks that hold the same experts) = ranks. A degree of slices x num_experts cuts each expert into so many
+// slices, of which a rank holds one: a slice is an expert of fewer intermediate units that gets the same tokens, and
+// what the slices return adds up. The j-th slices of all experts are neighbours, so that an expert with many tokens
+// is spread over nodes.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +20,8 @@ namespace coterie {
 
 struct ExpertParallelSettings {
   // Degrees: one for all MoE layers, or one for each of them, in order. kAuto: the largest that divides both
-  // the layer's experts and the ranks; where one divides the other, min(num_experts, ranks).
+  // the layer's experts and the ranks; where one divides the other, min(num_experts, ranks). It cuts no expert, since
+  // more ranks that hold the same experts cost less: their gradients travel once per step, activations in each pass.
   static constexpr int64_t kAuto = 0;
   std::vector<int64_t> expert_parallel = {kAuto};
   int64_t ranks_per_node = 0;  // 0: all ranks are one node
@@ -25,8 +29,8 @@ struct ExpertParallelSettings {
   int64_t tokens_per_rank = 0;  // that go through the model at once; what kAuto judges the size of messages by
 };
 
-// The degree of every MoE layer. InvalidArgument: "parallel.expert_parallel: 3 does not divide the 8 experts of
-// layer 1".
+// The degree of every MoE layer. InvalidArgument: "parallel.expert_parallel: 6 is neither a divisor nor a multiple of
+// the 4 experts of layer 1".
 std::vector<int64_t> expert_parallel_degrees(const ExpertParallelSettings& settings, const ModelConfig& config,
                                              int64_t num_ranks);
 
@@ -34,6 +38,8 @@ std::vector<int64_t> expert_parallel_degrees(const ExpertParallelSettings& setti
 struct ExpertRanks {
   int64_t first_expert = 0;
   int64_t num_experts = 0;             // of this rank
+  int64_t slices = 1;                  // of each expert
+  int64_t slice = 0;                   // that this rank holds of its expert
   ProcessGroup* group = nullptr;       // the ranks that hold all experts together; null: this rank alone
   ProcessGroup* replicas = nullptr;    // the ranks that hold the same experts; null: this rank alone
   std::unique_ptr<AllToAll> exchange;  // within `group`

@@ -1,11 +1,15 @@
-// Experts that are spread over ranks. Legend beside ops.h's: R this rank's routed rows, grouped by expert and so by
-// the rank that has it; A the rows that arrive here, of all ranks, grouped by the rank they come from and then by
-// expert; L experts of this rank.
+// Experts that are spread over ranks. Legend beside ops.h's: R this rank's routed rows, grouped by expert; A the rows
+// that arrive here, of all ranks, grouped by the rank they come from and then by expert; P ranks; L experts of this
+// rank; S slices of an expert.
 //
-// Forward: R rows of x -> exchange -> A rows through L experts -> exchange -> R rows -> weighted sum of each token.
-// Backward mirrors it, with the gradients of the rows. An expert's rows lie in the order of the tokens of the whole
-// batch, whatever the ranks that hold them, and a row's bits don't depend on the rows beside it: so the forward pass
-// gives the bits of one rank, in fp32. Rows travel in the weights' type; bf16 rounds what experts return.
+// Forward: R rows of x -> exchange -> A rows through L experts -> exchange -> S * R rows -> sum over the slices ->
+// weighted sum of each token. Backward mirrors it, with the gradients of the rows. Rank p has the experts from p * L
+// on, counted round: so the rows for the ranks of one slice lie one after the other, the ranks of every slice get the
+// same ones, and what the ranks of one slice return is R rows in the same order.
+//
+// An expert's rows lie in the order of the tokens of the whole batch, whatever the ranks that hold them, and a row's
+// bits don't depend on the rows beside it: so with whole experts the forward pass gives the bits of one rank, in fp32.
+// Rows travel in the weights' type; bf16 rounds what experts, or slices, return.
 #include <numeric>
 
 #include "kernels/kernel_table.h"
@@ -33,50 +37,19 @@ struct Plan : torch::CustomClassHolder {
   Counts sent_P, arriving_P;   // rows to and from each rank of the group
   at::Tensor arriving_ids_A1;  // the expert of each row that arrives, counted from this rank's first
   int64_t num_arriving() const { return arriving_ids_A1.size(0); }
+  int64_t num_returned() const { return ranks->slices * dispatch.num_rows(); }
   std::string label(const char* what) const { return ranks->label + " " + what; }
 };
 
-// The one small message: every rank tells every other how many rows its experts will get. counts_PL[p, l] is what
-// rank p sends to expert l of this rank.
-Counts exchange_counts(const Plan& plan, int64_t num_experts) {
-  const ExpertRanks& ranks = *plan.ranks;
-  Counts sent_E(static_cast<size_t>(num_experts)), counts_PL(static_cast<size_t>(num_experts));
-  for (size_t e = 0; e < sent_E.size(); ++e) sent_E[e] = plan.dispatch.offset_E1[e + 1] - plan.dispatch.offset_E1[e];
-  const int64_t bytes = ranks.num_experts * static_cast<int64_t>(sizeof(int64_t));
-  const Counts bytes_P(static_cast<size_t>(ranks.group->size()), bytes);
-  Counts offsets_P(bytes_P.size());
-  for (size_t p = 0; p < offsets_P.size(); ++p) offsets_P[p] = static_cast<int64_t>(p) * bytes;
-  ranks.exchange->start({sent_E.data(), bytes_P, offsets_P, counts_PL.data(), bytes_P, offsets_P}, plan.label("counts"))
-      .wait();
-  return counts_PL;
-}
-
-c10::intrusive_ptr<Plan> make_plan(const at::Tensor& ids, const at::Tensor& weights, const ExpertRanks& ranks) {
-  auto plan = c10::make_intrusive<Plan>();
-  const at::Tensor ids_TK = ids.contiguous(), weights_TK = weights.contiguous();
-  const int64_t P = ranks.group->size(), L = ranks.num_experts, E = P * L;
-  plan->ranks = &ranks;
-  plan->dispatch = make_dispatch(ids_TK.const_data_ptr<int64_t>(), weights_TK.const_data_ptr<float>(), ids_TK.size(0),
-                                 ids_TK.size(1), E);
-  const Counts counts_PL = exchange_counts(*plan, E);
-  for (int64_t p = 0; p < P; ++p) {
-    const auto from_p = counts_PL.begin() + p * L;
-    plan->sent_P.push_back(plan->dispatch.offset_E1[(p + 1) * L] - plan->dispatch.offset_E1[p * L]);
-    plan->arriving_P.push_back(std::accumulate(from_p, from_p + L, int64_t{0}));
-  }
-  const int64_t A = std::accumulate(plan->arriving_P.begin(), plan->arriving_P.end(), int64_t{0});
-  plan->arriving_ids_A1 = at::empty({A, 1}, at::kInt);
-  auto* id = plan->arriving_ids_A1.mutable_data_ptr<int32_t>();
-  for (int64_t i = 0; i < E; ++i) id = std::fill_n(id, counts_PL[i], static_cast<int32_t>(i % L));
-  return plan;
-}
-
-// Bytes and offsets of blocks of rows that lie one after the other.
+// Bytes and offsets of blocks that lie one after the other, a block for each rank; those of the ranks of one slice, of
+// which every slice has the same ones.
 struct Blocks {
-  Blocks(const Counts& rows_P, int64_t row_bytes) {
+  Blocks(const Counts& entries_P, int64_t entry_bytes, int64_t slices = 1) {
+    const size_t distinct = entries_P.size() / static_cast<size_t>(slices);
     int64_t offset = 0;
-    for (const int64_t rows : rows_P) {
-      bytes.push_back(rows * row_bytes);
+    for (size_t p = 0; p < entries_P.size(); ++p) {
+      if (p % distinct == 0) offset = 0;
+      bytes.push_back(entries_P[p] * entry_bytes);
       offsets.push_back(offset);
       offset += bytes.back();
     }
@@ -84,19 +57,67 @@ struct Blocks {
   Counts bytes, offsets;
 };
 
-// [R, D] on the tokens' side becomes [A, D] on the experts' side, or the other way round.
-at::Tensor exchange_rows(const at::Tensor& rows, const Plan& plan, bool to_experts, const char* what) {
-  const int64_t D = rows.size(1), row_bytes = D * static_cast<int64_t>(rows.element_size());
-  const at::Tensor result =
-      pooled_empty({to_experts ? plan.num_arriving() : plan.dispatch.num_rows(), D}, rows.scalar_type());
-  const Blocks sent(to_experts ? plan.sent_P : plan.arriving_P, row_bytes);
-  const Blocks received(to_experts ? plan.arriving_P : plan.sent_P, row_bytes);
+void exchange(const Plan& plan, const void* input, const Blocks& sent, void* output, const Blocks& received,
+              const char* what) {
   plan.ranks->exchange
-      ->start({rows.const_data_ptr(), sent.bytes, sent.offsets, result.mutable_data_ptr(), received.bytes,
-               received.offsets},
-              plan.label(what))
+      ->start({input, sent.bytes, sent.offsets, output, received.bytes, received.offsets}, plan.label(what))
       .wait();
-  return result;
+}
+
+// The one small message: every rank tells every other how many rows its experts will get. counts_PL[p, l] is what
+// rank p sends to expert l of this rank.
+Counts exchange_counts(const Plan& plan, int64_t num_experts) {
+  const ExpertRanks& ranks = *plan.ranks;
+  const Counts entries_P(static_cast<size_t>(ranks.group->size()), ranks.num_experts);
+  Counts sent_E(static_cast<size_t>(num_experts)), counts_PL(entries_P.size() * static_cast<size_t>(ranks.num_experts));
+  for (size_t e = 0; e < sent_E.size(); ++e) sent_E[e] = plan.dispatch.offset_E1[e + 1] - plan.dispatch.offset_E1[e];
+  exchange(plan, sent_E.data(), {entries_P, sizeof(int64_t), ranks.slices}, counts_PL.data(),
+           {entries_P, sizeof(int64_t)}, "counts");
+  return counts_PL;
+}
+
+c10::intrusive_ptr<Plan> make_plan(const at::Tensor& ids, const at::Tensor& weights, const ExpertRanks& ranks) {
+  auto plan = c10::make_intrusive<Plan>();
+  const at::Tensor ids_TK = ids.contiguous(), weights_TK = weights.contiguous();
+  const int64_t P = ranks.group->size(), L = ranks.num_experts, E = P * L / ranks.slices;
+  plan->ranks = &ranks;
+  plan->dispatch = make_dispatch(ids_TK.const_data_ptr<int64_t>(), weights_TK.const_data_ptr<float>(), ids_TK.size(0),
+                                 ids_TK.size(1), E);
+  const std::vector<int64_t>& offset_E1 = plan->dispatch.offset_E1;
+  const Counts counts_PL = exchange_counts(*plan, E);
+  for (int64_t p = 0; p < P; ++p) {
+    const auto from_p = counts_PL.begin() + p * L;
+    const int64_t first = p * L % E;
+    plan->sent_P.push_back(offset_E1[first + L] - offset_E1[first]);
+    plan->arriving_P.push_back(std::accumulate(from_p, from_p + L, int64_t{0}));
+  }
+  const int64_t A = std::accumulate(plan->arriving_P.begin(), plan->arriving_P.end(), int64_t{0});
+  plan->arriving_ids_A1 = at::empty({A, 1}, at::kInt);
+  auto* id = plan->arriving_ids_A1.mutable_data_ptr<int32_t>();
+  for (int64_t i = 0; i < P * L; ++i) id = std::fill_n(id, counts_PL[i], static_cast<int32_t>(i % L));
+  return plan;
+}
+
+// [R, D] on the tokens' side becomes [A, D] on the experts' side.
+at::Tensor to_experts(const at::Tensor& rows_RD, const Plan& plan, const char* what) {
+  const int64_t D = rows_RD.size(1), row_bytes = D * static_cast<int64_t>(rows_RD.element_size());
+  const at::Tensor arriving_AD = pooled_empty({plan.num_arriving(), D}, rows_RD.scalar_type());
+  exchange(plan, rows_RD.const_data_ptr(), {plan.sent_P, row_bytes, plan.ranks->slices}, arriving_AD.mutable_data_ptr(),
+           {plan.arriving_P, row_bytes}, what);
+  return arriving_AD;
+}
+
+// And back: what the experts made of the rows, summed over their slices (in fp32 where there are several).
+at::Tensor from_experts(const at::Tensor& rows_AD, const Plan& plan, const char* what) {
+  const int64_t D = rows_AD.size(1), row_bytes = D * static_cast<int64_t>(rows_AD.element_size());
+  const at::Tensor returned = pooled_empty({plan.num_returned(), D}, rows_AD.scalar_type());
+  exchange(plan, rows_AD.const_data_ptr(), {plan.arriving_P, row_bytes}, returned.mutable_data_ptr(),
+           {plan.sent_P, row_bytes}, what);
+  const int64_t S = plan.ranks->slices, R = plan.dispatch.num_rows();
+  if (S == 1) return returned;
+  const at::Tensor sum_RD = pooled_empty({R, D}, at::kFloat).copy_(returned.narrow(0, 0, R));
+  for (int64_t slice = 1; slice < S; ++slice) sum_RD.add_(returned.narrow(0, slice * R, R));
+  return sum_RD;
 }
 
 // Row r: scale(r) times the row of the token that it carries, in the type in which rows travel.
@@ -158,6 +179,13 @@ LocalGradients local_backward(const at::Tensor& grad_AD, const at::Tensor& rows_
                  if_defined(t.down_bias_ED), pre_AU, inner_AF, plan.activation, plan.gated, wanted);
 }
 
+// A slice's own stretch of the bias among zeros: the sum over the slices has each entry once.
+at::Tensor down_bias_of_slice(const at::Tensor& bias_L, const ExpertRanks& ranks) {
+  if (!bias_L.defined() || ranks.slices == 1) return bias_L;
+  const int64_t n = bias_L.size(1);
+  return at::constant_pad_nd(bias_L, {ranks.slice * n, (ranks.slices - 1 - ranks.slice) * n});
+}
+
 struct ExpertParallelFunction : torch::autograd::Function<ExpertParallelFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& ids,
                             const at::Tensor& weights, const at::Tensor& up, const OptionalTensor& up_bias,
@@ -170,9 +198,9 @@ struct ExpertParallelFunction : torch::autograd::Function<ExpertParallelFunction
     plan->activation = activation;
     plan->gated = gated;
     const at::Tensor rows_RD = gather_rows(x_TD, plan->dispatch, up.scalar_type(), [](int64_t) { return 1.0f; });
-    const at::Tensor rows_AD = exchange_rows(rows_RD, *plan, /*to_experts=*/true, "dispatch");
+    const at::Tensor rows_AD = to_experts(rows_RD, *plan, "dispatch");
     auto [out_AD, pre_AU, inner_AF] = local_forward(rows_AD, *plan, tensors);
-    const at::Tensor returned_RD = exchange_rows(out_AD, *plan, /*to_experts=*/false, "combine");
+    const at::Tensor returned_RD = from_experts(out_AD, *plan, "combine");
     context->save_for_backward(
         {x, weights, up, tensors.up_bias_EU, down, tensors.down_bias_ED, rows_AD, pre_AU, inner_AF, returned_RD});
     context->saved_data["plan"] = c10::IValue::make_capsule(plan);
@@ -190,10 +218,10 @@ struct ExpertParallelFunction : torch::autograd::Function<ExpertParallelFunction
     const std::vector<float>& weight_R = plan.dispatch.weight_R;
     const at::Tensor grad_RD =
         gather_rows(grad_TD, plan.dispatch, s[2].scalar_type(), [&](int64_t r) { return weight_R[r]; });
-    const at::Tensor grad_AD = exchange_rows(grad_RD, plan, /*to_experts=*/true, "backward dispatch");
+    const at::Tensor grad_AD = to_experts(grad_RD, plan, "backward dispatch");
     auto [grad_rows_AD, unused, grad_up, grad_up_bias, grad_down, grad_down_bias] = local_backward(
         grad_AD, s[6], plan, {s[2], s[3], s[4], s[5]}, s[7], s[8], {true, false, w[3], w[4], w[5], w[6]});
-    const at::Tensor grad_rows_RD = exchange_rows(grad_rows_AD, plan, /*to_experts=*/false, "backward combine");
+    const at::Tensor grad_rows_RD = from_experts(grad_rows_AD, plan, "backward combine");
     const at::Tensor grad_x = sum_of_rows(plan.dispatch, grad_rows_RD, /*unweighted=*/true, s[0].scalar_type());
     const at::Tensor grad_weights = weight_gradients(grad_TD, s[9], plan.dispatch, s[1].sizes());
     variable_list gradients =
@@ -208,8 +236,8 @@ struct ExpertParallelFunction : torch::autograd::Function<ExpertParallelFunction
 at::Tensor experts_of_ranks(const at::Tensor& x_TD, const at::Tensor& expert_ids_TK, const at::Tensor& weights_TK,
                             const ExpertTensors& t, Activation activation, bool gated, const ExpertRanks& ranks) {
   return ExpertParallelFunction::apply(x_TD, expert_ids_TK, weights_TK, t.up_EUD, if_defined(t.up_bias_EU), t.down_EDF,
-                                       if_defined(t.down_bias_ED), std::string(activation_name(activation)), gated,
-                                       &ranks);
+                                       if_defined(down_bias_of_slice(t.down_bias_ED, ranks)),
+                                       std::string(activation_name(activation)), gated, &ranks);
 }
 
 }  // namespace coterie

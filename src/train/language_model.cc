@@ -63,14 +63,16 @@ at::ScalarType parameter_type(const std::string& dtype) {
   throw InvalidArgument("dtype: '" + dtype + "' is neither fp32 nor bf16");
 }
 
-std::vector<int64_t> logical_shape(const Parameter& parameter) {
-  std::vector<int64_t> shape = parameter.tensor.sizes().vec();
-  shape[0] = parameter.logical_rows;
-  return shape;
+at::Tensor in_order(const at::Tensor& logical, const ElementOrder& order) {
+  const auto [row, run] = order;
+  if (row == 0) return logical.reshape({-1});
+  return logical.reshape({logical.numel() / row, row / run, run}).transpose(0, 1).reshape({-1});
 }
 
 at::Tensor own_part(const Parameter& parameter, const at::Tensor& logical) {
-  return logical.narrow(0, parameter.first_row, parameter.tensor.size(0));
+  const at::Tensor& own = parameter.tensor;
+  const at::Tensor part = in_order(logical, parameter.order).narrow(0, parameter.first_element, own.numel());
+  return part.view(own.sizes());
 }
 
 LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, uint64_t seed, ProcessGroup* world,
@@ -87,15 +89,16 @@ LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, ui
 
 Parameter LanguageModel::make_parameter(const TensorSpec& spec, at::ScalarType dtype, uint64_t seed) const {
   const ExpertRanks* experts = layout_.layer(layer_of_experts(spec.name));
-  const ParameterPart part = part_of(spec, dtype == at::kBFloat16 ? DType::kBF16 : DType::kF32, experts);
-  at::Tensor values = initial_values(spec, config_, seed, parameters_.size());
-  values = values.to(part.dtype == DType::kBF16 ? at::kBFloat16 : at::kFloat);
-  if (experts) values = values.narrow(0, part.first_row, part.shape[0]).clone();
-  return {.name = spec.name,
-          .tensor = values.set_requires_grad(part.trained),
-          .first_row = part.first_row,
-          .logical_rows = spec.shape[0],
-          .replicas = experts ? experts->replicas : layout_.world()};
+  const ParameterPart part = part_of(spec, config_, dtype == at::kBFloat16 ? DType::kBF16 : DType::kF32, experts);
+  Parameter parameter{.name = spec.name,
+                      .tensor = at::empty(part.shape, part.dtype == DType::kBF16 ? at::kBFloat16 : at::kFloat),
+                      .logical_shape = spec.shape,
+                      .order = part.order,
+                      .first_element = part.first_element,
+                      .replicas = experts ? experts->replicas : layout_.world()};
+  parameter.tensor.copy_(own_part(parameter, initial_values(spec, config_, seed, parameters_.size())));
+  parameter.tensor.set_requires_grad(part.trained);
+  return parameter;
 }
 
 void LanguageModel::load(const TensorSource& source) {
@@ -107,11 +110,10 @@ void LanguageModel::load(const TensorSource& source) {
   for (const Parameter& parameter : parameters_) {
     const StoredTensor* stored = source.find(parameter.name);
     if (!stored) throw InvalidArgument(source.path() + ": " + parameter.name + ": missing");
-    const std::vector<int64_t> shape = logical_shape(parameter);
-    if (shape != stored->shape) {
+    if (parameter.logical_shape != stored->shape) {
       throw InvalidArgument(source.path() + ": " + parameter.name + ": its shape is not the configuration's");
     }
-    at::Tensor values = at::empty(shape, at::kFloat);
+    const at::Tensor values = at::empty(stored->shape, at::kFloat);
     source.read(parameter.name, values.mutable_data_ptr<float>());
     at::Tensor(parameter.tensor).copy_(own_part(parameter, values));
   }

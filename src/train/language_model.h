@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "io/element_order.h"
 #include "model/config.h"
 #include "model/tensors.h"
 #include "moe/load.h"
@@ -29,15 +30,17 @@ struct Parameter {
   std::string name;
   // A leaf; matrices in the model's dtype, everything else fp32. Of choice biases without a gradient.
   at::Tensor tensor;
-  // The tensor is rows [first_row, first_row + its own) of the logical one, which has so many along dimension 0.
-  int64_t first_row = 0;
-  int64_t logical_rows = 0;
-  // The ranks that hold the same rows, over which gradients are summed; null: this rank alone.
+  std::vector<int64_t> logical_shape;
+  // The tensor is elements [first_element, first_element + its own) of the logical one, counted in this order.
+  ElementOrder order = {};
+  int64_t first_element = 0;
+  // The ranks that hold the same elements, over which gradients are summed; null: this rank alone.
   ProcessGroup* replicas = nullptr;
 };
 
-// The logical tensor's shape, and the part of its values that the parameter is (a view).
-std::vector<int64_t> logical_shape(const Parameter& parameter);
+// A logical tensor's elements in an order, flat.
+at::Tensor in_order(const at::Tensor& logical, const ElementOrder& order);
+// The part of a logical tensor's values that the parameter is, in its shape.
 at::Tensor own_part(const Parameter& parameter, const at::Tensor& logical);
 
 // The load of each MoE layer's experts that the balance loss is about.

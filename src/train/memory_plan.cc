@@ -121,7 +121,8 @@ std::vector<SizedParameter> parameters_of_rank(const MemoryCase& layout, int64_t
       replicas = {.id = neighbours, .size = layout.num_ranks / neighbours, .rank = rank / neighbours};
       experts = expert_part(spec.shape[0], neighbours, rank % neighbours);
     }
-    const ParameterPart part = part_of(spec, layout.dtype, degree == degree_of.end() ? nullptr : &experts);
+    const ParameterPart part =
+        part_of(spec, layout.config, layout.dtype, degree == degree_of.end() ? nullptr : &experts);
     parameters.push_back({TensorSpec{"", part.shape}.num_elements(), part.dtype, part.trained, replicas});
   }
   return parameters;

@@ -8,6 +8,20 @@ bool keeps_fp32(const std::string& name) {
          name.ends_with("mix.weight");
 }
 
+void take_part(ParameterPart& part, const TensorSpec& spec, const ExpertRanks& experts, bool gated) {
+  part.shape[0] = experts.num_experts;
+  if (experts.slices > 1) {
+    const size_t axis = spec.name.ends_with("down.weight") ? 2 : 1;
+    const bool halves = gated && spec.name.find(".up.") != std::string::npos;
+    int64_t row = halves ? spec.shape[1] / 2 : spec.shape[axis];
+    for (size_t i = axis + 1; i < spec.shape.size(); ++i) row *= spec.shape[i];
+    part.order = {row, row / experts.slices};
+    part.shape[axis] /= experts.slices;
+  }
+  const int64_t of_an_expert = spec.num_elements() / spec.shape[0] / experts.slices;
+  part.first_element = (experts.slice * spec.shape[0] + experts.first_expert) * of_an_expert;
+}
+
 }  // namespace
 
 bool is_norm(const std::string& name) { return name.find("norm.weight") != std::string::npos; }
@@ -20,13 +34,10 @@ int64_t layer_of_experts(const std::string& name) {
   return std::stoll(name.substr(prefix.size()));
 }
 
-ParameterPart part_of(const TensorSpec& spec, DType dtype, const ExpertRanks* experts) {
+ParameterPart part_of(const TensorSpec& spec, const ModelConfig& config, DType dtype, const ExpertRanks* experts) {
   ParameterPart part{
       .shape = spec.shape, .dtype = keeps_fp32(spec.name) ? DType::kF32 : dtype, .trained = !is_choice_bias(spec.name)};
-  if (experts) {
-    part.first_row = experts->first_expert;
-    part.shape[0] = experts->num_experts;
-  }
+  if (experts) take_part(part, spec, *experts, config.gated_mlp);
   return part;
 }
 

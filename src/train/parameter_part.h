@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "io/element_order.h"
+#include "model/config.h"
 #include "model/tensors.h"
 #include "train/expert_layout.h"
 
@@ -20,7 +22,8 @@ int64_t layer_of_experts(const std::string& name);
 
 struct ParameterPart {
   std::vector<int64_t> shape;
-  int64_t first_row = 0;  // of the logical tensor
+  ElementOrder order = {};    // of the logical tensor's elements, among which the part is a range
+  int64_t first_element = 0;  // of the range
   DType dtype = DType::kF32;
   bool trained = true;  // by gradients
 };
@@ -28,6 +31,10 @@ struct ParameterPart {
 // dtype: of the model's matrices. Vectors, routers and mixes are fp32 also in a bf16 model, as in the engine: they are
 // small, and what they decide is discrete. `experts`: this rank's part of the layer whose experts the tensor belongs
 // to; null: all of the tensor.
-ParameterPart part_of(const TensorSpec& spec, DType dtype, const ExpertRanks* experts);
+//
+// A slice of an expert is a stretch of its intermediate units (DeepSpeed-MoE, section 5): rows of up, in either half of
+// a gated one; columns of down; and an equal stretch of down's bias, which belongs to no unit. So every element of
+// every tensor lies in one slice.
+ParameterPart part_of(const TensorSpec& spec, const ModelConfig& config, DType dtype, const ExpertRanks* experts);
 
 }  // namespace coterie

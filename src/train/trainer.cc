@@ -232,11 +232,11 @@ void Trainer::export_model(const std::string& directory) {
   std::vector<at::Tensor> values;
   std::vector<TensorToWrite> tensors;
   for (const Parameter& parameter : model_.parameters()) {
-    const std::vector<int64_t> shape = logical_shape(parameter);
-    at::Tensor masters = at::empty(shape, at::kFloat);
+    at::Tensor masters = at::empty(parameter.logical_shape, at::kFloat);
     source.read(parameter.name, masters.mutable_data_ptr<float>());
     values.push_back(masters.to(parameter.tensor.scalar_type()));
-    tensors.push_back({parameter.name, shape, dtype_of(values.back()), values.back().const_data_ptr()});
+    tensors.push_back(
+        {parameter.name, parameter.logical_shape, dtype_of(values.back()), values.back().const_data_ptr()});
   }
   write_safetensors(directory + "/model.safetensors", tensors, {{"format", "pt"}});
   write_text_file(directory + "/config.json", model_.config().to_json());

@@ -67,7 +67,7 @@ class Reference {
 
   // fp32, of the logical tensor's shape.
   at::Tensor told(const Parameter& parameter, const std::map<std::string, at::Tensor>& tensors) const {
-    const std::vector<int64_t> shape = logical_shape(parameter);
+    const std::vector<int64_t>& shape = parameter.logical_shape;
     const at::Tensor value = world_.rank() == 0 ? tensors.at(parameter.name).to(at::kFloat).reshape(shape).contiguous()
                                                 : at::empty(shape, at::kFloat);
     world_.broadcast(value.mutable_data_ptr(), value.numel() * static_cast<int64_t>(sizeof(float)), 0, parameter.name);
@@ -131,7 +131,7 @@ class Comparison {
     double squares = 0, counted = 0;
     for (const StateView& view : step_.gradients) {
       if (view.name != parameter.name) continue;
-      const at::Tensor expected = gradient.view({-1}).narrow(0, view.first_element, view.values.numel());
+      const at::Tensor expected = in_order(gradient, view.order).narrow(0, view.first_element, view.values.numel());
       squares += (view.values - expected).square().sum().item<double>();
       if (view.writes) counted += static_cast<double>(view.values.numel());
     }

@@ -20,6 +20,7 @@ class VerifyTest : public TinyCorpus {
     int64_t stage = 1;
     std::string dtype = "fp32";
     float capacity_factor = 0;
+    int64_t first_experts = 4;  // of the pyramid's first layer
   };
 
   VerifyReport verify(const Layout& layout, const VerifyFaults& faults = {}) const {
@@ -28,10 +29,11 @@ class VerifyTest : public TinyCorpus {
     s.train.threads = 1;
     s.parallel = {.zero_stage = layout.stage, .reduce_bucket_size = 2000};
     s.parallel.experts.expert_parallel = layout.degrees;
+    ModelConfig config = pyramid_config(layout.capacity_factor);
+    config.layers[0].router.num_experts = layout.first_experts;
     std::vector<VerifyReport> reports(static_cast<size_t>(layout.ranks));
     run_ranks(layout.ranks, 60.0, [&](ProcessGroup& world) {
-      reports[static_cast<size_t>(world.rank())] =
-          verify_step(pyramid_config(layout.capacity_factor), s, world, faults);
+      reports[static_cast<size_t>(world.rank())] = verify_step(config, s, world, faults);
     });
     for (const VerifyReport& report : reports) {
       EXPECT_EQ(report.gradient.tensor, reports[0].gradient.tensor);
@@ -48,7 +50,8 @@ TEST_F(VerifyTest, PassesRightLayouts) {
       for (const Layout& layout : std::vector<Layout>{{2, {1}, stage, dtype},
                                                       {2, {2}, stage, dtype, 1.0f},
                                                       {4, {2}, stage, dtype},
-                                                      {4, {2, 4}, stage, dtype}}) {
+                                                      {4, {2, 4}, stage, dtype},
+                                                      {4, {4}, stage, dtype, 0, 2}}) {  // the last in slices
         const VerifyReport report = verify(layout);
         EXPECT_TRUE(within(report, VerifyTolerance::of(dtype)))
             << layout.ranks << " ranks, stage " << stage << ", " << dtype << ": loss " << report.loss << ", gradient "

@@ -360,14 +360,10 @@ std::vector<StateView> ZeroOptimizer::gradient_views() const {
 ZeroOptimizer::Stretch ZeroOptimizer::own_stretch(const Bucket& bucket, const ZeroSlot& slot) const {
   const Parameter& parameter = parameters_[slot.parameter];
   const auto [begin, size] = bucket.states(stage_);
-  Stretch own{.view = {.name = parameter.name, .shape = parameter.tensor.sizes().vec()},
+  Stretch own{.view = {.name = parameter.name, .shape = parameter.logical_shape, .order = parameter.order},
               .first = std::max(begin, slot.offset)};
   own.count = std::min(begin + size, slot.offset + slot.size) - own.first;
-  own.view.first_element = own.first - slot.offset;
-  if (parameter.logical_rows > 0) {
-    own.view.first_element += parameter.first_row * parameter.tensor.stride(0);
-    own.view.shape[0] = parameter.logical_rows;
-  }
+  own.view.first_element = parameter.first_element + own.first - slot.offset;
   const bool alone = bucket.shared && stage_ > 0;  // with its stretch
   own.view.writes = alone || !parameter.replicas || parameter.replicas->rank() == 0;
   return own;

@@ -28,7 +28,7 @@ std::vector<Parameter> parameters(at::ScalarType dtype) {
                                     {"up.bias", std::vector<int64_t>{3, 70}},
                                     {"norm.weight", std::vector<int64_t>{5}}}) {
     const bool matrix = made.empty();
-    made.push_back({name, at::randn(sizes).to(matrix ? dtype : at::kFloat).set_requires_grad(true)});
+    made.push_back({name, at::randn(sizes).to(matrix ? dtype : at::kFloat).set_requires_grad(true), sizes});
   }
   return made;
 }
@@ -120,9 +120,9 @@ struct Replica {
   Replica(int rank, ProcessGroup* world) {
     const at::Generator own = at::make_generator<at::CPUGeneratorImpl>(3);  // torch's one would be of all threads
     const at::Tensor shared = at::randn({40, 30}, own), norm = at::randn({7}, own), alone = at::randn({2, 5, 9}, own);
-    parameters.push_back({"shared.weight", shared.clone(), 0, 40, world});
-    parameters.push_back({"norm.weight", norm.clone(), 0, 7, world});
-    parameters.push_back({"expert.weight", (world ? alone.narrow(0, rank, 1) : alone).clone(), rank, 2});
+    parameters.push_back({.name = "shared.weight", .tensor = shared.clone(), .replicas = world});
+    parameters.push_back({.name = "norm.weight", .tensor = norm.clone(), .replicas = world});
+    parameters.push_back({.name = "expert.weight", .tensor = (world ? alone.narrow(0, rank, 1) : alone).clone()});
     for (Parameter& p : parameters) p.tensor.set_requires_grad(true);
   }
 
