@@ -44,6 +44,7 @@ def test_a_planted_breach_is_found(path: str, text: str, message: str):
         ("src/moe/a.cc", '#include "kernels/gemm.h"\n#include <nlohmann/json.hpp>\n'),
         ("src/train/a.cc", "#include <ATen/ops/empty.h>\nat::Tensor x;\n"),
         ("src/bindings/train_module.cc", '#include <torch/csrc/utils/pybind.h>\n#include "train/trainer.h"\n'),
+        ("benches/train_a_bench.cc", "#include <ATen/ATen.h>\n"),
         ("src/engine/a.cc", "// a twin of torch::matmul\n"),
     ],
 )

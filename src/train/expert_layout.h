@@ -26,7 +26,7 @@ struct ExpertParallelSettings {
   std::vector<int64_t> expert_parallel = {kAuto};
   int64_t ranks_per_node = 0;  // 0: all ranks are one node
   AllToAllAlgorithm all_to_all = AllToAllAlgorithm::kAuto;
-  int64_t tokens_per_rank = 0;  // that go through the model at once; what kAuto judges the size of messages by
+  int64_t tokens_per_rank = 0;  // that go through the model at once: all_to_all's kAuto and `parts` follow from it
 };
 
 // The degree of every MoE layer. InvalidArgument: "parallel.expert_parallel: 6 is neither a divisor nor a multiple of
@@ -40,6 +40,7 @@ struct ExpertRanks {
   int64_t num_experts = 0;             // of this rank
   int64_t slices = 1;                  // of each expert
   int64_t slice = 0;                   // that this rank holds of its expert
+  int64_t parts = 1;                   // in which the tokens of a pass go through (expert_exchange.h)
   ProcessGroup* group = nullptr;       // the ranks that hold all experts together; null: this rank alone
   ProcessGroup* replicas = nullptr;    // the ranks that hold the same experts; null: this rank alone
   std::unique_ptr<AllToAll> exchange;  // within `group`

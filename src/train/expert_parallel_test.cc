@@ -172,15 +172,23 @@ void expect_close(const at::Tensor& actual, const at::Tensor& expected, const st
   EXPECT_LE(error, relative * expected.abs().max().item<double>()) << what;
 }
 
-// slices: whether the layout cuts experts, so that the forward pass has other sums.
-void expect_same_step(const Case& c, int ranks, const ExpertParallelSettings& parallel, bool slices = false) {
-  const Step one = on_one_rank(c), many = on_ranks(c, ranks, parallel);
+void expect_same_steps(const Step& one, const Step& many, bool slices) {
   for (const auto& [name, value] : one.values) EXPECT_TRUE(at::equal(many.values.at(name), value)) << name;
   EXPECT_EQ(many.kept, one.kept);
   expect_close(many.hidden_TD, one.hidden_TD, "forward", slices ? kRelative : 0.0);
   EXPECT_NEAR(many.balance_loss, one.balance_loss, kRelative * one.balance_loss);
   ASSERT_EQ(many.gradients.size(), one.gradients.size());
   for (const auto& [name, gradient] : one.gradients) expect_close(many.gradients.at(name), gradient, name, kRelative);
+}
+
+// With passes that go through whole, and in two parts. slices: whether the layout cuts experts, so that the forward
+// pass has other sums.
+void expect_same_step(const Case& c, int ranks, ExpertParallelSettings parallel, bool slices = false) {
+  const Step one = on_one_rank(c);
+  expect_same_steps(one, on_ranks(c, ranks, parallel), slices);
+  SCOPED_TRACE("in two parts");
+  parallel.tokens_per_rank = 1 << 20;
+  expect_same_steps(one, on_ranks(c, ranks, parallel), slices);
 }
 
 TEST(ExpertParallel, TwoRanks) {
@@ -277,6 +285,47 @@ TEST(ExpertParallel, SlicesOfExpertsThatGetNothing) {
 TEST(ExpertParallel, ExchangesSlicesInTwoSteps) {
   expect_same_step({config_of(2, 2, 2)}, 4,
                    {.expert_parallel = {4}, .ranks_per_node = 2, .all_to_all = AllToAllAlgorithm::kHierarchical}, true);
+}
+
+// 0, 1, 2 and 3 tokens on the ranks: parts without tokens take part, and the rows' results are those of one part.
+TEST(ExpertParallel, PartsWithoutTokens) {
+  constexpr int64_t kHidden = 8, kInner = 12, kRanks = 4;
+  run_ranks(kRanks, 30, [&](ProcessGroup& world) {
+    const int64_t T = world.rank();
+    const auto leaf = [](at::IntArrayRef sizes, int64_t step) {
+      const int64_t count = c10::multiply_integers(sizes);
+      return (at::arange(count) * step).remainder(17).to(at::kFloat).mul_(0.05).view(sizes).set_requires_grad(true);
+    };
+    struct Result {
+      at::Tensor out, grad_x, grad_weights, grad_up, grad_down;
+    };
+    const auto run = [&](int64_t parts) {
+      ExpertRanks ranks{.num_experts = 1, .parts = parts, .group = &world, .label = "test"};
+      ranks.exchange = std::make_unique<AllToAll>(world, kRanks, AllToAllAlgorithm::kFlat, LinkModel{}, 0);
+      const at::Tensor x = leaf({T, kHidden}, 5), weights = leaf({T, 2}, 3);
+      const at::Tensor up = leaf({1, kInner, kHidden}, 7), down = leaf({1, kHidden, kInner}, 11);
+      const at::Tensor ids = at::arange(2 * T).remainder(kRanks).view({T, 2});
+      const at::Tensor out = experts_of_ranks(x, ids, weights, {up, {}, down, {}}, Activation::kSilu, false, ranks);
+      out.square().sum().backward();
+      return Result{out.detach(), x.grad(), weights.grad(), up.grad(), down.grad()};
+    };
+    const Result whole = run(1), parts = run(2);
+    EXPECT_TRUE(parts.out.equal(whole.out));
+    EXPECT_TRUE(parts.grad_x.equal(whole.grad_x));
+    EXPECT_TRUE(parts.grad_weights.equal(whole.grad_weights));
+    expect_close(parts.grad_up, whole.grad_up, "up", kRelative);
+    expect_close(parts.grad_down, whole.grad_down, "down", kRelative);
+  });
+}
+
+// 4 experts of top-1 on 2 ranks have half of a rank's tokens each.
+TEST(ExpertParallel, LargePassesGoThroughInParts) {
+  for (const auto& [tokens, parts] : {std::pair(0, 1), {4095, 1}, {4096, 2}}) {
+    run_ranks(2, 30, [&](ProcessGroup& world) {
+      const ExpertLayout layout(world, {.expert_parallel = {2}, .tokens_per_rank = tokens}, config_of(4, 4, 1), 4);
+      EXPECT_EQ(layout.layer(0)->parts, parts) << tokens;
+    });
+  }
 }
 
 // What experts return is rounded to bf16 on its way (2^-9 relative), in both layers; gradients likewise, both ways.

@@ -3,11 +3,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "base/task_shares.h"
 
 namespace coterie {
 namespace {
+
+thread_local const std::function<void()>* between_tasks = nullptr;
 
 class TorchThreadPool : public ThreadPool {
  public:
@@ -19,12 +22,20 @@ class TorchThreadPool : public ThreadPool {
     shares.assign(num_tasks);
     at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t /*end*/) {
       // One worker may be given several slots; draining under one of them is enough.
-      shares.drain(static_cast<int>(begin), task);
+      shares.drain(static_cast<int>(begin), [&](int64_t index, int thread) {
+        task(index, thread);
+        if (between_tasks) (*between_tasks)();
+      });
     });
   }
 };
 
 }  // namespace
+
+PollBetweenTasks::PollBetweenTasks(std::function<void()> poll)
+    : poll_(std::move(poll)), outer_(std::exchange(between_tasks, &poll_)) {}
+
+PollBetweenTasks::~PollBetweenTasks() { between_tasks = outer_; }
 
 ThreadPool& torch_pool() {
   static TorchThreadPool pool;
