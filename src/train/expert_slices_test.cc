@@ -64,10 +64,9 @@ at::Tensor tokens_of_step(int64_t step) {
 struct Rank {
   Rank(ProcessGroup& world, const Layout& layout, uint64_t seed)
       : group(world.size() > 1 ? &world : nullptr),
-        train{.eps = kEps},
         parallel{.zero_stage = layout.stage, .reduce_bucket_size = 1000},
         model(two_experts(), at::kFloat, seed, group, {.expert_parallel = layout.degrees}),
-        optimizer(model.parameters(), train, parallel, group) {
+        optimizer(model.parameters(), 1, parallel, group) {
     at::set_num_threads(1);
   }
 
@@ -80,11 +79,11 @@ struct Rank {
     const HeadLoss head = head_loss(result.hidden_TD, model.head(), targets, nullptr);
     ((head.loss + 0.1 * result.balance_loss) / static_cast<double>(size)).backward();
     optimizer.accumulate_gradients();
-    return optimizer.step(kLearningRate);
+    const AdamWSettings settings{.learning_rate = kLearningRate, .eps = kEps};
+    return optimizer.step(std::vector(model.parameters().size(), settings), /*max_grad_norm=*/1.0);
   }
 
   ProcessGroup* group;
-  TrainSettings train;
   ParallelSettings parallel;
   LanguageModel model;
   ZeroOptimizer optimizer;
