@@ -160,6 +160,22 @@ def test_verify_compares_layouts_with_one_rank(place: Path, launcher: str):
     assert done.stderr.startswith("coterie: tiny.toml: train.batch_size: ")
 
 
+def test_states_of_half_the_bytes_in_files(place: Path):
+    (place / "scratch").mkdir()
+    states = ("--set", "parallel.moments_dtype=bf16", "--set", "parallel.offload_optimizer=scratch")
+    options = ("--set", "train.output_dir=light", *states)
+    half = ("--set", f"train.tokens={STEPS // 2 * BATCH * SEQUENCE}")
+    schedule = ("--set", f"train.decay_tokens={STEPS * BATCH * SEQUENCE}")
+    coterie(place, "train", "tiny.toml", *options, *schedule, *half)
+    summary = coterie(place, "train", "tiny.toml", *options, *schedule, "--resume")
+    # A step differs by the 2^-8 by which its moments are off, of the way that training has gone.
+    first = read_metrics(place / "run")[0]["loss"]
+    way = first - summary_of(place)["valid_loss"]
+    assert summary["valid_loss"] == pytest.approx(summary_of(place)["valid_loss"], abs=way * 2**-4)
+    assert not list((place / "scratch").iterdir())
+    assert coterie(place, "inspect", "light/checkpoints")["checkpoint"]["step"] == STEPS
+
+
 def test_a_finished_directory_is_not_overwritten(place: Path):
     done = subprocess.run(command("train", "tiny.toml"), cwd=place, capture_output=True, text=True)
     assert done.returncode == 2

@@ -148,6 +148,8 @@ class ParallelSection:
     expert_parallel: str | int | list[int] = _key("auto", choices=("auto",), least=1)
     ranks_per_node: int = _key(0, least=0)
     all_to_all: str = _key("auto", choices=("auto", "flat", "hierarchical"))
+    moments_dtype: str = _key("fp32", choices=("fp32", "bf16"))
+    offload_optimizer: str = _key("")
     timeout_s: float = _key(600.0, above=0)
 
 

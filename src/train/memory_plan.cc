@@ -136,7 +136,8 @@ TrainingBytes planned_bytes(const std::vector<SizedParameter>& parameters, const
     const int64_t states = bytes(bucket.states(parallel.zero_stage).size, DType::kF32);
     planned.weights += bytes(bucket.size, bucket.dtype);
     planned.masters += bucket.dtype == DType::kF32 ? 0 : states;
-    planned.moments += 2 * states;
+    const DType moments = parallel.states.moments_dtype == "bf16" ? DType::kBF16 : DType::kF32;
+    planned.moments += 2 * bytes(bucket.states(parallel.zero_stage).size, moments);
   }
   planned.gradients = GradientBytes(parameters, buckets, parallel.zero_stage, passes).peak();
   return planned;

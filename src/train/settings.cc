@@ -115,6 +115,8 @@ ParallelSettings parse_parallel(const Json& root) {
   section.take("reduce_bucket_size", parallel.reduce_bucket_size);
   Json expert_parallel;
   std::string all_to_all;
+  section.take("moments_dtype", parallel.states.moments_dtype);
+  section.take("offload_optimizer", parallel.states.offload_path);
   section.take("expert_parallel", expert_parallel);
   section.take("ranks_per_node", parallel.experts.ranks_per_node);
   section.take("all_to_all", all_to_all);
@@ -124,6 +126,8 @@ ParallelSettings parse_parallel(const Json& root) {
   parallel.experts.all_to_all = all_to_all_algorithm_from_name(all_to_all);
   section.check(parallel.experts.ranks_per_node >= 0, "ranks_per_node", "must not be negative");
   section.check(parallel.zero_stage >= 0 && parallel.zero_stage <= 2, "zero_stage", "must be 0, 1 or 2");
+  section.check(parallel.states.moments_dtype == "fp32" || parallel.states.moments_dtype == "bf16", "moments_dtype",
+                "must be fp32 or bf16");
   section.check(parallel.reduce_bucket_size > 0, "reduce_bucket_size", "must be positive");
   return parallel;
 }

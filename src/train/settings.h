@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "train/expert_layout.h"
+#include "train/optimizer_states.h"
 #include "train/router_losses.h"
 
 namespace coterie {
@@ -57,11 +58,12 @@ struct DistillSettings {
   int64_t stop_step(int64_t total_steps) const;
 };
 
-// How the work is spread over ranks (zero_optimizer.h, expert_layout.h).
+// How the work and the states are spread over ranks and kept (zero_optimizer.h, expert_layout.h).
 struct ParallelSettings {
   int64_t zero_stage = 1;
   int64_t reduce_bucket_size = 4 << 20;  // elements; a larger parameter has a bucket to itself
   ExpertParallelSettings experts;        // expert_parallel, ranks_per_node, all_to_all
+  OptimizerStateSettings states;         // moments_dtype, offload_optimizer
 };
 
 struct RunSettings {

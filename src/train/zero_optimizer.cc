@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/philox.h"
 #include "comm/small_sums.h"
 #include "train/torch_pool.h"
 #include "train/views.h"
@@ -80,6 +81,7 @@ ZeroOptimizer::ZeroOptimizer(const std::vector<Parameter>& parameters, int64_t g
     : parameters_(parameters),
       passes_per_step_(gradient_accumulation_steps),
       stage_(parallel.zero_stage),
+      states_(parallel.states),
       world_(world) {
   c10::NoGradGuard no_grad;
   for (const ZeroBucket& layout : zero_buckets(sizes_of(parameters), parallel.reduce_bucket_size)) make_bucket(layout);
@@ -119,9 +121,12 @@ at::Tensor ZeroOptimizer::moved_weights(const ZeroBucket& layout) const {
 void ZeroOptimizer::make_states(Bucket& bucket) const {
   const ZeroRange held = bucket.states(stage_);
   const at::Tensor trained = bucket.weights.narrow(0, held.begin, held.size);
-  bucket.masters = trained.scalar_type() == at::kFloat ? bucket.weights : trained.to(at::kFloat);
-  bucket.exp_avg = at::zeros(trained.sizes(), at::kFloat);
-  bucket.exp_avg_sq = at::zeros(trained.sizes(), at::kFloat);
+  const at::ScalarType moments = states_.moments_dtype == "bf16" ? at::kBFloat16 : at::kFloat;
+  bucket.masters = trained.scalar_type() == at::kFloat
+                       ? bucket.weights
+                       : make_state(held.size, at::kFloat, states_.offload_path).copy_(trained);
+  bucket.exp_avg = make_state(held.size, moments, states_.offload_path);
+  bucket.exp_avg_sq = make_state(held.size, moments, states_.offload_path);
 }
 
 void ZeroOptimizer::make_chunks() {
@@ -297,19 +302,24 @@ double ZeroOptimizer::gradient_norm() const {
 
 void ZeroOptimizer::update(const Chunk& chunk, const AdamWFactors& factors) const {
   const Bucket& bucket = buckets_[chunk.bucket];
-  const auto floats = [&](const at::Tensor& state) {
-    return reinterpret_cast<float*>(element(bucket, state, chunk.first));
-  };
   AdamWRow row{.factors = factors,
-               .master = floats(bucket.masters),
-               .exp_avg = floats(bucket.exp_avg),
-               .exp_avg_sq = floats(bucket.exp_avg_sq),
+               .master = reinterpret_cast<float*>(element(bucket, bucket.masters, chunk.first)),
                .n = chunk.count};
   if (bucket.sum.defined()) {
     row.grad = element(bucket, bucket.sum, chunk.first);
     row.grad_dtype = dtype_of(bucket.sum);
   }
   if (bucket.weights.scalar_type() == at::kBFloat16) row.parameter = element(bucket, bucket.weights, chunk.first);
+  char* const exp_avg = element(bucket, bucket.exp_avg, chunk.first);
+  char* const exp_avg_sq = element(bucket, bucket.exp_avg_sq, chunk.first);
+  if (bucket.exp_avg.scalar_type() == at::kBFloat16) {
+    const uint64_t place = static_cast<uint64_t>(chunk.parameter) << 40 | static_cast<uint64_t>(chunk.first);
+    const uint32_t key = philox(/*key=*/0, static_cast<uint64_t>(num_steps_), place)[0];
+    adamw_row_bf16_moments(row, reinterpret_cast<BFloat16*>(exp_avg), reinterpret_cast<BFloat16*>(exp_avg_sq), key);
+    return;
+  }
+  row.exp_avg = reinterpret_cast<float*>(exp_avg);
+  row.exp_avg_sq = reinterpret_cast<float*>(exp_avg_sq);
   active_kernels().adamw_row(row);
 }
 

@@ -128,6 +128,7 @@ class ZeroOptimizer {
   const std::vector<Parameter>& parameters_;
   const int64_t passes_per_step_;
   const int64_t stage_;
+  const OptimizerStateSettings states_;
   ProcessGroup* const world_;
   std::vector<Bucket> buckets_;       // as zero_buckets() has them: shared ones in the order of their messages
   std::vector<Chunk> own_chunks_;     // of the own partition

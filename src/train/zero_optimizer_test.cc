@@ -5,8 +5,13 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <filesystem>
 
 #include "comm/thread_transport.h"
+#include "coterie/error.h"
 
 namespace coterie {
 namespace {
@@ -111,6 +116,65 @@ TEST(ZeroOptimizer, BitsDontDependOnThreads) {
   at::set_num_threads(before);
   EXPECT_TRUE(results[0].equal(results[2]));
   EXPECT_TRUE(results[1].equal(results[3]));
+}
+
+// Gradients that never change: the second moment goes to their square, by 1 / 1000 of the way in each step, which
+// rounding to the nearest in bf16 (2^-9 of it) would stop at a third. The mean over 2000 elements is off by the noise
+// that a moment gathers, 2^-8 times the root of 500 steps at most, over the root of 2000.
+TEST(ZeroOptimizer, MomentsInBf16HaveTheMeanOfFp32) {
+  const int64_t n = 2000;
+  const at::Tensor weight = at::zeros({n}).set_requires_grad(true);
+  const std::vector<Parameter> one = {{"norm.weight", weight, {n}}};
+  ParallelSettings parallel;
+  parallel.states.moments_dtype = "bf16";
+  ZeroOptimizer optimizer(one, 1, parallel, nullptr);
+  const std::vector<AdamWSettings> s(1, {.learning_rate = 1e-3, .beta2 = 0.999});
+  constexpr int kSteps = 2000;
+  for (int t = 0; t < kSteps; ++t) {
+    weight.mutable_grad() = at::full({n}, 0.3f);
+    optimizer.accumulate_gradients();
+    optimizer.step(s, 0.0);
+  }
+  const std::vector<StateView> views = optimizer.state_views();
+  ASSERT_EQ(views[2].name, "optimizer.exp_avg_sq.norm.weight");
+  EXPECT_EQ(views[2].values.scalar_type(), at::kBFloat16);
+  const double expected = 0.09 * (1 - std::pow(0.999, kSteps)), noise = 0x1p-8 * std::sqrt(500.0 / 2000.0);
+  EXPECT_NEAR(views[2].values.to(at::kDouble).mean().item<double>() / expected, 1.0, 5 * noise);
+  // Every step moves a weight by the learning rate, as an exact AdamW does, within the noise of a moment.
+  EXPECT_NEAR(weight.detach().to(at::kDouble).mean().item<double>(), -1e-3 * kSteps, 1e-3 * kSteps * 0.02);
+}
+
+// The same bits as in memory, and no file is left.
+TEST(ZeroOptimizer, StatesInMappedFiles) {
+  const std::filesystem::path directory =
+      std::filesystem::temp_directory_path() / ("coterie-states-" + std::to_string(getpid()));
+  std::filesystem::create_directories(directory);
+  std::vector<at::Tensor> results;
+  for (const std::string& path : {std::string(), directory.string()}) {
+    const std::vector<Parameter> trained = parameters(at::kBFloat16);
+    ParallelSettings parallel;
+    parallel.states.offload_path = path;
+    ZeroOptimizer optimizer(trained, 1, parallel, nullptr);
+    for (int step = 0; step < 3; ++step) {
+      for (size_t i = 0; i < trained.size(); ++i)
+        at::Tensor(trained[i].tensor).mutable_grad() = random_gradient(trained[i], 20 + i);
+      optimizer.accumulate_gradients();
+      optimizer.step(settings(), kMaxNorm);
+    }
+    for (const StateView& view : optimizer.state_views()) results.push_back(view.values.clone());
+  }
+  for (size_t i = 0; i < results.size() / 2; ++i) EXPECT_TRUE(results[i].equal(results[i + results.size() / 2])) << i;
+  EXPECT_TRUE(std::filesystem::is_empty(directory));
+  std::filesystem::remove(directory);
+  ParallelSettings parallel;
+  parallel.states.offload_path = directory.string();
+  try {
+    const std::vector<Parameter> trained = parameters(at::kFloat);
+    ZeroOptimizer(trained, 1, parallel, nullptr);
+    FAIL() << "accepted";
+  } catch (const InvalidArgument& error) {
+    EXPECT_EQ(error.what(), "parallel.offload_optimizer: " + directory.string() + ": No such file or directory");
+  }
 }
 
 // Two ranks: a matrix and a norm that both hold, and a matrix that each has alone, as experts are. Gradients come from
