@@ -258,11 +258,27 @@ def test_what_changes_nothing_is_accepted() -> None:
     assert (read.zero_stage, read.reduce_bucket_size, read.bf16, read.gradient_clipping) == (2, 500_000_000, True, 1.0)
 
 
+def test_states_may_lie_in_files(tmp_path: Path):
+    offload = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": True}
+    weights = []
+    for zero in ({}, {"offload_optimizer": offload}):
+        torch.manual_seed(3)
+        model = nn.Linear(6, 4)
+        config = {"train_batch_size": 2, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 1, **zero}}
+        engine, *_ = ct.initialize(model=model, config=config)
+        for step in range(3):
+            engine.backward(engine(torch.ones(2, 6) * step).square().sum())
+            engine.step()
+        weights.append(model.weight.detach().clone())
+    assert torch.equal(*weights)
+    assert not list(tmp_path.iterdir())
+
+
 REFUSED = [
     ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: 3 is not supported"),
     (
         {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
-        "zero_optimization.offload_optimizer.device: 'n",
+        "zero_optimization.offload_optimizer.nvme_path: is missing",
     ),
     ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param.device: 'cpu'"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights: True"),

@@ -172,11 +172,14 @@ class Model {
 class ModuleOptimizer {
  public:
   ModuleOptimizer(std::vector<Parameter> parameters, int64_t gradient_accumulation_steps, int64_t zero_stage,
-                  int64_t reduce_bucket_size, ProcessGroup* world)
+                  int64_t reduce_bucket_size, const std::string& offload_path, ProcessGroup* world)
       : parameters_(std::move(parameters)),
         world_(world),
         optimizer_(parameters_, gradient_accumulation_steps,
-                   {.zero_stage = zero_stage, .reduce_bucket_size = reduce_bucket_size}, world) {}
+                   {.zero_stage = zero_stage,
+                    .reduce_bucket_size = reduce_bucket_size,
+                    .states = {.offload_path = offload_path}},
+                   world) {}
 
   void accumulate_gradients() { optimizer_.accumulate_gradients(); }
   double step(const std::vector<AdamWSettings>& settings, double max_grad_norm, bool skips_overflow) {
@@ -237,8 +240,9 @@ void bind_module_optimizer(nb::module_& m) {
           "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "decoupled"_a);
   // Whoever makes one keeps the groups of ranks alive.
   nb::class_<ModuleOptimizer>(m, "ModuleOptimizer")
-      .def(nb::init<std::vector<Parameter>, int64_t, int64_t, int64_t, ProcessGroup*>(), "parameters"_a,
-           "gradient_accumulation_steps"_a, "zero_stage"_a, "reduce_bucket_size"_a, "world"_a.none())
+      .def(nb::init<std::vector<Parameter>, int64_t, int64_t, int64_t, const std::string&, ProcessGroup*>(),
+           "parameters"_a, "gradient_accumulation_steps"_a, "zero_stage"_a, "reduce_bucket_size"_a, "offload_path"_a,
+           "world"_a.none())
       .def("accumulate_gradients", &ModuleOptimizer::accumulate_gradients, Unlocked())
       .def("step", &ModuleOptimizer::step, "settings"_a, "max_grad_norm"_a, "skips_overflow"_a, Unlocked())
       .def_prop_rw("num_steps", &ModuleOptimizer::num_steps, &ModuleOptimizer::set_num_steps)

@@ -163,6 +163,8 @@ class EngineConfig:
         Of bf16: a step whose gradients aren't finite is left out.
     zero_stage, reduce_bucket_size
         See docs/configuration.md, ``parallel``.
+    offload_path
+        A directory for the optimizer's states; empty: in memory.
     optimizer
         None: the caller brings one.
     scheduler
@@ -181,6 +183,7 @@ class EngineConfig:
     check_grad_overflow: bool = True
     zero_stage: int = 0
     reduce_bucket_size: int = DEFAULT_BUCKET_SIZE
+    offload_path: str = ""
     optimizer: AdamConfig | None = None
     scheduler: tuple[str, dict[str, Any]] | None = None
     steps_per_print: int | None = None
@@ -211,7 +214,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike, world_size: int) 
     _refuse_fp16(top.block("fp16"))
     bf16_key = "bfloat16" if "bfloat16" in config else "bf16"
     bf16, check_grad_overflow = _read_bf16(top.block(bf16_key))
-    stage, bucket = _read_zero(top.take("zero_optimization", {}))
+    stage, bucket, offload_path = _read_zero(top.take("zero_optimization", {}))
     read = EngineConfig(
         train_batch_size=batch,
         micro_batch_size=micro_batch,
@@ -221,6 +224,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike, world_size: int) 
         check_grad_overflow=check_grad_overflow,
         zero_stage=stage,
         reduce_bucket_size=bucket,
+        offload_path=offload_path,
         optimizer=_read_optimizer(top),
         scheduler=_read_scheduler(top),
         steps_per_print=top.whole("steps_per_print", None),
@@ -289,8 +293,8 @@ def _read_data_types(block: _Block, bf16: bool) -> None:
     block.done()
 
 
-def _read_zero(values: Any) -> tuple[int, int]:
-    """Stage and size of buckets."""
+def _read_zero(values: Any) -> tuple[int, int, str]:
+    """Stage, size of buckets, and a directory for states that are not in memory."""
     if isinstance(values, bool):  # an old form
         values = {"stage": int(values)}
     block = _Block(values, "zero_optimization")
@@ -298,16 +302,22 @@ def _read_zero(values: Any) -> tuple[int, int]:
     if stage > 2:
         block.refuse("stage", stage, "is not supported: only 0, 1 and 2")
     bucket = block.whole("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
-    for key in ("offload_optimizer", "offload_param"):
-        offload = block.take(key, None) or {}
-        device = _Block(offload, block.name(key)).take("device", "none")
-        if device not in ((None, "none", "cpu") if key == "offload_optimizer" else (None, "none")):
-            raise ValueError(f"zero_optimization.{key}.device: {device!r} is not supported")
+    offload = _Block(block.take("offload_optimizer", None) or {}, block.name("offload_optimizer"))
+    device, path = offload.take("device", "none"), offload.take("nvme_path", None)
+    if device not in (None, "none", "cpu", "nvme"):
+        raise ValueError(f"zero_optimization.offload_optimizer.device: {device!r} is not supported")
+    if device == "nvme" and not path:
+        raise ValueError("zero_optimization.offload_optimizer.nvme_path: is missing")
+    device_of_weights = _Block(block.take("offload_param", None) or {}, block.name("offload_param")).take(
+        "device", None
+    )
+    if device_of_weights not in (None, "none"):
+        raise ValueError(f"zero_optimization.offload_param.device: {device_of_weights!r} is not supported")
     block.accept(_ZERO_ANY_VALUE)
     block.accept(tuple(key for key in values if key.startswith("stage3_")))  # of a stage that isn't chosen
     block.neutral(_ZERO_NEUTRAL)
     block.done()
-    return stage, bucket
+    return stage, bucket, str(path) if device == "nvme" else ""
 
 
 def _read_optimizer(top: _Block) -> AdamConfig | None:

@@ -109,6 +109,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             config.gradient_accumulation_steps,
             config.zero_stage,
             config.reduce_bucket_size,
+            config.offload_path,
             world.group,
         )
 
