@@ -18,7 +18,7 @@ import pytest
 
 from coterie.training import read_metrics
 
-STEPS, BATCH, SEQUENCE = 120, 4, 32
+STEPS, BATCH, SEQUENCE = 200, 4, 32
 TIMEOUT_S = 6  # of the ranks
 CONFIG = f"""
 [model]
@@ -118,10 +118,10 @@ def start(place: Path, *options: str, output_dir: str) -> subprocess.Popen:
 
 
 def disturb(process: subprocess.Popen, run: Path, victim: str, chance: random.Random) -> None:
-    """Waits until training has gone on for a moment, and kills a rank, or all of them; or all while they save."""
-    before = steps_done(run)
-    wait_for(lambda: steps_done(run) != before or process.poll() is not None)
-    time.sleep(chance.uniform(0, 0.3))
+    """Waits until training has gone on for some steps, and kills a rank, or all of them; or all while they save."""
+    wanted = steps_done(run) + chance.randint(1, 5)
+    wait_for(lambda: steps_done(run) >= wanted or process.poll() is not None)
+    time.sleep(chance.uniform(0, 0.05))
     if victim == "save":
         wait_for(lambda: any((run / "checkpoints").glob("tmp-*")) or process.poll() is not None)
     ranks = pids_of_ranks(run.name)
