@@ -147,8 +147,8 @@ TEST_F(DataParallelTest, ExpertsSpreadOverRanksEqualOneRank) {
   }
 }
 
-// More ranks than experts: in the first layer each rank has half of one. The forward pass adds in another order here, so
-// that a token whose scores are nearly even may choose otherwise, and a balance loss jumps by what one of 128 is.
+// More ranks than experts: in the first layer each rank has half of one. The forward pass adds in another order here,
+// so that a token whose scores are nearly even may choose otherwise, and a balance loss jumps by what one of 128 is.
 TEST_F(DataParallelTest, SlicedExpertsEqualOneRank) {
   for (const float capacity_factor : {0.0f, 1.0f}) {
     ModelConfig config = pyramid_config(capacity_factor);
