@@ -1,5 +1,7 @@
 #include "io/checkpoint_manifest.h"
 
+#include <zlib.h>
+
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -115,6 +117,11 @@ CheckpointTensor read_tensor(const json& object, const std::string& where) {
   return tensor;
 }
 
+uint32_t checksum(const json& state) {
+  const std::string text = state.dump();
+  return static_cast<uint32_t>(crc32_z(0, reinterpret_cast<const Bytef*>(text.data()), text.size()));
+}
+
 std::string range(int64_t first, int64_t end) {
   return "elements " + std::to_string(first) + " to " + std::to_string(end - 1);
 }
@@ -152,6 +159,9 @@ CheckpointManifest parse_manifest(std::string_view text, const std::string& sour
   CheckpointManifest manifest;
   manifest.state = fields.get("state");
   if (!manifest.state.is_object()) fields.fail("state", "is not an object");
+  if (fields.has("state_crc32") && fields.number("state_crc32", 0, UINT32_MAX) != checksum(manifest.state)) {
+    fields.fail("state", "is damaged: its crc32 is not state_crc32");
+  }
   const json& tensors = fields.get("tensors");
   if (!tensors.is_object()) fields.fail("tensors", "is not an object");
   for (const auto& [name, value] : tensors.items()) {
@@ -173,7 +183,11 @@ std::string manifest_text(const CheckpointManifest& manifest) {
     if (order != ElementOrder{}) written["element_order"] = {{"row", order.row}, {"run", order.run}};
   }
   try {
-    return json{{"format", kFormat}, {"state", manifest.state}, {"tensors", tensors}}.dump(1) + "\n";
+    const json all = {{"format", kFormat},
+                      {"state", manifest.state},
+                      {"state_crc32", checksum(manifest.state)},
+                      {"tensors", tensors}};
+    return all.dump(1) + "\n";
   } catch (const json::type_error&) {
     throw InvalidArgument("a checkpoint's tensor name or state is not UTF-8");
   }

@@ -3,14 +3,14 @@
 // are counted row-major or, where experts are cut into slices, slice by slice (element_order.h); then the tensor has an
 // "element_order": {"row": 48, "run": 24}. The pieces of a tensor cover it without holes or overlap.
 //
-//   {"format": 1, "state": {...},
+//   {"format": 1, "state": {...}, "state_crc32": 2468013579,
 //    "tensors": {"head.weight": {"dtype": "F32", "shape": [61, 24],
 //                                "pieces": [{"file": "rank-00000.safetensors", "first": 0, "count": 1464,
 //                                            "crc32": 1234567890}]}}}
 //
 // In its file a piece is the one-dimensional tensor piece_key(). Checksums are zlib's CRC-32: zlib is on every system,
 // and a CRC finds every error burst of up to 32 bits and misses others with probability 2^-32, faster than a disk
-// delivers; damage by accident is meant, not by an enemy.
+// delivers; damage by accident is meant, not by an enemy. The state's is of its text without spaces, keys in order.
 #pragma once
 
 #include <cstddef>

@@ -258,6 +258,7 @@ TEST_F(CheckpointTest, RefusesManifestsThatLie) {
     EXPECT_NE(ordered(zero).find("'0' is not a whole number of 1 to 9223372036854775807"), std::string::npos);
   }
   EXPECT_EQ(changed("\"state\"", "\"stale\""), "state: is missing");
+  EXPECT_EQ(changed("\"step\": 1", "\"step\": 3"), "state: is damaged: its crc32 is not state_crc32");
   EXPECT_EQ(changed("7,", "9223372036854775807,"), "tensor 'w': shape: product exceeds 2^60");
   EXPECT_NE(changed("\"w\"", "\"v\"").find("header: has no tensor 'v@0'"), std::string::npos);
   EXPECT_NE(changed("\"F32\"", "\"F16\"").find("header: tensor 'w@0' has another shape or dtype"), std::string::npos);
