@@ -464,6 +464,24 @@ def make_saved(tmp_path: Path, **config: object) -> tuple[ct.Engine, list]:
     return engine, [t.clone() for t in engine.module.state_dict().values()]
 
 
+def test_a_damaged_state_changes_nothing(tmp_path: Path) -> None:
+    engine, _ = make_saved(tmp_path)
+    state = tmp_path / "good" / "state.pt"
+    whole = state.read_bytes()
+    train_some(engine, 3, 5)
+    before = [t.clone() for t in engine.module.state_dict().values()]
+    for content in (b"", whole[: len(whole) // 2], b"text"):
+        state.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{state}: is damaged: ")) as refused:
+            engine.load_checkpoint(str(tmp_path))
+        assert "\n" not in str(refused.value)
+    state.unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{state}: is missing")):
+        engine.load_checkpoint(str(tmp_path))
+    for t, value in zip(engine.module.state_dict().values(), before, strict=True):
+        assert torch.equal(t, value)
+
+
 def train_some(engine: ct.Engine, first: int, last: int) -> list[float]:
     generator = torch.Generator().manual_seed(first)
     dtype = next(engine.module.parameters()).dtype

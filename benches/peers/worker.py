@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -118,7 +117,6 @@ class Ranks:
             return
         path = os.environ["BENCH_SOCKET"]
         if self.rank == 0:
-            Path(path).unlink(missing_ok=True)  # of an earlier cell
             server = socket.socket(socket.AF_UNIX)
             server.bind(path)
             server.listen()

@@ -286,13 +286,15 @@ class Worker:
     def __init__(self, system: System, threads: int) -> None:
         self.name = system.name
         self.stderr: IO[bytes] = tempfile.TemporaryFile()
+        self.directory = tempfile.TemporaryDirectory(prefix="coterie-bench-")
+        own = {"OMP_NUM_THREADS": str(threads), "BENCH_SOCKET": f"{self.directory.name}/ranks"}
         self.process = subprocess.Popen(
             system.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             text=True,
-            env={**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads), **system.environment},
+            env={**ENVIRONMENT, **os.environ, **own, **system.environment},
         )
 
     def __enter__(self) -> Worker:
@@ -304,6 +306,7 @@ class Worker:
         for stream in (self.process.stdin, self.process.stdout, self.stderr):
             with suppress(BrokenPipeError):  # a request that a system ended before
                 stream.close()
+        self.directory.cleanup()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         try:
@@ -377,8 +380,7 @@ def _ranked(
     if not launcher:
         return System(name, [interpreter, program], environment)
     command, more = launch_command(launcher, ranks, interpreter)
-    directory = tempfile.mkdtemp(prefix="coterie-bench-")
-    return System(name, [*command, program], {**environment, **more, "BENCH_SOCKET": f"{directory}/ranks"})
+    return System(name, [*command, program], {**environment, **more})
 
 
 def _require(interpreter: str, package: str, peer: str) -> None:

@@ -330,6 +330,7 @@ def _run_torchrun(command: list[str], ranks: int, environment: dict[str, str]) -
         run_id=f"coterie-{os.getpid()}",
         max_restarts=0,
     )
+    before = dict(os.environ)
     os.environ.update(environment)  # the ranks inherit it
     try:
         elastic_launch(config, command[0])(*command[1:])
@@ -338,6 +339,9 @@ def _run_torchrun(command: list[str], ranks: int, environment: dict[str, str]) -
         return _Failure(rank, failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
     except SignalException as stopped:
         return _Failure(None, 128 + int(stopped.sigval))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return None
 
 

@@ -76,8 +76,8 @@ def load(
     path = _find(directory, tag)
     if path is None:
         return None, None
+    extra = _read_state(Path(path) / STATE_FILE)  # before anything changes
     state = json.loads(engine.optimizer.load(path, moments))
-    extra = torch.load(Path(path) / STATE_FILE, weights_only=True)
     _load_untrained(engine, extra["untrained"], path)
     if moments:
         engine.optimizer.num_steps = state["optimizer"]["num_steps"]
@@ -90,6 +90,16 @@ def load(
         # A step that was under way is lost with its gradients.
         engine.micro_steps = engine.global_steps * engine.config.gradient_accumulation_steps
     return path, extra["client_state"]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing") from None
+    except Exception as error:  # torch has a dozen kinds for a damaged file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: is damaged: {reason}") from None
 
 
 def _find(directory: str, tag: str | None) -> str | None:
