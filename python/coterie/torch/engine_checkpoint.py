@@ -110,6 +110,8 @@ def _find(directory: str, tag: str | None) -> str | None:
     path = Path(directory) / str(tag)
     if not path.is_dir():
         raise ValueError(f"load_checkpoint: {path} is not there")
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"load_checkpoint: {path} holds no manifest.json")
     return str(path)
 
 

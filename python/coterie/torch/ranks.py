@@ -6,6 +6,8 @@ program itself sends.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -75,6 +77,14 @@ class World:
 
 
 _world: World | None = None
+
+
+@atexit.register
+def _forget_world() -> None:
+    """Gloo's threads end with their group, which has to be before the interpreter goes."""
+    global _world
+    _world = None
+    gc.collect()  # engines that hold it, in cycles
 
 
 def init_distributed(
