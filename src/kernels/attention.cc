@@ -1,4 +1,4 @@
-// Attention by (block of new tokens, KV head) tasks. A task walks the keys in runs of kRunKeys at fixed
+// Attention by (block of a sequence's new tokens, KV head) tasks. A task walks the keys in runs of kRunKeys at fixed
 // absolute positions, brings each run into fp32 scratch once, and lets every query of its tokens and
 // heads attend to as much of the run as lies in its past. A query thus sees the same runs in the same
 // order however the prompt was cut.
@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "kernels/kernel_table.h"
+#include "kernels/parallel_rows.h"
 #include "kernels/workspace.h"
 
 namespace coterie {
@@ -27,14 +28,35 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 struct Call {
   const float* q;
   int64_t token_stride;
-  const PagedKv& kv;
-  int64_t T, S, H, G, d;
+  int64_t H, G, d;
   float scale;
   float* out_THd;
 
   int64_t padded_d() const { return round_up(d, kPadding); }
   int64_t heads_per_group() const { return H / G; }
 };
+
+// Tokens [first, first + count) of a chunk.
+struct TokenBlock {
+  const AttentionChunk* chunk;
+  int64_t first, count;
+
+  int64_t row() const { return chunk->first_row + first; }
+  int64_t position() const { return chunk->S - chunk->T + first; }
+};
+
+// The last tokens see the most keys: they go first, so that no long task is left for the end.
+std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks) {
+  std::vector<TokenBlock> blocks;
+  for (const AttentionChunk& chunk : chunks) {
+    for (int64_t end = chunk.T; end > 0;) {
+      const int64_t first = (end - 1) / kTokensPerTask * kTokensPerTask;
+      blocks.push_back({&chunk, first, end - first});
+      end = first;
+    }
+  }
+  return blocks;
+}
 
 // A thread's memory. Columns from d on and rows after the last key are zero: they take part in the
 // arithmetic, with no effect.
@@ -59,92 +81,125 @@ struct Scratch {
   }
 };
 
-const char* cache_row(void* const* blocks, const PagedKv& kv, int64_t position, int64_t g, int64_t d) {
-  const auto* block = static_cast<const char*>(blocks[position / kv.block_size]);
+// One row of a block, and its factor where the type has one.
+struct CacheRow {
+  char* data;
+  float* factor;
+};
+
+int64_t values_bytes(DType dtype, int64_t block_size, int64_t G, int64_t d) {
+  return round_up(G * block_size * d * static_cast<int64_t>(dtype_size(dtype)), sizeof(float));
+}
+
+CacheRow cache_row(void* const* blocks, const PagedKv& kv, int64_t position, int64_t g, int64_t G, int64_t d) {
+  auto* const block = static_cast<char*>(blocks[position / kv.block_size]);
   const int64_t row = g * kv.block_size + position % kv.block_size;
-  return block + row * d * static_cast<int64_t>(dtype_size(kv.dtype));
+  auto* const factors = reinterpret_cast<float*>(block + values_bytes(kv.dtype, kv.block_size, G, d));
+  return {block + row * d * static_cast<int64_t>(dtype_size(kv.dtype)), factors + row};
+}
+
+void store_cache_row(const float* values, DType dtype, int64_t d, const CacheRow& row) {
+  const KernelTable& kernels = active_kernels();
+  if (dtype == DType::kI8) {
+    *row.factor = kernels.quantize_row(values, d, reinterpret_cast<int8_t*>(row.data));
+  } else {
+    kernels.convert_row(values, DType::kF32, row.data, dtype, d);
+  }
+}
+
+void load_cache_row(const CacheRow& row, DType dtype, int64_t d, float* values) {
+  const KernelTable& kernels = active_kernels();
+  if (dtype == DType::kI8) {
+    kernels.dequantize_row(reinterpret_cast<const int8_t*>(row.data), *row.factor, d, values);
+  } else {
+    kernels.convert_row(row.data, dtype, values, DType::kF32, d);
+  }
 }
 
 // Positions [first, first + n) of one head, then zero rows up to a multiple of kPadding.
-void load_run(const Call& call, void* const* blocks, int64_t g, int64_t first, int64_t n, float* rows) {
-  const KernelTable& kernels = active_kernels();
+void load_run(const Call& call, const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n,
+              float* rows) {
   const int64_t d = call.padded_d();
   for (int64_t j = 0; j < n; ++j) {
-    const char* row = cache_row(blocks, call.kv, first + j, g, call.d);
-    kernels.convert_row(row, call.kv.dtype, rows + j * d, DType::kF32, call.d);
+    load_cache_row(cache_row(blocks, kv, first + j, g, call.G, call.d), kv.dtype, call.d, rows + j * d);
     std::fill(rows + j * d + call.d, rows + (j + 1) * d, 0.0f);
   }
   std::fill(rows + n * d, rows + round_up(n, kPadding) * d, 0.0f);
 }
 
-void load_queries(const Call& call, int64_t g, int64_t first_token, int64_t tokens, const Scratch& scratch) {
-  const int64_t d = call.padded_d(), R = call.heads_per_group();
-  for (int64_t i = 0; i < tokens * R; ++i) {
-    const float* q = call.q + (first_token + i / R) * call.token_stride + (g * R + i % R) * call.d;
+void load_queries(const Call& call, int64_t g, const TokenBlock& tokens, const Scratch& scratch) {
+  const int64_t d = call.padded_d(), R = call.heads_per_group(), queries = tokens.count * R;
+  for (int64_t i = 0; i < queries; ++i) {
+    const float* q = call.q + (tokens.row() + i / R) * call.token_stride + (g * R + i % R) * call.d;
     std::copy(q, q + call.d, scratch.queries + i * d);
     std::fill(scratch.queries + i * d + call.d, scratch.queries + (i + 1) * d, 0.0f);
   }
-  std::fill(scratch.outs, scratch.outs + tokens * R * d, 0.0f);
-  std::fill(scratch.maxima, scratch.maxima + tokens * R, -std::numeric_limits<float>::infinity());
-  std::fill(scratch.sums, scratch.sums + tokens * R, 0.0f);
+  std::fill(scratch.outs, scratch.outs + queries * d, 0.0f);
+  std::fill(scratch.maxima, scratch.maxima + queries, -std::numeric_limits<float>::infinity());
+  std::fill(scratch.sums, scratch.sums + queries, 0.0f);
 }
 
-void store_outs(const Call& call, int64_t g, int64_t first_token, int64_t tokens, const Scratch& scratch) {
+void store_outs(const Call& call, int64_t g, const TokenBlock& tokens, const Scratch& scratch) {
   const int64_t d = call.padded_d(), R = call.heads_per_group();
-  for (int64_t i = 0; i < tokens * R; ++i) {
-    float* out = call.out_THd + ((first_token + i / R) * call.H + g * R + i % R) * call.d;
+  for (int64_t i = 0; i < tokens.count * R; ++i) {
+    float* out = call.out_THd + ((tokens.row() + i / R) * call.H + g * R + i % R) * call.d;
     active_kernels().scale_row(scratch.outs + i * d, DType::kF32, 1.0f / scratch.sums[i], out, DType::kF32, call.d);
   }
 }
 
-void attend_tokens(const Call& call, int64_t g, int64_t first_token, int64_t tokens, const Scratch& scratch) {
+void attend_tokens(const Call& call, int64_t g, const TokenBlock& tokens, const Scratch& scratch) {
   const KernelTable& kernels = active_kernels();
+  const PagedKv& kv = tokens.chunk->kv;
   const int64_t d = call.padded_d(), R = call.heads_per_group();
-  const int64_t first_position = call.S - call.T + first_token, end = first_position + tokens;
-  load_queries(call, g, first_token, tokens, scratch);
+  const int64_t first_position = tokens.position(), end = first_position + tokens.count;
+  load_queries(call, g, tokens, scratch);
   for (int64_t run = 0; run < end; run += kRunKeys) {
     const int64_t n = std::min(kRunKeys, end - run);
-    load_run(call, call.kv.k_blocks, g, run, n, scratch.keys);
-    load_run(call, call.kv.v_blocks, g, run, n, scratch.values);
-    for (int64_t i = 0; i < tokens * R; ++i) {
+    load_run(call, kv, kv.k_blocks, g, run, n, scratch.keys);
+    load_run(call, kv, kv.v_blocks, g, run, n, scratch.values);
+    for (int64_t i = 0; i < tokens.count * R; ++i) {
       const int64_t visible = std::min(n, first_position + i / R + 1 - run);
       if (visible <= 0) continue;
       kernels.attend({scratch.queries + i * d, scratch.keys, scratch.values, visible, d, call.scale, scratch.scores,
                       scratch.maxima + i, scratch.sums + i, scratch.outs + i * d});
     }
   }
-  store_outs(call, g, first_token, tokens, scratch);
+  store_outs(call, g, tokens, scratch);
 }
 
 }  // namespace
 
-void append_kv(const PagedKv& kv, const float* k, const float* v, int64_t token_stride, int64_t first_position,
-               int64_t T, int64_t G, int64_t d) {
-  const KernelTable& kernels = active_kernels();
-  for (int64_t t = 0; t < T; ++t) {
-    for (int64_t g = 0; g < G; ++g) {
-      char* k_row = const_cast<char*>(cache_row(kv.k_blocks, kv, first_position + t, g, d));
-      char* v_row = const_cast<char*>(cache_row(kv.v_blocks, kv, first_position + t, g, d));
-      kernels.convert_row(k + t * token_stride + g * d, DType::kF32, k_row, kv.dtype, d);
-      kernels.convert_row(v + t * token_stride + g * d, DType::kF32, v_row, kv.dtype, d);
-    }
+int64_t kv_block_bytes(DType dtype, int64_t block_size, int64_t G, int64_t d) {
+  const int64_t factors = dtype == DType::kI8 ? G * block_size * static_cast<int64_t>(sizeof(float)) : 0;
+  return values_bytes(dtype, block_size, G, d) + factors;
+}
+
+void append_kv(std::span<const AttentionChunk> chunks, const float* k, const float* v, int64_t token_stride, int64_t G,
+               int64_t d, ThreadPool& pool) {
+  for (const AttentionChunk& chunk : chunks) {
+    parallel_rows(chunk.T, 2 * G * d, pool, [&](int64_t t) {
+      const int64_t position = chunk.S - chunk.T + t, row = (chunk.first_row + t) * token_stride;
+      for (int64_t g = 0; g < G; ++g) {
+        store_cache_row(k + row + g * d, chunk.kv.dtype, d, cache_row(chunk.kv.k_blocks, chunk.kv, position, g, G, d));
+        store_cache_row(v + row + g * d, chunk.kv.dtype, d, cache_row(chunk.kv.v_blocks, chunk.kv, position, g, G, d));
+      }
+    });
   }
 }
 
-void attention(const float* q, int64_t token_stride, const PagedKv& kv, int64_t T, int64_t S, int64_t H, int64_t G,
+void attention(std::span<const AttentionChunk> chunks, const float* q, int64_t token_stride, int64_t H, int64_t G,
                int64_t d, float scale, float* out_THd, ThreadPool& pool) {
-  COTERIE_CHECK(G > 0 && H % G == 0 && T <= S, "heads or lengths do not fit");
-  const Call call = {q, token_stride, kv, T, S, H, G, d, scale, out_THd};
+  COTERIE_CHECK(G > 0 && H % G == 0, "heads do not fit");
+  for (const AttentionChunk& chunk : chunks) COTERIE_CHECK(chunk.T <= chunk.S, "lengths do not fit");
+  const Call call = {q, token_stride, H, G, d, scale, out_THd};
+  const std::vector<TokenBlock> blocks = token_blocks(chunks);
   static thread_local Workspace workspace;
   const size_t floats = Scratch::floats(call);
   workspace.reserve(Workspace::padded(floats * 4 * static_cast<size_t>(pool.num_threads())));
   float* const memory = workspace.take<float>(floats * static_cast<size_t>(pool.num_threads()));
-  const int64_t blocks = (T + kTokensPerTask - 1) / kTokensPerTask;
-  pool.run(blocks * G, [&](int64_t task, int thread) {
+  pool.run(static_cast<int64_t>(blocks.size()) * G, [&](int64_t task, int thread) {
     const Scratch scratch(memory + static_cast<size_t>(thread) * floats, call);
-    // The last tokens see the most keys: they go first, so that no long task is left for the end.
-    const int64_t first = (blocks - 1 - task / G) * kTokensPerTask;
-    attend_tokens(call, task % G, first, std::min(kTokensPerTask, T - first), scratch);
+    attend_tokens(call, task % G, blocks[static_cast<size_t>(task / G)], scratch);
   });
 }
 

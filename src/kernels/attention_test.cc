@@ -49,14 +49,21 @@ struct Sequence {
   // Tokens [first, first + T) as one chunk of a prompt.
   std::vector<float> run_chunk(int64_t first, int64_t T, ThreadPool& pool) {
     const Shape& s = shape;
-    append_kv(kv, k.data() + first * s.G * s.d, v.data() + first * s.G * s.d, s.G * s.d, first, T, s.G, s.d);
+    const AttentionChunk chunk = {kv, 0, T, first + T};
+    append_kv({&chunk, 1}, k.data() + first * s.G * s.d, v.data() + first * s.G * s.d, s.G * s.d, s.G, s.d, pool);
     std::vector<float> out(static_cast<size_t>(T * s.H * s.d));
-    attention(q.data() + first * s.H * s.d, s.H * s.d, kv, T, first + T, s.H, s.G, s.d, scale(), out.data(), pool);
+    attention({&chunk, 1}, q.data() + first * s.H * s.d, s.H * s.d, s.H, s.G, s.d, scale(), out.data(), pool);
     return out;
   }
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(shape.d)); }
 };
 
+double largest(const std::vector<float>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0,
+                         [](double m, float x) { return std::max<double>(m, std::abs(x)); });
+}
+
+// The reference reads the cache as it is, so that its rounding does not count.
 void check(const Shape& shape, ThreadPool& pool) {
   SCOPED_TRACE("S " + std::to_string(shape.S) + " H " + std::to_string(shape.H) + " G " + std::to_string(shape.G) +
                " d " + std::to_string(shape.d) + " block " + std::to_string(shape.block_size));
@@ -66,10 +73,6 @@ void check(const Shape& shape, ThreadPool& pool) {
   std::vector<double> expected(out.size());
   reference::attention(sequence.q.data(), shape.H * shape.d, sequence.kv, shape.S, shape.S, shape.H, shape.G, shape.d,
                        sequence.scale(), expected.data());
-  const auto largest = [](const std::vector<float>& values) {
-    return std::accumulate(values.begin(), values.end(), 0.0,
-                           [](double m, float x) { return std::max<double>(m, std::abs(x)); });
-  };
   const double d = static_cast<double>(shape.d), u = kUnitRoundoff;
   const double score = (d + 2) * u * sequence.scale() * d * largest(sequence.q) * largest(sequence.k);
   const double tolerance = (2 * score + (2 * static_cast<double>(shape.S) + 32) * u) * largest(sequence.v);
@@ -79,7 +82,7 @@ void check(const Shape& shape, ThreadPool& pool) {
 TEST(Attention, AgreesWithDoubles) {
   NativeThreadPool pool(2);
   for_each_isa([&] {
-    for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
       check({1, 1, 1, 8, 16, dtype}, pool);
       check({5, 4, 4, 64, 16, dtype}, pool);
       check({33, 6, 2, 12, 4, dtype}, pool);
@@ -95,7 +98,7 @@ TEST(Attention, AgreesWithDoubles) {
 TEST(Attention, ChunksAndThreadsDoNotMatter) {
   NativeThreadPool one(1), two(2), three(3);
   for_each_isa([&] {
-    for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
       const Shape shape = {140, 6, 2, 40, 16, dtype};
       std::mt19937 random(9);
       Sequence whole(shape, random);
@@ -116,9 +119,65 @@ TEST(Attention, ChunksAndThreadsDoNotMatter) {
   });
 }
 
+// Rounding a row to integers moves each value by at most half a step, largest / 254 (and fp32's own error, 4 u of
+// it). A score is then off by at most s = scale * d * largest q * that, a weight by a factor of exp(2 s), and an
+// output, a mean of values, by that much of the largest value and by half a step of its own.
+TEST(Attention, Int8CacheIsCloseToTheValuesPutIn) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    std::mt19937 random(11);
+    Sequence exact({90, 6, 2, 33, 16}, random);
+    random.seed(11);
+    Sequence rounded({90, 6, 2, 33, 16, DType::kI8}, random);
+    const std::vector<float> out = rounded.run_chunk(0, 90, pool), expected = exact.run_chunk(0, 90, pool);
+    const double step = 1.0 / 254 + 4 * kUnitRoundoff;
+    const double score = exact.scale() * 33 * largest(exact.q) * step * largest(exact.k);
+    const double fp32 = (2 * 90 + 32 + 2 * 33) * kUnitRoundoff;
+    const double tolerance = (std::expm1(2 * score) + step + fp32) * largest(exact.v);
+    double most = 0;
+    for (size_t i = 0; i < out.size(); ++i) {
+      ASSERT_NEAR(out[i], expected[i], tolerance) << i;
+      most = std::max<double>(most, std::abs(out[i] - expected[i]));
+    }
+    EXPECT_GT(most, 0);
+  });
+}
+
+// Several sequences in one call, decoding and with prompts: each row as in a call of its own.
+TEST(Attention, SequencesInOneCallDoNotMatterToEachOther) {
+  NativeThreadPool pool(3);
+  for_each_isa([&] {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+      std::mt19937 random(12);
+      const int64_t lengths[] = {70, 1, 129, 20}, last[] = {1, 1, 65, 20}, H = 6, G = 2, d = 24;
+      std::vector<Sequence> sequences;
+      for (const int64_t S : lengths) sequences.emplace_back(Shape{S, H, G, d, 16, dtype}, random);
+      std::vector<float> expected, q, k, v;
+      std::vector<AttentionChunk> chunks;
+      int64_t row = 0;
+      for (size_t i = 0; i < sequences.size(); ++i) {
+        Sequence& s = sequences[i];
+        const int64_t first = lengths[i] - last[i];
+        if (first > 0) s.run_chunk(0, first, pool);
+        const std::vector<float> out = s.run_chunk(first, last[i], pool);
+        expected.insert(expected.end(), out.begin(), out.end());
+        q.insert(q.end(), s.q.begin() + first * H * d, s.q.end());
+        k.insert(k.end(), s.k.begin() + first * G * d, s.k.end());
+        v.insert(v.end(), s.v.begin() + first * G * d, s.v.end());
+        chunks.push_back({s.kv, row, last[i], lengths[i]});
+        row += last[i];
+      }
+      std::vector<float> out(expected.size());
+      append_kv(chunks, k.data(), v.data(), G * d, G, d, pool);
+      attention(chunks, q.data(), H * d, H, G, d, sequences[0].scale(), out.data(), pool);
+      EXPECT_EQ(out, expected);
+    }
+  });
+}
+
 TEST(Attention, NoTokensIsFine) {
   NativeThreadPool pool(1);
-  attention(nullptr, 0, {}, 0, 0, 4, 2, 8, 1.0f, nullptr, pool);
+  attention({}, nullptr, 0, 4, 2, 8, 1.0f, nullptr, pool);
 }
 
 TEST(Attention, LargeScoresDoNotOverflow) {

@@ -216,6 +216,9 @@ struct KernelTable {
 
   // Rows of kF32 or kBF16.
   void (*convert_row)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n);
+  // out = in / factor, rounded to the nearest integer; returns the factor, the largest |in| / 127 (0 for zeros).
+  float (*quantize_row)(const float* in, int64_t n, int8_t* out);
+  void (*dequantize_row)(const int8_t* in, float factor, int64_t n, float* out);  // out = factor * in
   void (*scale_row)(const void* in, DType in_dtype, float scale, void* out, DType out_dtype, int64_t n);
   void (*add_row)(const void* in, DType dtype, float* sum, int64_t n);  // sum += in
   float (*dot_row)(const void* a, DType a_dtype, const float* b, int64_t n);

@@ -49,6 +49,8 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.round_randomly_row = round_randomly_row;
   table.adamw_row = adamw_row;
   table.convert_row = convert_row;
+  table.quantize_row = quantize_row;
+  table.dequantize_row = dequantize_row;
   table.scale_row = scale_row;
   table.add_row = add_row;
   table.dot_row = dot_row;

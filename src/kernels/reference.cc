@@ -10,7 +10,13 @@ double as_type(double value, DType dtype) {
   return dtype == DType::kBF16 ? to_float(to_bfloat16(static_cast<float>(value))) : value;
 }
 
-double load_kv(void* const* blocks, const PagedKv& kv, int64_t position, int64_t g, int64_t d, int64_t i) {
+double load_kv(void* const* blocks, const PagedKv& kv, int64_t position, int64_t g, int64_t G, int64_t d, int64_t i) {
+  if (kv.dtype == DType::kI8) {
+    const auto* bytes = static_cast<const int8_t*>(blocks[position / kv.block_size]);
+    const int64_t row = g * kv.block_size + position % kv.block_size, count = G * kv.block_size * d;
+    const auto* factors = reinterpret_cast<const float*>(bytes + (count + 3) / 4 * 4);
+    return static_cast<float>(bytes[row * d + i]) * factors[row];
+  }
   const ConstMatrix block = row_major(blocks[position / kv.block_size], kv.dtype, (g + 1) * kv.block_size, d);
   return load(block, g * kv.block_size + position % kv.block_size, i);
 }
@@ -145,13 +151,13 @@ void attention(const float* q, int64_t token_stride, const PagedKv& kv, int64_t 
       double maximum = -INFINITY, sum = 0;
       for (int64_t j = 0; j < visible; ++j) {
         p[j] = 0;
-        for (int64_t i = 0; i < d; ++i) p[j] += scale * query[i] * load_kv(kv.k_blocks, kv, j, g, d, i);
+        for (int64_t i = 0; i < d; ++i) p[j] += scale * query[i] * load_kv(kv.k_blocks, kv, j, g, G, d, i);
         maximum = std::max(maximum, p[j]);
       }
       for (int64_t j = 0; j < visible; ++j) sum += p[j] = std::exp(p[j] - maximum);
       for (int64_t i = 0; i < d; ++i) {
         double& out = out_THd[(t * H + h) * d + i] = 0;
-        for (int64_t j = 0; j < visible; ++j) out += p[j] / sum * load_kv(kv.v_blocks, kv, j, g, d, i);
+        for (int64_t j = 0; j < visible; ++j) out += p[j] / sum * load_kv(kv.v_blocks, kv, j, g, G, d, i);
       }
     }
   }

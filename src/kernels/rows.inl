@@ -31,6 +31,39 @@ void convert_row(const void* in, DType in_dtype, void* out, DType out_dtype, int
   }
 }
 
+typedef int8_t VB __attribute__((vector_size(kWidth)));
+
+float quantize_row(const float* in, int64_t n, int8_t* out) {
+  VF largest = {};
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const VF x = load_floats(in, i, lanes_left(i, n));
+    largest = max(largest, max(x, -x));
+  }
+  const float factor = max_lanes(largest) / 127.0f;
+  const float inverse = factor > 0.0f ? 1.0f / factor : 0.0f;
+  const float bias = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    const VF rounded = (load_floats(in, i, m) * inverse + bias) - bias;
+    const VB bytes = __builtin_convertvector(rounded, VB);
+    __builtin_memcpy(out + i, &bytes, static_cast<size_t>(m));
+  }
+  return factor;
+}
+
+void dequantize_row(const int8_t* in, float factor, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = lanes_left(i, n);
+    VB bytes = {};
+    if (m == kWidth) {
+      __builtin_memcpy(&bytes, in + i, kWidth);
+    } else {
+      __builtin_memcpy(&bytes, in + i, static_cast<size_t>(m));
+    }
+    store_floats(out, i, m, __builtin_convertvector(bytes, VF) * factor);
+  }
+}
+
 void scale_row(const void* in, DType in_dtype, float scale, void* out, DType out_dtype, int64_t n) {
   for (int64_t i = 0; i < n; i += kWidth) {
     const int64_t m = lanes_left(i, n);

@@ -22,6 +22,29 @@ constexpr int64_t kWidths[] = {1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 65, 100, 257};
 constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kGeluTanh,
                                        Activation::kSilu};
 
+// To the nearest integer of a grid whose largest step is 127; what comes back is within half a step.
+TEST(Rows, QuantizedRowsComeBackWithinHalfAStep) {
+  std::mt19937 random(4);
+  for_each_isa([&] {
+    for (int64_t n : kWidths) {
+      std::vector<float> x = random_floats(n, random, 3.0f), back(x.size());
+      std::vector<int8_t> bytes(x.size());
+      const float factor = active_kernels().quantize_row(x.data(), n, bytes.data());
+      float largest = 0;
+      for (const float value : x) largest = std::max(largest, std::abs(value));
+      EXPECT_EQ(factor, largest / 127.0f);
+      active_kernels().dequantize_row(bytes.data(), factor, n, back.data());
+      for (size_t i = 0; i < x.size(); ++i) {
+        ASSERT_EQ(back[i], factor * static_cast<float>(bytes[i]));
+        ASSERT_NEAR(back[i], x[i], (0.5 + 2 * 127 * 2 * u) * factor) << "n " << n << " at " << i;
+      }
+      std::fill(x.begin(), x.end(), 0.0f);
+      EXPECT_EQ(active_kernels().quantize_row(x.data(), n, bytes.data()), 0.0f);
+      EXPECT_EQ(bytes, std::vector<int8_t>(x.size(), 0));
+    }
+  });
+}
+
 // A sum of D squares has a relative error of at most D u, its square root half of that; the division,
 // the root, the two products and the addition of eps add one u each.
 TEST(Norm, RmsNormAgreesWithDoubles) {

@@ -99,21 +99,25 @@ void Decoder::attend(const Batch& batch, int64_t layer) {
     rope(q_THd_.as<float>(), H * d, batch.positions_T.data(), inverse_frequency_.data(), T, H, d, pool_);
     rope(k_TGd_.as<float>(), G * d, batch.positions_T.data(), inverse_frequency_.data(), T, G, d, pool_);
   }
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  for (const SequenceChunk& chunk : batch.chunks) {
-    const int64_t row = chunk.first_row, S = chunk.first_position + chunk.num_tokens;
-    const PagedKv& kv = chunk.kv_L[layer];
-    append_kv(kv, k_TGd_.as<float>() + row * G * d, v_TGd_.as<float>() + row * G * d, G * d, chunk.first_position,
-              chunk.num_tokens, G, d);
-    attention(q_THd_.as<float>() + row * H * d, H * d, kv, chunk.num_tokens, S, H, G, d, scale,
-              heads_THd_.as<float>() + row * H * d, pool_);
-  }
+  attend_chunks(batch, layer);
   gemm({.a = row_major(heads_THd_.as<const float>(), T, H * d),
         .packed_b = &w.attention_output.weight_NK,
         .c = row_major(x_TD_.as<float>(), T, config_.hidden_size),
         .bias_N = w.attention_output.bias(),
         .accumulate = true},
        pool_);
+}
+
+// heads = attention(q, cache and k, v) of all chunks at once.
+void Decoder::attend_chunks(const Batch& batch, int64_t layer) {
+  const int64_t H = config_.num_heads, G = config_.num_kv_heads, d = config_.head_dim;
+  std::vector<AttentionChunk> chunks;
+  for (const SequenceChunk& chunk : batch.chunks) {
+    chunks.push_back({chunk.kv_L[layer], chunk.first_row, chunk.num_tokens, chunk.first_position + chunk.num_tokens});
+  }
+  append_kv(chunks, k_TGd_.as<float>(), v_TGd_.as<float>(), G * d, G, d, pool_);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  attention(chunks, q_THd_.as<float>(), H * d, H, G, d, scale, heads_THd_.as<float>(), pool_);
 }
 
 void Decoder::project_queries_keys_values(const LayerWeights& w, int64_t T) {

@@ -52,6 +52,7 @@ class Decoder {
   void reserve(int64_t T);
   void embed(const Batch& batch);
   void attend(const Batch& batch, int64_t layer);
+  void attend_chunks(const Batch& batch, int64_t layer);
   void feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* expert_ids);
   void project_queries_keys_values(const LayerWeights& w, int64_t T);
   void norm(const NormWeights& w, int64_t T);
