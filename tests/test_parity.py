@@ -126,15 +126,15 @@ def test_sampling_is_a_function_of_the_seed(directory: Path) -> None:
 def test_sampling_follows_the_distribution(model: PreTrainedModel, directory: Path) -> None:
     """Of 2000 seeds, a token of probability p gets 2000 p, give or take 5 standard deviations."""
     prompt = tiny_models.prompt(7, seed=7)
-    engine = _engine.Engine(str(directory))
+    llm = LLM(directory)
     temperature, top_k, n = 2.0, 5, 2000
     logits = torch.from_numpy(reference_logits(model, prompt)[-1]).double() / temperature
     kept = logits.topk(top_k)
     p = dict(zip(kept.indices.tolist(), kept.values.softmax(-1).tolist(), strict=True))
     counts = dict.fromkeys(p, 0)
-    for seed in range(n):
-        options = {"max_new_tokens": 1, "temperature": temperature, "top_k": top_k, "seed": seed}
-        counts[engine.generate(prompt, **options)["token_ids"][0]] += 1  # KeyError: not among the top k
+    params = [SamplingParams(max_tokens=1, temperature=temperature, top_k=top_k, seed=seed) for seed in range(n)]
+    for output in llm.generate([prompt] * n, params):
+        counts[output.outputs[0].token_ids[0]] += 1  # KeyError: not among the top k
     for token_id, count in counts.items():
         expected = n * p[token_id]
         assert abs(count - expected) < 5 * math.sqrt(expected * (1 - p[token_id])) + 1

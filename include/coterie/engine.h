@@ -1,8 +1,13 @@
 // The engine: token ids in, token ids out. One process, one model, std types only.
 //
 //   auto engine = coterie::Engine::load("path/to/model", {.dtype = "bf16"});
-//   coterie::Request request{.prompt_token_ids = ids, .sampling = {.max_new_tokens = 64}};
-//   coterie::RequestOutput output = engine->generate(request);
+//   coterie::RequestOutput output = engine->generate({.prompt_token_ids = ids, .sampling = {.max_new_tokens = 64}});
+//
+// or many requests at once, each of which gives the same tokens as it would alone:
+//
+//   coterie::RequestId id = engine->add_request({.prompt_token_ids = ids});
+//   while (engine->has_unfinished())
+//     for (const coterie::StepOutput& output : engine->step()) ...
 //
 // One thread at a time may call an Engine; different Engines are independent.
 #pragma once
@@ -10,42 +15,114 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace coterie {
 
 struct EngineOptions {
-  std::string dtype = "fp32";  // of weights and KV cache: "fp32" or "bf16"
-  int threads = 0;             // 0: as many as the process may use
-  int64_t max_model_len = 0;   // tokens of prompt and output together; 0: the model's own limit
+  std::string dtype = "fp32";             // of the weights: "fp32" or "bf16"
+  int threads = 0;                        // 0: as many as the process may use
+  int64_t max_model_len = 0;              // tokens of prompt and output together; 0: the model's own limit
+  int64_t max_num_seqs = 256;             // completions that run at once; others wait
+  int64_t max_num_batched_tokens = 2048;  // tokens of a step: first one for each decoding completion, then prompts
+  std::string kv_cache_dtype = "auto";    // "auto" (that of the weights), "fp32", "bf16" or "int8"
+  int64_t num_kv_blocks = 0;              // blocks of 16 tokens; 0: by kv_cache_bytes
+  int64_t kv_cache_bytes = 0;             // taken as it is needed; 0: a quarter of the machine's memory, at most what
+                                          // max_num_seqs need, at least what one of max_model_len needs
+  bool enable_prefix_caching = true;      // compute what requests begin with in common only once
 };
 
-// How the next token is chosen. The defaults are greedy.
+// How the next token is chosen. The defaults are greedy. Applied in this order: token_mask, min_tokens, logit_bias,
+// repetition, frequency and presence penalty, temperature, min_p, top_k, top_p.
 struct SamplingParams {
+  int64_t n = 1;  // completions of the prompt, each with random choices of its own
   int64_t max_new_tokens = 128;
-  float temperature = 0.0f;             // 0: greedy
-  int64_t top_k = 0;                    // keep the k likeliest; 0: all
-  float top_p = 1.0f;                   // keep the likeliest that together reach top_p; 1: all
-  uint64_t seed = 0;                    // equal seeds give equal tokens
-  std::vector<int64_t> stop_token_ids;  // beside the model's own end tokens
+  int64_t min_tokens = 0;           // no end token before so many new ones
+  float temperature = 0.0f;         // 0: greedy
+  int64_t top_k = 0;                // keep the k likeliest; 0: all
+  float top_p = 1.0f;               // keep the likeliest that together reach top_p; 1: all
+  float min_p = 0.0f;               // keep those at least min_p times as likely as the likeliest
+  float repetition_penalty = 1.0f;  // divides positive logits of tokens in prompt and output, multiplies negative ones
+  float presence_penalty = 0.0f;    // taken from the logits of tokens in the output
+  float frequency_penalty = 0.0f;   // taken once for each time that a token is in the output
+  std::vector<std::pair<int32_t, float>> logit_bias;  // added to the logits of these tokens
+  uint64_t seed = 0;                                  // equal seeds give equal tokens
+  std::vector<int64_t> stop_token_ids;                // beside the model's own end tokens
   bool ignore_eos = false;
+  std::optional<int64_t> logprobs;         // of the chosen token and so many of the likeliest, at every new token
+  std::optional<int64_t> prompt_logprobs;  // the same at every token of the prompt but the first
 
   void validate() const;  // InvalidArgument: "top_p: 1.5 is not in (0, 1]"
 };
 
+// Called before a token of completion `index` is chosen, with the tokens that it has so far; leaves in bit v % 32 of
+// allowed[v / 32] whether token v may come next. Where none may, the completion ends (kStop). An exception from it
+// passes through step(), which has then done nothing and may be called again, for instance after abort().
+using TokenMask = std::function<void(int64_t index, std::span<const int32_t> generated, std::span<uint32_t> allowed)>;
+
 struct Request {
   std::vector<int32_t> prompt_token_ids;
   SamplingParams sampling;
+  int64_t priority = 0;  // lower ones run first; of equals, who came first
+  TokenMask token_mask;  // empty: every token may come next
 };
 
 enum class FinishReason { kStop, kLength, kAborted };
 
-struct RequestOutput {
+struct TokenLogprob {
+  int32_t token_id = 0;
+  float logprob = 0.0f;  // by the model's own logits, before anything that SamplingParams does to them
+};
+
+struct PositionLogprobs {
+  TokenLogprob chosen;
+  int64_t rank = 0;               // of the chosen one, 1: the likeliest
+  std::vector<TokenLogprob> top;  // the likeliest first
+};
+
+struct Timings {
+  double queue_seconds = 0;    // from add_request to the first step that took the request along
+  double prefill_seconds = 0;  // from there to the first new token
+  double decode_seconds = 0;   // from there to the last one
+};
+
+using RequestId = uint64_t;
+
+// What a step did to one completion.
+struct StepOutput {
+  RequestId request_id = 0;
+  int64_t index = 0;                              // of the completion, in [0, n)
+  std::vector<int32_t> new_token_ids;             // an end token included
+  std::vector<PositionLogprobs> logprobs;         // one for each new token, when asked for
+  std::vector<PositionLogprobs> prompt_logprobs;  // with the first output of completion 0, when asked for
+  std::optional<FinishReason> finish_reason;      // set once, in the completion's last output
+  int64_t num_cached_tokens = 0;                  // of the prompt, that were in the cache when the completion began
+  Timings timings;                                // so far
+};
+
+struct CompletionOutput {
   std::vector<int32_t> token_ids;  // generated ones, an end token included
+  std::vector<PositionLogprobs> logprobs;
   FinishReason finish_reason = FinishReason::kLength;
-  double prefill_seconds = 0;
-  double decode_seconds = 0;
+};
+
+struct RequestOutput {
+  std::vector<CompletionOutput> completions;  // [n]
+  std::vector<PositionLogprobs> prompt_logprobs;
+  int64_t num_cached_tokens = 0;
+  Timings timings;  // of completion 0
+};
+
+struct EngineStats {
+  int64_t num_running = 0;  // completions
+  int64_t num_waiting = 0;
+  int64_t num_kv_blocks = 0;
+  int64_t num_free_kv_blocks = 0;  // those that nobody uses; the prefix cache may still know their contents
+  int64_t num_preemptions = 0;     // completions that gave up their blocks, and computed them again later
 };
 
 class Engine {
@@ -55,9 +132,20 @@ class Engine {
   static std::unique_ptr<Engine> load(const std::string& path, const EngineOptions& options = {});
   virtual ~Engine() = default;
 
-  // Runs one request to its end. on_token (may be empty) sees every new token; returning false stops
-  // the generation with kAborted (that is how stop strings work: the text lives in the caller).
-  virtual RequestOutput generate(const Request& request, const std::function<bool(int32_t)>& on_token = {}) = 0;
+  // Takes a request in; step() works on it. InvalidArgument where it can never run.
+  virtual RequestId add_request(Request request) = 0;
+
+  // Forgets a request, or one of its completions; no output of it follows. Nothing happens when it has ended already.
+  virtual void abort(RequestId id, std::optional<int64_t> index = {}) = 0;
+
+  // Runs the model once over what max_num_batched_tokens allows; outputs are those of completions that got on.
+  virtual std::vector<StepOutput> step() = 0;
+  virtual bool has_unfinished() const = 0;
+
+  // Runs one request to its end, when no other is unfinished. on_output (may be empty) sees what every step did;
+  // returning false ends that completion with kAborted (that is how stop strings work: the text lives in the caller).
+  virtual RequestOutput generate(const Request& request,
+                                 const std::function<bool(const StepOutput&)>& on_output = {}) = 0;
 
   // logits[T * vocab_size], row t after token t, of one sequence from its start.
   virtual std::vector<float> logits(const std::vector<int32_t>& token_ids) = 0;
@@ -71,6 +159,7 @@ class Engine {
 
   virtual int64_t vocab_size() const = 0;
   virtual int64_t max_model_len() const = 0;
+  virtual EngineStats stats() const = 0;
   virtual std::string config_json() const = 0;  // as CoterieForCausalLM, see src/model/config.h
 };
 

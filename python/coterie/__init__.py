@@ -12,14 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coterie._engine import CommError, CorruptFile, InvalidArgument, ResourceExhausted
-    from coterie.llm import LLM, SamplingParams
+    from coterie.async_engine import AsyncEngine
+    from coterie.llm import LLM
+    from coterie.sampling import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CommError", "CorruptFile", "InvalidArgument", "ResourceExhausted", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CommError",
+    "CorruptFile",
+    "InvalidArgument",
+    "ResourceExhausted",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 _HOME = {
     "LLM": "coterie.llm",
-    "SamplingParams": "coterie.llm",
+    "AsyncEngine": "coterie.async_engine",
+    "SamplingParams": "coterie.sampling",
+    "StructuredOutputsParams": "coterie.sampling",
     "CommError": "coterie._engine",
     "CorruptFile": "coterie._engine",
     "InvalidArgument": "coterie._engine",

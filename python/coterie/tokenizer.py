@@ -152,8 +152,9 @@ class StreamDecoder:
     character.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._token_ids: list[int] = []  # of the last piece given out, then those that wait
         self._given = 0  # how many of them were given out
 
@@ -174,28 +175,30 @@ class StreamDecoder:
         return text
 
     def _waiting_text(self) -> str:
-        before = self._tokenizer.decode(self._token_ids[: self._given])
-        return self._tokenizer.decode(self._token_ids)[len(before) :]
+        before = self._tokenizer.decode(self._token_ids[: self._given], self._skip_special_tokens)
+        return self._tokenizer.decode(self._token_ids, self._skip_special_tokens)[len(before) :]
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of several stop strings.
+    """Cuts a stream of text before the first of several stop strings, or behind it.
 
     The end of the text waits while it may be the beginning of a stop string.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
         self._stop = stop
+        self._include = include
         self._waiting = ""
-        self.found = False
+        self.found: str | None = None
 
     def step(self, piece: str) -> str:
-        """The text that is certain to lie before any stop string; sets `found` at the first one."""
+        """The text that is certain to lie before any stop string; sets `found` to the first one."""
         text = self._waiting + piece
-        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        places = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if places:
-            self.found, self._waiting = True, ""
-            return text[: min(places)]
+            place, self.found = min(places)
+            self._waiting = ""
+            return text[: place + len(self.found) * self._include]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._waiting = text[len(text) - held :]
         return text[: len(text) - held]

@@ -3,7 +3,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,8 +10,9 @@
 #include <set>
 #include <string>
 
+#include "bindings/engine_binding.h"
 #include "bindings/errors.h"
-#include "coterie/engine.h"
+#include "bindings/numpy.h"
 #include "coterie/error.h"
 #include "io/checkpoint_source.h"
 #include "io/gguf.h"
@@ -27,90 +27,6 @@ using namespace nb::literals;
 
 namespace coterie {
 namespace {
-
-using TokenIds = std::vector<int32_t>;
-
-// A numpy array that owns the vector's memory.
-template <typename T>
-nb::ndarray<nb::numpy, T> to_numpy(std::vector<T> values, const std::vector<int64_t>& shape) {
-  auto* owner = new std::vector<T>(std::move(values));
-  nb::capsule capsule(owner, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  const std::vector<size_t> dims(shape.begin(), shape.end());
-  return nb::ndarray<nb::numpy, T>(owner->data(), dims.size(), dims.data(), capsule);
-}
-
-const char* finish_reason_name(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kStop:
-      return "stop";
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kAborted:
-      return "aborted";
-  }
-  return "";
-}
-
-std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& dtype, int threads,
-                                    int64_t max_model_len) {
-  nb::gil_scoped_release release;
-  return Engine::load(path, {.dtype = dtype, .threads = threads, .max_model_len = max_model_len});
-}
-
-// on_token(token) runs with the GIL held; it stops the generation by returning False (nothing, or
-// anything else, goes on). An exception in it, Ctrl-C among them, ends the generation.
-nb::dict generate(Engine& engine, const TokenIds& token_ids, int64_t max_new_tokens, float temperature, int64_t top_k,
-                  float top_p, uint64_t seed, const std::vector<int64_t>& stop_token_ids, bool ignore_eos,
-                  const nb::object& on_token) {
-  const Request request{token_ids,
-                        {.max_new_tokens = max_new_tokens,
-                         .temperature = temperature,
-                         .top_k = top_k,
-                         .top_p = top_p,
-                         .seed = seed,
-                         .stop_token_ids = stop_token_ids,
-                         .ignore_eos = ignore_eos}};
-  const auto call_back = [&](int32_t token) {
-    nb::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
-    return on_token.is_none() || !on_token(token).is(nb::handle(Py_False));
-  };
-  RequestOutput output;
-  {
-    nb::gil_scoped_release release;
-    output = engine.generate(request, call_back);
-  }
-  nb::dict result;
-  result["token_ids"] = output.token_ids;
-  result["finish_reason"] = finish_reason_name(output.finish_reason);
-  result["prefill_seconds"] = output.prefill_seconds;
-  result["decode_seconds"] = output.decode_seconds;
-  return result;
-}
-
-nb::ndarray<nb::numpy, float> logits(Engine& engine, const TokenIds& token_ids) {
-  std::vector<float> values;
-  {
-    nb::gil_scoped_release release;
-    values = engine.logits(token_ids);
-  }
-  return to_numpy(std::move(values), {static_cast<int64_t>(token_ids.size()), engine.vocab_size()});
-}
-
-nb::list expert_ids(Engine& engine, const TokenIds& token_ids) {
-  std::vector<std::vector<int32_t>> layers;
-  {
-    nb::gil_scoped_release release;
-    layers = engine.expert_ids(token_ids);
-  }
-  nb::list result;
-  const auto T = static_cast<int64_t>(token_ids.size());
-  for (std::vector<int32_t>& ids : layers) {
-    const auto K = static_cast<int64_t>(ids.size()) / T;
-    result.append(to_numpy(std::move(ids), {T, K}));
-  }
-  return result;
-}
 
 nb::tuple count_parameters(const std::string& config_json) {
   const ModelConfig config = ModelConfig::from_json(config_json, "model");
@@ -202,17 +118,7 @@ NB_MODULE(_engine, m) {
   using namespace coterie;
   const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
   register_exceptions(m);
-  nb::class_<Engine>(m, "Engine")
-      .def(nb::new_(&load_engine), "path"_a, "dtype"_a = "fp32", "threads"_a = 0, "max_model_len"_a = 0)
-      .def("generate", &generate, "token_ids"_a, "max_new_tokens"_a = 128, "temperature"_a = 0.0f, "top_k"_a = 0,
-           "top_p"_a = 1.0f, "seed"_a = 0, "stop_token_ids"_a = std::vector<int64_t>(), "ignore_eos"_a = false,
-           "on_token"_a = nb::none())
-      .def("logits", &logits, "token_ids"_a)
-      .def("expert_ids", &expert_ids, "token_ids"_a)
-      .def("negative_log_likelihood", &Engine::negative_log_likelihood, "token_ids"_a, no_gil)
-      .def_prop_ro("vocab_size", &Engine::vocab_size)
-      .def_prop_ro("max_model_len", &Engine::max_model_len)
-      .def_prop_ro("config_json", &Engine::config_json);
+  bind_engine(m);
   nb::class_<Limits>(m, "Limits")
       .def(nb::init<int, size_t>(), "threads"_a, "read_bytes"_a, no_gil)
       .def("register_flops", &Limits::register_flops, "dtype"_a, no_gil)

@@ -1,8 +1,8 @@
-// The engine of one process: runs one sequence at a time, prefill in chunks, then token by token.
+// The engine of one process: a step runs the scheduler's chunks through the model, and chooses a token for each
+// completion whose tokens are all computed.
 #include "coterie/engine.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <string>
 #include <utility>
@@ -12,7 +12,9 @@
 #include "coterie/error.h"
 #include "engine/kv_cache.h"
 #include "engine/sampler.h"
+#include "engine/scheduler.h"
 #include "engine/sequence.h"
+#include "engine/settings.h"
 #include "model/decoder.h"
 #include "model/stored_model.h"
 #include "model/weights.h"
@@ -20,34 +22,10 @@
 namespace coterie {
 namespace {
 
-// Tokens of a prompt that run through the layers together: enough rows to keep the matrix kernels
-// busy, few enough that the activations stay in cache.
-constexpr int64_t kPrefillChunk = 512;
+// Tokens of one sequence that run through the layers together where a whole sequence is looked at.
+constexpr int64_t kSequenceChunk = 512;
 // Rows of logits held at once where only a number per row is wanted.
 constexpr int64_t kLogitsChunk = 64;
-
-DType engine_dtype(const std::string& name) {
-  if (name != "fp32" && name != "bf16") throw InvalidArgument("dtype: '" + name + "' is not one of fp32, bf16");
-  return dtype_from_name(name);
-}
-
-int engine_threads(int threads) {
-  if (threads < 0) throw InvalidArgument("threads: " + std::to_string(threads) + " is negative");
-  return threads > 0 ? threads : available_cpus();
-}
-
-int64_t engine_max_model_len(const ModelConfig& config, int64_t wanted) {
-  const int64_t most = config.max_position_embeddings;
-  if (wanted < 0 || wanted > most) {
-    throw InvalidArgument("max_model_len: " + std::to_string(wanted) + " is not in [1, " + std::to_string(most) +
-                          "], the positions of the model (0: all)");
-  }
-  return wanted > 0 ? wanted : most;
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
 
 // -log softmax(logits)[token]
 double negative_log_probability(const float* logits_V, int64_t V, int32_t token) {
@@ -61,33 +39,72 @@ class EngineImpl : public Engine {
  public:
   EngineImpl(const StoredModel& model, const EngineOptions& options)
       : config_(model.config()),
-        max_model_len_(engine_max_model_len(config_, options.max_model_len)),
-        pool_(engine_threads(options.threads)),
-        weights_(load_weights(config_, model.tensors(), engine_dtype(options.dtype), pool_)),
+        settings_(engine_settings(options, config_)),
+        pool_(settings_.threads),
+        weights_(load_weights(config_, model.tensors(), settings_.dtype, pool_)),
         decoder_(config_, weights_, pool_),
-        cache_(config_, weights_.dtype, KvCache::blocks_for(max_model_len_)) {}
+        cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
+        scheduler_(cache_, settings_.limits) {}
 
-  RequestOutput generate(const Request& request, const std::function<bool(int32_t)>& on_token) override {
-    request.sampling.validate();
-    check_tokens("prompt_token_ids", request.prompt_token_ids, max_model_len_ - 1);
-    Sequence sequence(request, config_.eos_token_ids, max_model_len_, cache_);
-    std::vector<float> logits_V(config_.vocab_size);
-    RequestOutput output;
-    auto start = std::chrono::steady_clock::now();
-    while (!sequence.finished()) {
-      const bool prefill = !sequence.prefilled();
-      const float* hidden_D = advance(sequence);
-      if (!sequence.prefilled()) continue;
-      decoder_.logits(hidden_D, 1, logits_V.data());
-      const int32_t token = sample(logits_V, sequence.sampling(), sequence.num_tokens());
-      sequence.append(token);
-      if (prefill) output.prefill_seconds = seconds_since(std::exchange(start, std::chrono::steady_clock::now()));
-      if (on_token && !on_token(token)) sequence.abort();
+  RequestId add_request(Request request) override {
+    check_request(request);
+    auto shared = std::make_shared<SharedRequest>();
+    shared->id = ++last_id_;
+    shared->end_token_ids = request.sampling.stop_token_ids;
+    if (!request.sampling.ignore_eos) {
+      shared->end_token_ids.insert(shared->end_token_ids.end(), config_.eos_token_ids.begin(),
+                                   config_.eos_token_ids.end());
     }
-    output.decode_seconds = seconds_since(start);
-    output.token_ids = sequence.output();
-    output.finish_reason = *sequence.finished();
-    return output;
+    shared->max_model_len = settings_.max_model_len;
+    shared->request = std::move(request);
+    for (int64_t i = 0; i < shared->request.sampling.n; ++i) {
+      scheduler_.add(std::make_unique<Sequence>(shared, i, cache_));
+    }
+    return shared->id;
+  }
+
+  void abort(RequestId id, std::optional<int64_t> index) override { scheduler_.remove(id, index); }
+  bool has_unfinished() const override { return !scheduler_.empty(); }
+
+  std::vector<StepOutput> step() override {
+    const std::vector<ScheduledChunk> chunks = scheduler_.schedule();
+    if (chunks.empty()) return {};
+    const float* hidden_TD = run_model(chunks);
+    std::vector<Choice> choices = choices_of(chunks);
+    std::vector<float> logits_CV = choice_logits(choices, hidden_TD);
+    fill_masks(choices);
+    gather_prompt_logprobs(chunks, hidden_TD);
+    pool_.run(static_cast<int64_t>(choices.size()), [&](int64_t c, int) {
+      choose(choices[c], std::span(logits_CV).subspan(c * config_.vocab_size, config_.vocab_size));
+    });
+    for (const ScheduledChunk& chunk : chunks) chunk.sequence->computed(chunk.num_tokens);
+    std::vector<StepOutput> outputs;
+    for (Choice& choice : choices) outputs.push_back(take(choice));
+    scheduler_.remove_finished();
+    return outputs;
+  }
+
+  RequestOutput generate(const Request& request, const std::function<bool(const StepOutput&)>& on_output) override {
+    if (has_unfinished()) throw InvalidArgument("generate: requests of add_request are unfinished");
+    const RequestId id = add_request(request);
+    RequestOutput result;
+    result.completions.resize(request.sampling.n);
+    while (has_unfinished()) {
+      for (StepOutput& output : step()) {
+        CompletionOutput& completion = result.completions[output.index];
+        completion.token_ids.insert(completion.token_ids.end(), output.new_token_ids.begin(),
+                                    output.new_token_ids.end());
+        std::ranges::move(output.logprobs, std::back_inserter(completion.logprobs));
+        completion.finish_reason = output.finish_reason.value_or(FinishReason::kAborted);
+        if (output.index == 0) {
+          result.num_cached_tokens = output.num_cached_tokens;
+          result.timings = output.timings;
+          std::ranges::move(output.prompt_logprobs, std::back_inserter(result.prompt_logprobs));
+        }
+        if (on_output && !on_output(output)) abort(id, output.index);
+      }
+    }
+    return result;
   }
 
   std::vector<float> logits(const std::vector<int32_t>& token_ids) override {
@@ -106,7 +123,7 @@ class EngineImpl : public Engine {
 
   double negative_log_likelihood(const std::vector<int32_t>& token_ids) override {
     // The last token is only predicted, so a sequence may be one longer than the model has positions.
-    check_tokens("token_ids", token_ids, max_model_len_ + 1);
+    check_tokens("token_ids", token_ids, settings_.max_model_len + 1);
     const std::vector<int32_t> inputs(token_ids.begin(), token_ids.end() - 1);
     if (inputs.empty()) return 0;
     const int64_t V = config_.vocab_size;
@@ -125,7 +142,11 @@ class EngineImpl : public Engine {
   }
 
   int64_t vocab_size() const override { return config_.vocab_size; }
-  int64_t max_model_len() const override { return max_model_len_; }
+  int64_t max_model_len() const override { return settings_.max_model_len; }
+  EngineStats stats() const override {
+    return {scheduler_.num_running(), scheduler_.num_waiting(), cache_.num_blocks(), cache_.num_free(),
+            scheduler_.num_preemptions()};
+  }
   std::string config_json() const override { return config_.to_json(); }
 
  private:
@@ -133,7 +154,7 @@ class EngineImpl : public Engine {
     if (ids.empty()) throw InvalidArgument(field + ": empty");
     if (static_cast<int64_t>(ids.size()) > most) {
       throw InvalidArgument(field + ": " + std::to_string(ids.size()) + " tokens, but at most " + std::to_string(most) +
-                            " fit max_model_len (" + std::to_string(max_model_len_) + ")");
+                            " fit max_model_len (" + std::to_string(settings_.max_model_len) + ")");
     }
     for (size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] >= 0 && ids[i] < config_.vocab_size) continue;
@@ -142,26 +163,157 @@ class EngineImpl : public Engine {
     }
   }
 
-  // Runs the next chunk of a sequence; returns the hidden state of its last token.
-  const float* advance(Sequence& sequence) {
-    const std::span<const int32_t> tokens = sequence.pending(kPrefillChunk);
-    const auto T = static_cast<int64_t>(tokens.size());
-    sequence.blocks().reserve(sequence.num_computed() + T);
+  void check_request(const Request& request) const {
+    const SamplingParams& sampling = request.sampling;
+    sampling.validate();
+    check_tokens("prompt_token_ids", request.prompt_token_ids, settings_.max_model_len - 1);
+    for (const auto& [token, bias] : sampling.logit_bias) {
+      if (token >= 0 && token < config_.vocab_size) continue;
+      throw InvalidArgument("logit_bias: " + std::to_string(token) + " is not in [0, " +
+                            std::to_string(config_.vocab_size) + "), the vocabulary");
+    }
+    const auto prompt = static_cast<int64_t>(request.prompt_token_ids.size());
+    const int64_t most = std::min(prompt + sampling.max_new_tokens, settings_.max_model_len);
+    const int64_t needed = KvCache::blocks_for(most - 1);  // the last token is only chosen
+    if (needed > cache_.num_blocks()) {
+      throw InvalidArgument("prompt_token_ids: " + std::to_string(prompt) + " tokens and max_new_tokens (" +
+                            std::to_string(sampling.max_new_tokens) + ") need " + std::to_string(needed) +
+                            " blocks of the KV cache, which has " + std::to_string(cache_.num_blocks()));
+    }
+  }
+
+  // The final hidden states [T, D] of all chunks, one behind the other.
+  const float* run_model(const std::vector<ScheduledChunk>& chunks) {
     Batch batch;
-    batch.add(tokens, sequence.num_computed(), sequence.blocks().layers());
-    sequence.computed(T);
-    return decoder_.forward(batch) + (T - 1) * config_.hidden_size;
+    for (const ScheduledChunk& chunk : chunks) {
+      const Sequence& sequence = *chunk.sequence;
+      batch.add(sequence.token_ids().subspan(sequence.num_computed(), chunk.num_tokens), sequence.num_computed(),
+                chunk.sequence->blocks().layers());
+    }
+    return decoder_.forward(batch);
+  }
+
+  // A token to choose: behind row `row` of the step, for a sequence.
+  struct Choice {
+    Sequence* sequence = nullptr;
+    int64_t row = 0;
+    std::vector<uint32_t> allowed;  // empty: every token
+    int32_t token = kNoToken;
+    std::optional<PositionLogprobs> logprobs;
+  };
+
+  static std::vector<Choice> choices_of(const std::vector<ScheduledChunk>& chunks) {
+    std::vector<Choice> choices;
+    int64_t row = 0;
+    for (const ScheduledChunk& chunk : chunks) {
+      row += chunk.num_tokens;
+      for (int64_t i = chunk.num_logits; i > 0; --i) choices.push_back({chunk.sequence, row - i});
+    }
+    return choices;
+  }
+
+  std::vector<float> choice_logits(const std::vector<Choice>& choices, const float* hidden_TD) const {
+    const int64_t D = config_.hidden_size;
+    std::vector<float> hidden_CD, logits_CV(choices.size() * config_.vocab_size);
+    for (const Choice& choice : choices) {
+      hidden_CD.insert(hidden_CD.end(), hidden_TD + choice.row * D, hidden_TD + (choice.row + 1) * D);
+    }
+    if (!choices.empty()) {
+      decoder_.logits(hidden_CD.data(), static_cast<int64_t>(choices.size()), logits_CV.data());
+    }
+    return logits_CV;
+  }
+
+  void fill_masks(std::vector<Choice>& choices) const {
+    for (Choice& choice : choices) {
+      const TokenMask& mask = choice.sequence->shared().request.token_mask;
+      if (!mask) continue;
+      choice.allowed.assign((config_.vocab_size + 31) / 32, 0);
+      mask(choice.sequence->index(), choice.sequence->output(), choice.allowed);
+    }
+  }
+
+  static void choose(Choice& choice, std::span<float> logits_V) {
+    const Sequence& sequence = *choice.sequence;
+    const SamplingParams& sampling = sequence.sampling();
+    std::vector<float> raw_V;
+    if (sampling.logprobs) raw_V.assign(logits_V.begin(), logits_V.end());
+    change_logits({sampling, sequence.counts(), choice.allowed, sequence.end_token_ids(), sequence.may_end()},
+                  logits_V);
+    choice.token = sample(logits_V, sampling, sequence.index(), sequence.num_tokens());
+    if (sampling.logprobs && choice.token != kNoToken) {
+      choice.logprobs = position_logprobs(raw_V, choice.token, *sampling.logprobs);
+    }
+  }
+
+  // The sequence gets its token; what the caller is told of it.
+  static StepOutput take(Choice& choice) {
+    Sequence& sequence = *choice.sequence;
+    StepOutput output;
+    output.request_id = sequence.id();
+    output.index = sequence.index();
+    if (choice.token == kNoToken) {
+      sequence.finish(FinishReason::kStop);
+    } else {
+      sequence.append(choice.token);
+      output.new_token_ids = {choice.token};
+    }
+    if (choice.logprobs) output.logprobs.push_back(std::move(*choice.logprobs));
+    if (sequence.index() == 0) sequence.shared().prompt_computed = true;
+    output.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});
+    output.finish_reason = sequence.finished();
+    output.num_cached_tokens = sequence.num_cached_tokens();
+    output.timings = sequence.timings();
+    return output;
+  }
+
+  void gather_prompt_logprobs(const std::vector<ScheduledChunk>& chunks, const float* hidden_TD) {
+    int64_t row = 0;
+    for (const ScheduledChunk& chunk : chunks) {
+      Sequence& sequence = *chunk.sequence;
+      const int64_t first = sequence.num_computed();
+      // Row t predicts token t + 1.
+      const int64_t rows = std::min(chunk.num_tokens, sequence.num_prompt_tokens() - 1 - first);
+      if (sequence.sampling().prompt_logprobs && sequence.index() == 0 && sequence.output().empty()) {
+        add_logprobs(hidden_TD + row * config_.hidden_size,
+                     sequence.token_ids().subspan(first + 1, std::max<int64_t>(rows, 0)),
+                     *sequence.sampling().prompt_logprobs, sequence.prompt_logprobs);
+      }
+      row += chunk.num_tokens;
+    }
+  }
+
+  // Of token_ids_T[t] by row t, appended to `out`.
+  void add_logprobs(const float* hidden_TD, std::span<const int32_t> token_ids_T, int64_t num_top,
+                    std::vector<PositionLogprobs>& out) {
+    const int64_t V = config_.vocab_size;
+    std::vector<float> logits_RV(kLogitsChunk * V);
+    const auto T = static_cast<int64_t>(token_ids_T.size());
+    const auto start = static_cast<int64_t>(out.size());
+    out.resize(start + T);
+    for (int64_t t = 0; t < T; t += kLogitsChunk) {
+      const int64_t rows = std::min(kLogitsChunk, T - t);
+      decoder_.logits(hidden_TD + t * config_.hidden_size, rows, logits_RV.data());
+      pool_.run(rows, [&](int64_t r, int) {
+        out[start + t + r] = position_logprobs(std::span(logits_RV).subspan(r * V, V), token_ids_T[t + r], num_top);
+      });
+    }
   }
 
   // Runs a whole sequence from its start and shows the hidden states chunk by chunk:
   // visit(hidden_TD, position of the first row, T).
   template <typename Visit>
   void run(const std::vector<int32_t>& token_ids, RoutingTrace* trace, const Visit& visit) {
-    check_tokens("token_ids", token_ids, max_model_len_);
-    BlockTable blocks(cache_);
+    check_tokens("token_ids", token_ids, settings_.max_model_len);
     const auto num_tokens = static_cast<int64_t>(token_ids.size());
-    for (int64_t first = 0; first < num_tokens; first += kPrefillChunk) {
-      const int64_t T = std::min(kPrefillChunk, num_tokens - first);
+    if (KvCache::blocks_for(num_tokens) > cache_.num_blocks()) {
+      throw InvalidArgument("token_ids: " + std::to_string(num_tokens) + " tokens need " +
+                            std::to_string(KvCache::blocks_for(num_tokens)) + " blocks of the KV cache, which has " +
+                            std::to_string(cache_.num_blocks()));
+    }
+    BlockTable blocks(cache_);
+    for (int64_t first = 0; first < num_tokens; first += kSequenceChunk) {
+      const int64_t T = std::min(kSequenceChunk, num_tokens - first);
       blocks.reserve(first + T);
       Batch batch;
       batch.add(std::span(token_ids).subspan(first, T), first, blocks.layers());
@@ -170,11 +322,13 @@ class EngineImpl : public Engine {
   }
 
   ModelConfig config_;
-  int64_t max_model_len_;
+  EngineSettings settings_;
   NativeThreadPool pool_;
   ModelWeights weights_;
   Decoder decoder_;
   KvCache cache_;
+  Scheduler scheduler_;
+  RequestId last_id_ = 0;
 };
 
 }  // namespace

@@ -41,6 +41,7 @@ TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(refusal({{-1}, {}}), "prompt_token_ids[0]: -1 is not in [0, 61), the vocabulary");
   EXPECT_EQ(refusal({tokens(96), {}}), "prompt_token_ids: 96 tokens, but at most 95 fit max_model_len (96)");
   EXPECT_EQ(refusal({{1}, {.top_p = 0.0f}}), "top_p: 0 is not in (0, 1]");
+  EXPECT_EQ(refusal({{1}, {.logit_bias = {{61, 1.0f}}}}), "logit_bias: 61 is not in [0, 61), the vocabulary");
   EXPECT_EQ(invalid_message([&] { engine_->logits(tokens(97)); }, ""),
             "token_ids: 97 tokens, but at most 96 fit max_model_len (96)");
   const auto load = [&](const EngineOptions& options) {
@@ -49,13 +50,18 @@ TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(load({.dtype = "fp8"}), "dtype: 'fp8' is not one of fp32, bf16");
   EXPECT_EQ(load({.threads = -1}), "threads: -1 is negative");
   EXPECT_EQ(load({.max_model_len = 97}), "max_model_len: 97 is not in [1, 96], the positions of the model (0: all)");
+  EXPECT_EQ(load({.max_num_seqs = 0}), "max_num_seqs: 0 is below 1");
+  EXPECT_EQ(load({.max_num_batched_tokens = -5}), "max_num_batched_tokens: -5 is below 1");
+  EXPECT_EQ(load({.kv_cache_dtype = "fp8"}), "kv_cache_dtype: 'fp8' is not one of auto, fp32, bf16, int8");
+  EXPECT_EQ(load({.num_kv_blocks = -1}), "num_kv_blocks: -1 is negative");
+  EXPECT_EQ(load({.kv_cache_bytes = 1000}), "kv_cache_bytes: 1000 is less than a block (10240)");
   EXPECT_EQ(invalid_message([] { Engine::load("/nowhere"); }, ""), "/nowhere: no such file or directory");
 }
 
 // Token by token over the cache gives the same as the whole sequence at once.
 TEST_F(EngineTest, GreedyFollowsTheLogitsOfTheWholeSequence) {
   const std::vector<int32_t> prompt = tokens(20);
-  const RequestOutput output = engine_->generate({prompt, {.max_new_tokens = 40}});
+  const CompletionOutput output = engine_->generate({prompt, {.max_new_tokens = 40}}).completions[0];
   ASSERT_EQ(output.token_ids.size(), 40u);
   EXPECT_EQ(output.finish_reason, FinishReason::kLength);
   std::vector<int32_t> all = prompt;
@@ -69,22 +75,24 @@ TEST_F(EngineTest, GreedyFollowsTheLogitsOfTheWholeSequence) {
 
 TEST_F(EngineTest, EndsAtStopTokensTheModelLengthOrTheCallersWord) {
   const std::vector<int32_t> prompt = tokens(20);
-  const std::vector<int32_t> free = engine_->generate({prompt, {.max_new_tokens = 30}}).token_ids;
+  const std::vector<int32_t> free = engine_->generate({prompt, {.max_new_tokens = 30}}).completions[0].token_ids;
   const int64_t stop = free[4];
   const size_t first = std::find(free.begin(), free.end(), stop) - free.begin();
-  const RequestOutput stopped = engine_->generate({prompt, {.max_new_tokens = 30, .stop_token_ids = {stop}}});
+  const CompletionOutput stopped =
+      engine_->generate({prompt, {.max_new_tokens = 30, .stop_token_ids = {stop}}}).completions[0];
   EXPECT_EQ(stopped.finish_reason, FinishReason::kStop);
   EXPECT_EQ(stopped.token_ids, std::vector<int32_t>(free.begin(), free.begin() + first + 1));
 
-  const RequestOutput full = engine_->generate({prompt, {.max_new_tokens = 1000}});
+  const CompletionOutput full = engine_->generate({prompt, {.max_new_tokens = 1000}}).completions[0];
   EXPECT_EQ(full.finish_reason, FinishReason::kLength);
   EXPECT_EQ(full.token_ids.size(), 96u - prompt.size());
 
   std::vector<int32_t> seen;
-  const RequestOutput aborted = engine_->generate({prompt, {.max_new_tokens = 30}}, [&](int32_t token) {
-    seen.push_back(token);
+  const auto on_output = [&](const StepOutput& output) {
+    seen.insert(seen.end(), output.new_token_ids.begin(), output.new_token_ids.end());
     return seen.size() < 3;
-  });
+  };
+  const CompletionOutput aborted = engine_->generate({prompt, {.max_new_tokens = 30}}, on_output).completions[0];
   EXPECT_EQ(aborted.finish_reason, FinishReason::kAborted);
   EXPECT_EQ(aborted.token_ids, seen);
   EXPECT_EQ(seen, std::vector<int32_t>(free.begin(), free.begin() + 3));
@@ -93,12 +101,18 @@ TEST_F(EngineTest, EndsAtStopTokensTheModelLengthOrTheCallersWord) {
 TEST_F(EngineTest, EndTokensOfTheModelCountUnlessIgnored) {
   ModelConfig config = small_config();
   const std::vector<int32_t> prompt = tokens(20);
-  const std::vector<int32_t> free = engine_->generate({prompt, {.max_new_tokens = 5}}).token_ids;
+  const auto generated = [&](Engine& engine, const SamplingParams& sampling) {
+    return engine.generate({prompt, sampling}).completions[0].token_ids;
+  };
+  const std::vector<int32_t> free = generated(*engine_, {.max_new_tokens = 5});
   config.eos_token_ids = {free[0]};
   write_random_model(directory(), config);
   const auto engine = Engine::load(directory().string());
-  EXPECT_EQ(engine->generate({prompt, {.max_new_tokens = 5}}).token_ids, std::vector<int32_t>{free[0]});
-  EXPECT_EQ(engine->generate({prompt, {.max_new_tokens = 5, .ignore_eos = true}}).token_ids, free);
+  EXPECT_EQ(generated(*engine, {.max_new_tokens = 5}), std::vector<int32_t>{free[0]});
+  EXPECT_EQ(generated(*engine, {.max_new_tokens = 5, .ignore_eos = true}), free);
+  const std::vector<int32_t> late = generated(*engine, {.max_new_tokens = 5, .min_tokens = 2});
+  ASSERT_GE(late.size(), 2u);
+  EXPECT_EQ(std::count(late.begin(), late.begin() + 2, free[0]), 0);
 }
 
 TEST_F(EngineTest, LikelihoodIsThatOfTheLogits) {

@@ -1,35 +1,93 @@
 #include "engine/kv_cache.h"
 
+#include <algorithm>
 #include <string>
 
+#include "base/check.h"
 #include "coterie/error.h"
 
 namespace coterie {
 
-KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t max_blocks)
+KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t max_blocks, bool keep_released)
     : dtype_(dtype),
       num_layers_(config.num_layers()),
-      part_bytes_(config.num_kv_heads * kBlockSize * config.head_dim * static_cast<int64_t>(dtype_size(dtype))),
-      max_blocks_(max_blocks) {}
+      part_bytes_(kv_block_bytes(dtype, kBlockSize, config.num_kv_heads, config.head_dim)),
+      max_blocks_(max_blocks),
+      keep_released_(keep_released) {}
+
+int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype) {
+  return 2 * config.num_layers() * kv_block_bytes(dtype, kBlockSize, config.num_kv_heads, config.head_dim);
+}
 
 int32_t KvCache::allocate() {
-  if (num_allocated_ == max_blocks_) {
+  if (num_free() == 0) {
     throw ResourceExhausted("KV cache: all " + std::to_string(max_blocks_) + " blocks are in use");
   }
-  if (free_.empty()) {
-    const auto first = static_cast<int32_t>(slabs_.size() * kSlabBlocks);
-    slabs_.emplace_back(kSlabBlocks * num_layers_ * 2 * part_bytes_);
-    for (int32_t block = first + kSlabBlocks - 1; block >= first; --block) free_.push_back(block);
-  }
+  if (free_.empty() && static_cast<int64_t>(blocks_.size()) < max_blocks_) add_slab();
+  if (free_.empty()) forget(idle_.front());
   const int32_t block = free_.back();
   free_.pop_back();
-  ++num_allocated_;
+  blocks_[block].holders = 1;
+  ++num_held_;
   return block;
 }
 
 void KvCache::release(int32_t block) {
+  Block& b = blocks_[block];
+  COTERIE_CHECK(b.holders > 0, "a block is given back twice");
+  if (--b.holders > 0) return;
+  --num_held_;
+  if (b.prefix == kEmptyPrefix) return free_.push_back(block);
+  b.idle = idle_.insert(idle_.end(), block);
+  if (!keep_released_) forget(block);
+}
+
+std::optional<KvCache::CachedBlock> KvCache::find(Prefix before, std::span<const int32_t, kBlockSize> token_ids) {
+  Key key{before};
+  std::ranges::copy(token_ids, key.token_ids.begin());
+  const auto found = published_.find(key);
+  if (found == published_.end()) return {};
+  Block& b = blocks_[found->second];
+  if (b.holders++ == 0) {
+    idle_.erase(b.idle);
+    ++num_held_;
+  }
+  return CachedBlock{found->second, b.prefix};
+}
+
+KvCache::Prefix KvCache::publish(Prefix before, std::span<const int32_t, kBlockSize> token_ids, int32_t block) {
+  Block& b = blocks_[block];
+  b.key.before = before;
+  std::ranges::copy(token_ids, b.key.token_ids.begin());
+  const auto [entry, is_new] = published_.try_emplace(b.key, block);
+  if (is_new) b.prefix = ++last_prefix_;
+  return blocks_[entry->second].prefix;
+}
+
+// Of an idle block.
+void KvCache::forget(int32_t block) {
+  Block& b = blocks_[block];
+  published_.erase(b.key);
+  idle_.erase(b.idle);
+  b.prefix = kEmptyPrefix;
   free_.push_back(block);
-  --num_allocated_;
+}
+
+void KvCache::add_slab() {
+  const auto first = static_cast<int64_t>(blocks_.size());
+  const int64_t count = std::min(kSlabBlocks, max_blocks_ - first);
+  slabs_.emplace_back(count * num_layers_ * 2 * part_bytes_);
+  blocks_.resize(first + count);
+  for (int64_t block = first + count - 1; block >= first; --block) free_.push_back(static_cast<int32_t>(block));
+}
+
+size_t KvCache::KeyHash::operator()(const Key& key) const {
+  uint64_t hash = key.before;
+  for (const int32_t token : key.token_ids) {
+    hash = (hash ^ static_cast<uint32_t>(token)) * 0x9e3779b97f4a7c15u;  // 2^64 over the golden ratio: spreads bits
+    hash ^= hash >> 29;
+  }
+  return hash;
 }
 
 void* KvCache::at(int32_t block, int64_t part) const {
@@ -41,19 +99,25 @@ void* KvCache::at(int32_t block, int64_t part) const {
 BlockTable::BlockTable(KvCache& cache)
     : cache_(cache), keys_L_(cache.num_layers()), values_L_(cache.num_layers()), views_L_(cache.num_layers()) {}
 
-BlockTable::~BlockTable() {
-  for (const int32_t block : blocks_) cache_.release(block);
+void BlockTable::reserve(int64_t num_tokens) {
+  while (num_blocks() < KvCache::blocks_for(num_tokens)) append(cache_.allocate());
 }
 
-void BlockTable::reserve(int64_t num_tokens) {
-  while (num_blocks() < KvCache::blocks_for(num_tokens)) {
-    const int32_t block = cache_.allocate();
-    blocks_.push_back(block);
-    for (int64_t layer = 0; layer < cache_.num_layers(); ++layer) {
-      keys_L_[layer].push_back(cache_.keys(block, layer));
-      values_L_[layer].push_back(cache_.values(block, layer));
-      views_L_[layer] = {keys_L_[layer].data(), values_L_[layer].data(), cache_.dtype(), KvCache::kBlockSize};
-    }
+void BlockTable::append(int32_t block) {
+  blocks_.push_back(block);
+  for (int64_t layer = 0; layer < cache_.num_layers(); ++layer) {
+    keys_L_[layer].push_back(cache_.keys(block, layer));
+    values_L_[layer].push_back(cache_.values(block, layer));
+    views_L_[layer] = {keys_L_[layer].data(), values_L_[layer].data(), cache_.dtype(), KvCache::kBlockSize};
+  }
+}
+
+// The last blocks first: of a chain whose memory is needed, the end is forgotten before the beginning.
+void BlockTable::clear() {
+  for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) cache_.release(*block);
+  blocks_.clear();
+  for (auto* parts_L : {&keys_L_, &values_L_}) {
+    for (std::vector<void*>& parts : *parts_L) parts.clear();
   }
 }
 

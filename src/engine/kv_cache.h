@@ -1,10 +1,18 @@
 // The paged KV cache: one pool of blocks for all sequences, each sequence with a table of the blocks
-// that hold its tokens. A block holds kBlockSize tokens of every layer, keys and values.
+// that hold its tokens. A block holds kBlockSize tokens of every layer, keys and values; several tables may
+// hold the same block.
+//
+// It is also the prefix cache: a full block may be published under its tokens and all that came before them. Blocks
+// that nobody holds keep what was published until their memory is needed, the least recently used first.
 // One thread at a time. Legend: L layers, G KV heads, d head_dim.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <list>
+#include <optional>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "base/dtype.h"
@@ -18,47 +26,90 @@ class KvCache {
  public:
   static constexpr int64_t kBlockSize = 16;
 
-  // Memory is taken as blocks are first used, in slabs of kSlabBlocks, up to max_blocks.
-  KvCache(const ModelConfig& config, DType dtype, int64_t max_blocks);
+  // Stands for the contents of a chain of full blocks from a sequence's start. Never given twice.
+  using Prefix = uint64_t;
+  static constexpr Prefix kEmptyPrefix = 0;
+  struct CachedBlock {
+    int32_t block = 0;
+    Prefix prefix = kEmptyPrefix;  // of the chain that ends with the block
+  };
+
+  // Memory is taken as blocks are first used, in slabs of kSlabBlocks, up to max_blocks. Unless keep_released, blocks
+  // that nobody holds are forgotten at once.
+  KvCache(const ModelConfig& config, DType dtype, int64_t max_blocks, bool keep_released = true);
 
   static int64_t blocks_for(int64_t num_tokens) { return (num_tokens + kBlockSize - 1) / kBlockSize; }
+  static int64_t block_bytes(const ModelConfig& config, DType dtype);  // of all layers
 
-  int32_t allocate();  // ResourceExhausted when all blocks are in use
+  int32_t allocate();  // with one holder; ResourceExhausted when all blocks are held
   void release(int32_t block);
 
-  // Keys or values of one layer of a block: [G, kBlockSize, d].
+  // The block that was published for these tokens behind `before`, with one holder more; none where nobody did, or
+  // where it is forgotten.
+  std::optional<CachedBlock> find(Prefix before, std::span<const int32_t, kBlockSize> token_ids);
+  // Makes a held, full block known. Another one with the same contents stays the known one.
+  Prefix publish(Prefix before, std::span<const int32_t, kBlockSize> token_ids, int32_t block);
+
+  // Keys or values of one layer of a block, as kernels/attention.h has them.
   void* keys(int32_t block, int64_t layer) const { return at(block, 2 * layer); }
   void* values(int32_t block, int64_t layer) const { return at(block, 2 * layer + 1); }
 
   int64_t num_layers() const { return num_layers_; }
   DType dtype() const { return dtype_; }
-  int64_t num_free() const { return max_blocks_ - num_allocated_; }
+  int64_t num_blocks() const { return max_blocks_; }
+  int64_t num_free() const { return max_blocks_ - num_held_; }
 
  private:
   static constexpr int64_t kSlabBlocks = 32;
 
+  struct Key {
+    Prefix before = kEmptyPrefix;
+    std::array<int32_t, kBlockSize> token_ids = {};
+
+    bool operator==(const Key&) const = default;
+  };
+  struct KeyHash {
+    size_t operator()(const Key& key) const;
+  };
+  struct Block {
+    int64_t holders = 0;
+    Prefix prefix = kEmptyPrefix;  // kEmptyPrefix: not published
+    Key key;
+    std::list<int32_t>::iterator idle;  // its place in idle_, while published and not held
+  };
+
   void* at(int32_t block, int64_t part) const;
+  void add_slab();
+  void forget(int32_t block);
 
   DType dtype_;
   int64_t num_layers_;
   int64_t part_bytes_;  // keys or values of one layer of one block
   int64_t max_blocks_;
-  int64_t num_allocated_ = 0;
+  bool keep_released_;
+  int64_t num_held_ = 0;
+  Prefix last_prefix_ = kEmptyPrefix;
   std::vector<AlignedBuffer> slabs_;
-  std::vector<int32_t> free_;  // blocks of the slabs, used last in first out
+  std::vector<Block> blocks_;  // of all slabs
+  std::vector<int32_t> free_;  // neither held nor published, used last in first out
+  std::list<int32_t> idle_;    // published and not held, least recently used first
+  std::unordered_map<Key, int32_t, KeyHash> published_;
 };
 
-// The blocks of one sequence; they go back to the pool with the table.
+// The blocks of one sequence; the table gives them back when it goes.
 class BlockTable {
  public:
   explicit BlockTable(KvCache& cache);  // cache must outlive the table
-  ~BlockTable();
+  ~BlockTable() { clear(); }
   BlockTable(const BlockTable&) = delete;
   BlockTable& operator=(const BlockTable&) = delete;
 
   // Makes room for the first num_tokens tokens. Views handed out before are void when it grows.
   void reserve(int64_t num_tokens);
+  void append(int32_t block);  // one that the caller holds; the table holds it from now on
+  void clear();
 
+  int32_t block(int64_t i) const { return blocks_[i]; }
   std::span<const PagedKv> layers() const { return views_L_; }
   int64_t num_blocks() const { return static_cast<int64_t>(blocks_.size()); }
 

@@ -65,5 +65,60 @@ TEST(KvCache, TableGrowsByBlocksAndGivesThemBack) {
   EXPECT_EQ(cache.num_free(), 4);
 }
 
+std::array<int32_t, KvCache::kBlockSize> block_tokens(int32_t from) {
+  std::array<int32_t, KvCache::kBlockSize> tokens;
+  for (int32_t i = 0; i < KvCache::kBlockSize; ++i) tokens[i] = from + i;
+  return tokens;
+}
+
+TEST(KvCache, PublishedBlocksAreFoundBehindTheirOwnPrefixOnly) {
+  KvCache cache(small_config(), DType::kF32, 4);
+  const auto a = block_tokens(0), b = block_tokens(5);
+  const int32_t first = cache.allocate(), second = cache.allocate();
+  const KvCache::Prefix after_a = cache.publish(KvCache::kEmptyPrefix, a, first);
+  const KvCache::Prefix after_ab = cache.publish(after_a, b, second);
+  EXPECT_NE(after_a, after_ab);
+  EXPECT_FALSE(cache.find(KvCache::kEmptyPrefix, b));
+  EXPECT_FALSE(cache.find(after_a, a));
+  const auto found = cache.find(after_a, b);
+  ASSERT_TRUE(found);
+  EXPECT_EQ(found->block, second);
+  EXPECT_EQ(found->prefix, after_ab);
+  // The same contents in another block have the same name, and the first one stays the known one.
+  const int32_t twin = cache.allocate();
+  EXPECT_EQ(cache.publish(KvCache::kEmptyPrefix, a, twin), after_a);
+  cache.release(twin);
+  EXPECT_EQ(cache.find(KvCache::kEmptyPrefix, a)->block, first);
+  EXPECT_EQ(cache.num_free(), 2);
+}
+
+TEST(KvCache, TheLeastRecentlyUsedBlockIsForgottenFirst) {
+  KvCache cache(small_config(), DType::kF32, 3);
+  std::vector<int32_t> blocks;
+  for (int32_t i = 0; i < 3; ++i) {
+    blocks.push_back(cache.allocate());
+    cache.publish(KvCache::kEmptyPrefix, block_tokens(i), blocks[i]);
+  }
+  for (const int32_t block : {blocks[1], blocks[0], blocks[2]}) cache.release(block);
+  EXPECT_EQ(cache.num_free(), 3);
+  cache.release(cache.find(KvCache::kEmptyPrefix, block_tokens(1))->block);  // now the most recently used
+  EXPECT_EQ(cache.allocate(), blocks[0]);
+  EXPECT_FALSE(cache.find(KvCache::kEmptyPrefix, block_tokens(0)));
+  EXPECT_EQ(cache.allocate(), blocks[2]);
+  EXPECT_EQ(cache.find(KvCache::kEmptyPrefix, block_tokens(1))->block, blocks[1]);
+  EXPECT_THROW(cache.allocate(), ResourceExhausted);
+}
+
+TEST(KvCache, ForgetsAtOnceWhenToldTo) {
+  KvCache cache(small_config(), DType::kF32, 2, false);
+  const int32_t block = cache.allocate();
+  cache.publish(KvCache::kEmptyPrefix, block_tokens(0), block);
+  EXPECT_EQ(cache.find(KvCache::kEmptyPrefix, block_tokens(0))->block, block);  // while it is held
+  cache.release(block);
+  cache.release(block);
+  EXPECT_FALSE(cache.find(KvCache::kEmptyPrefix, block_tokens(0)));
+  EXPECT_EQ(cache.num_free(), 2);
+}
+
 }  // namespace
 }  // namespace coterie

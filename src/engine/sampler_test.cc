@@ -21,7 +21,7 @@ std::vector<float> logits_of(const std::vector<double>& probabilities) {
 
 std::map<int32_t, double> frequencies(const std::vector<float>& logits, const SamplingParams& params) {
   std::map<int32_t, double> share;
-  for (int i = 0; i < kDraws; ++i) share[sample(logits, params, i)] += 1;
+  for (int i = 0; i < kDraws; ++i) share[sample(logits, params, 0, i)] += 1;
   for (auto& [token, count] : share) count /= kDraws;
   return share;
 }
@@ -40,7 +40,7 @@ const std::vector<double> kProbabilities = {0.1, 0.4, 0.05, 0.25, 0.2};
 
 TEST(Sampler, GreedyTakesTheFirstLargest) {
   const std::vector<float> logits = {1, 3, 2, 3};
-  EXPECT_EQ(sample(logits, {.temperature = 0}, 0), 1);
+  EXPECT_EQ(sample(logits, {.temperature = 0}, 0, 0), 1);
 }
 
 TEST(Sampler, FollowsTheDistribution) {
@@ -77,9 +77,9 @@ TEST(Sampler, DependsOnSeedAndPositionAlone) {
   const std::vector<float> logits = logits_of(kProbabilities);
   int different = 0;
   for (int i = 0; i < 200; ++i) {
-    const int32_t token = sample(logits, {.temperature = 1, .seed = 7}, i);
-    EXPECT_EQ(token, sample(logits, {.temperature = 1, .seed = 7}, i));
-    different += token != sample(logits, {.temperature = 1, .seed = 8}, i);
+    const int32_t token = sample(logits, {.temperature = 1, .seed = 7}, 0, i);
+    EXPECT_EQ(token, sample(logits, {.temperature = 1, .seed = 7}, 0, i));
+    different += token != sample(logits, {.temperature = 1, .seed = 8}, 0, i);
   }
   EXPECT_GT(different, 100);  // two independent draws agree with probability 0.275
 }

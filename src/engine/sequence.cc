@@ -1,34 +1,78 @@
 #include "engine/sequence.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace coterie {
+namespace {
 
-Sequence::Sequence(const Request& request, std::span<const int64_t> end_token_ids, int64_t max_model_len,
-                   KvCache& cache)
-    : sampling_(request.sampling),
-      end_token_ids_(request.sampling.stop_token_ids),
-      max_model_len_(max_model_len),
-      token_ids_(request.prompt_token_ids),
+double seconds(Sequence::Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+}  // namespace
+
+Sequence::Sequence(std::shared_ptr<SharedRequest> shared, int64_t index, KvCache& cache)
+    : shared_(std::move(shared)),
+      index_(index),
+      cache_(cache),
+      token_ids_(shared_->request.prompt_token_ids),
       num_prompt_tokens_(num_tokens()),
-      blocks_(cache) {
-  if (!sampling_.ignore_eos) end_token_ids_.insert(end_token_ids_.end(), end_token_ids.begin(), end_token_ids.end());
+      counts_(sampling(), token_ids_),
+      blocks_(cache) {}
+
+void Sequence::adopt_cached_blocks() {
+  if (sampling().prompt_logprobs && index_ == 0 && output().empty()) return;  // they need every hidden state
+  while (num_computed_ + KvCache::kBlockSize < num_tokens()) {
+    const auto tokens = token_ids().subspan(num_computed_).first<KvCache::kBlockSize>();
+    const auto cached = cache_.find(prefix_, tokens);
+    if (!cached) break;
+    blocks_.append(cached->block);
+    prefix_ = cached->prefix;
+    ++num_published_;
+    num_computed_ += KvCache::kBlockSize;
+  }
 }
 
-std::span<const int32_t> Sequence::pending(int64_t most) const {
-  return std::span(token_ids_).subspan(num_computed_, std::min(most, num_tokens() - num_computed_));
+int64_t Sequence::num_missing_blocks(int64_t num_tokens) const {
+  return KvCache::blocks_for(num_computed_ + num_tokens) - blocks_.num_blocks();
+}
+
+void Sequence::computed(int64_t num_tokens) {
+  num_computed_ += num_tokens;
+  for (; (num_published_ + 1) * KvCache::kBlockSize <= num_computed_; ++num_published_) {
+    const auto tokens = token_ids().subspan(num_published_ * KvCache::kBlockSize).first<KvCache::kBlockSize>();
+    prefix_ = cache_.publish(prefix_, tokens, blocks_.block(num_published_));
+  }
+}
+
+void Sequence::drop_blocks() {
+  blocks_.clear();
+  num_computed_ = num_published_ = 0;
+  prefix_ = KvCache::kEmptyPrefix;
+  prompt_logprobs.clear();
 }
 
 void Sequence::append(int32_t token_id) {
   token_ids_.push_back(token_id);
-  const int64_t num_new = num_tokens() - num_prompt_tokens_;
-  if (std::ranges::find(end_token_ids_, token_id) != end_token_ids_.end()) {
+  counts_.add_output(token_id);
+  last_token_ = Clock::now();
+  if (!first_token_) first_token_ = last_token_;
+  if (std::ranges::find(end_token_ids(), token_id) != end_token_ids().end()) {
     finished_ = FinishReason::kStop;
-  } else if (num_new >= sampling_.max_new_tokens || num_tokens() >= max_model_len_) {
+  } else if (static_cast<int64_t>(output().size()) >= sampling().max_new_tokens ||
+             num_tokens() >= shared_->max_model_len) {
     finished_ = FinishReason::kLength;
   }
 }
 
-std::vector<int32_t> Sequence::output() const { return {token_ids_.begin() + num_prompt_tokens_, token_ids_.end()}; }
+void Sequence::started() {
+  if (start_) return;
+  start_ = Clock::now();
+  num_cached_tokens_ = num_computed_;
+}
+
+Timings Sequence::timings() const {
+  if (!start_ || !first_token_) return {};
+  return {seconds(*start_ - arrival_), seconds(*first_token_ - *start_), seconds(last_token_ - *first_token_)};
+}
 
 }  // namespace coterie

@@ -1,0 +1,141 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+
+namespace coterie {
+namespace {
+
+bool in_order(const std::unique_ptr<Sequence>& a, const std::unique_ptr<Sequence>& b) { return a->before(*b); }
+
+}  // namespace
+
+void Scheduler::add(std::unique_ptr<Sequence> sequence) { insert(waiting_, std::move(sequence)); }
+
+std::vector<ScheduledChunk> Scheduler::schedule() {
+  chunks_.clear();
+  budget_ = limits_.max_num_batched_tokens;
+  const Sequence* stalled = decode();
+  for (Sequence* sequence : prefilling()) {
+    if (budget_ == 0 || (stalled && stalled->before(*sequence))) break;
+    if (sequence->index() > 0 && !sequence->shared().prompt_computed) continue;
+    if (!is_running(*sequence) && !admit(*sequence)) break;
+    const int64_t num_tokens = std::min(budget_, sequence->num_pending());
+    if (!make_room(*sequence, num_tokens)) break;
+    add_chunk(*sequence, num_tokens);
+  }
+  COTERIE_CHECK(!chunks_.empty() || empty(), "nothing fits into a step");
+  return chunks_;
+}
+
+// One token each. Returns who got no block: none behind it may take one first.
+const Sequence* Scheduler::decode() {
+  for (size_t i = 0; i < running_.size(); ++i) {
+    Sequence& sequence = *running_[i];
+    if (sequence.num_pending() != 1) continue;
+    if (!make_room(sequence, 1)) return &sequence;
+    add_chunk(sequence, 1);
+  }
+  return nullptr;
+}
+
+// Those with more to compute than a token, in order.
+std::vector<Sequence*> Scheduler::prefilling() const {
+  std::vector<Sequence*> sequences;
+  for (const auto& sequence : running_) {
+    if (sequence->num_pending() > 1) sequences.push_back(sequence.get());
+  }
+  for (const auto& sequence : waiting_) sequences.push_back(sequence.get());
+  std::ranges::sort(sequences, [](const Sequence* a, const Sequence* b) { return a->before(*b); });
+  return sequences;
+}
+
+// From waiting to running, when there is room for all of its tokens beside those that others still have to compute;
+// they may take several steps.
+bool Scheduler::admit(Sequence& sequence) {
+  while (num_running() >= limits_.max_num_seqs) {
+    if (!preempt_behind(sequence, false)) return false;
+  }
+  sequence.adopt_cached_blocks();
+  while (cache_.num_free() < sequence.num_missing_blocks(sequence.num_pending()) + num_promised_blocks()) {
+    if (preempt_behind(sequence, false)) continue;
+    sequence.drop_blocks();
+    return false;
+  }
+  insert(running_, take(waiting_, sequence));
+  sequence.started();
+  return true;
+}
+
+int64_t Scheduler::num_promised_blocks() const {
+  int64_t blocks = 0;
+  for (const auto& sequence : running_) blocks += sequence->num_missing_blocks(sequence->num_pending());
+  return blocks;
+}
+
+bool Scheduler::make_room(const Sequence& sequence, int64_t num_tokens) {
+  while (cache_.num_free() < sequence.num_missing_blocks(num_tokens)) {
+    if (!preempt_behind(sequence, true)) return false;
+  }
+  return true;
+}
+
+// Takes the blocks of the last running sequence, when it is behind this one.
+bool Scheduler::preempt_behind(const Sequence& sequence, bool same_priority) {
+  if (running_.empty()) return false;
+  Sequence& last = *running_.back();
+  if (!sequence.before(last) || (!same_priority && last.priority() == sequence.priority())) return false;
+  for (const ScheduledChunk& chunk : chunks_) {
+    if (chunk.sequence == &last) budget_ += chunk.num_tokens;
+  }
+  std::erase_if(chunks_, [&](const ScheduledChunk& chunk) { return chunk.sequence == &last; });
+  last.drop_blocks();
+  insert(waiting_, take(running_, last));
+  ++num_preemptions_;
+  return true;
+}
+
+void Scheduler::add_chunk(Sequence& sequence, int64_t num_tokens) {
+  sequence.reserve(num_tokens);
+  chunks_.push_back({&sequence, num_tokens, num_tokens == sequence.num_pending() ? 1 : 0});
+  budget_ -= num_tokens;
+}
+
+void Scheduler::remove(RequestId id, std::optional<int64_t> index) {
+  erase([&](const Sequence& sequence) { return sequence.id() == id && (!index || sequence.index() == *index); });
+}
+
+void Scheduler::remove_finished() {
+  erase([](const Sequence& sequence) { return sequence.finished().has_value(); });
+}
+
+template <typename Predicate>
+void Scheduler::erase(const Predicate& predicate) {
+  for (Queue* queue : {&running_, &waiting_}) {
+    std::erase_if(*queue, [&](const std::unique_ptr<Sequence>& sequence) {
+      if (!predicate(*sequence)) return false;
+      if (sequence->index() == 0) sequence->shared().prompt_computed = true;  // nobody waits for it in vain
+      return true;
+    });
+  }
+}
+
+void Scheduler::insert(Queue& queue, std::unique_ptr<Sequence> sequence) {
+  const auto place = std::ranges::upper_bound(queue, sequence, in_order);
+  queue.insert(place, std::move(sequence));
+}
+
+std::unique_ptr<Sequence> Scheduler::take(Queue& queue, const Sequence& sequence) {
+  const auto place = std::ranges::find_if(queue, [&](const auto& entry) { return entry.get() == &sequence; });
+  std::unique_ptr<Sequence> taken = std::move(*place);
+  queue.erase(place);
+  return taken;
+}
+
+bool Scheduler::is_running(const Sequence& sequence) const {
+  return std::ranges::any_of(running_, [&](const auto& entry) { return entry.get() == &sequence; });
+}
+
+}  // namespace coterie

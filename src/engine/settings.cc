@@ -1,0 +1,75 @@
+#include "engine/settings.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <string>
+
+#include "base/thread_pool.h"
+#include "coterie/error.h"
+#include "engine/kv_cache.h"
+
+namespace coterie {
+namespace {
+
+DType weights_dtype(const std::string& name) {
+  if (name != "fp32" && name != "bf16") throw InvalidArgument("dtype: '" + name + "' is not one of fp32, bf16");
+  return dtype_from_name(name);
+}
+
+DType cache_dtype(const std::string& name, DType weights) {
+  if (name == "auto") return weights;
+  if (name == "int8") return DType::kI8;
+  if (name == "fp32" || name == "bf16") return dtype_from_name(name);
+  throw InvalidArgument("kv_cache_dtype: '" + name + "' is not one of auto, fp32, bf16, int8");
+}
+
+int64_t at_least(const char* field, int64_t value, int64_t least) {
+  if (value >= least) return value;
+  throw InvalidArgument(std::string(field) + ": " + std::to_string(value) +
+                        (least == 0 ? " is negative" : " is below " + std::to_string(least)));
+}
+
+int64_t model_len(const ModelConfig& config, int64_t wanted) {
+  const int64_t most = config.max_position_embeddings;
+  if (wanted < 0 || wanted > most) {
+    throw InvalidArgument("max_model_len: " + std::to_string(wanted) + " is not in [1, " + std::to_string(most) +
+                          "], the positions of the model (0: all)");
+  }
+  return wanted > 0 ? wanted : most;
+}
+
+int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config) {
+  at_least("num_kv_blocks", options.num_kv_blocks, 0);
+  at_least("kv_cache_bytes", options.kv_cache_bytes, 0);
+  if (options.num_kv_blocks > 0) return options.num_kv_blocks;
+  const int64_t block_bytes = KvCache::block_bytes(config, settings.kv_cache_dtype);
+  if (options.kv_cache_bytes > 0) {
+    if (options.kv_cache_bytes >= block_bytes) return options.kv_cache_bytes / block_bytes;
+    throw InvalidArgument("kv_cache_bytes: " + std::to_string(options.kv_cache_bytes) + " is less than a block (" +
+                          std::to_string(block_bytes) + ")");
+  }
+  const int64_t of_one = KvCache::blocks_for(settings.max_model_len);
+  const int64_t memory = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+  return std::max(of_one, std::min(settings.limits.max_num_seqs * of_one, memory / 4 / block_bytes));
+}
+
+}  // namespace
+
+EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config) {
+  EngineSettings settings;
+  settings.dtype = weights_dtype(options.dtype);
+  settings.kv_cache_dtype = cache_dtype(options.kv_cache_dtype, settings.dtype);
+  at_least("threads", options.threads, 0);
+  settings.threads = options.threads > 0 ? options.threads : available_cpus();
+  settings.max_model_len = model_len(config, options.max_model_len);
+  settings.limits.max_num_batched_tokens = at_least("max_num_batched_tokens", options.max_num_batched_tokens, 1);
+  // Each running completion takes a token of a step at least.
+  settings.limits.max_num_seqs =
+      std::min(at_least("max_num_seqs", options.max_num_seqs, 1), options.max_num_batched_tokens);
+  settings.num_kv_blocks = kv_blocks(options, settings, config);
+  settings.enable_prefix_caching = options.enable_prefix_caching;
+  return settings;
+}
+
+}  // namespace coterie

@@ -1,0 +1,26 @@
+// EngineOptions held against the model and the machine.
+#pragma once
+
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "coterie/engine.h"
+#include "engine/scheduler.h"
+#include "model/config.h"
+
+namespace coterie {
+
+struct EngineSettings {
+  DType dtype = DType::kF32;
+  DType kv_cache_dtype = DType::kF32;
+  int threads = 1;
+  int64_t max_model_len = 0;
+  int64_t num_kv_blocks = 0;
+  bool enable_prefix_caching = true;
+  SchedulerLimits limits;
+};
+
+// InvalidArgument names the option.
+EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config);
+
+}  // namespace coterie
