@@ -79,6 +79,11 @@ class LLM:
         return json.loads(self._engine.config_json)
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and continuation together."""
+        return self._engine.max_model_len
+
+    @property
     def stats(self) -> dict[str, int]:
         """Completions that run and wait, blocks of the KV cache and how many are free, preemptions so far."""
         return self._engine.stats()

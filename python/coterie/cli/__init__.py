@@ -13,6 +13,7 @@ import typer
 
 from coterie.bench import BenchError
 from coterie.cli.bench import bench
+from coterie.cli.chat import chat
 from coterie.cli.data import data
 from coterie.cli.distill import distill
 from coterie.cli.eval import evaluate
@@ -41,6 +42,7 @@ for name, command in (
     ("eval", evaluate),
     ("inspect", inspect),
     ("generate", generate),
+    ("chat", chat),
     ("verify", verify),
 ):
     app.command(name)(command)
