@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The dependency rule of ARCHITECTURE.md, held against every `#include` line.
 
-A file under src/ includes its own folder, folders strictly lower, and include/coterie. Nothing but
-src/train, src/bindings/train_module.cc and the benchmarks of training names torch.
+A file under src/ includes its own folder, folders strictly lower, and include/coterie; examples include
+nothing but the latter. Nothing but src/train, src/bindings/train_module.cc and the benchmarks of training
+names torch.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def breaches_of(path: str, text: str) -> list[str]:
             if not may_name_torch:
                 report(match.start(2), f"includes {target}: only src/train and {TORCH_FILE} may name torch")
         elif match.group(1) == "<" or folder is None:
-            if folder is None and target_folder in ALLOWED and parts[0] == "include":
-                report(match.start(2), f"includes {target}: a public header includes std and coterie/ only")
+            if folder is None and target_folder in ALLOWED and parts[0] in ("include", "examples"):
+                report(match.start(2), f"includes {target}: {parts[0]}/ includes std and coterie/ only")
         elif target_folder in ALLOWED and target_folder != folder and target_folder not in ALLOWED[folder]:
             report(match.start(2), f"includes {target}: {folder} may include {_names(folder)}")
     if folder == "bindings" and path != TORCH_FILE and '#include "train/' in text:
@@ -79,7 +80,7 @@ def breaches_of(path: str, text: str) -> list[str]:
 def breaches(root: Path) -> list[str]:
     """Breaches of every C++ file below `root`'s include, src, benches and fuzz."""
     found = []
-    for top in ("include", "src", "benches", "fuzz"):
+    for top in ("include", "src", "benches", "examples", "fuzz"):
         for file in sorted((root / top).rglob("*")):
             if file.suffix in SUFFIXES and file.is_file():
                 found += breaches_of(file.relative_to(root).as_posix(), file.read_text(encoding="utf-8"))

@@ -28,6 +28,7 @@ def test_the_tree_keeps_the_rule():
         ("src/engine/a.cc", "at::Tensor x;\n", "names at::"),
         ("src/bindings/engine_module.cc", '#include "train/trainer.h"\n', "only train_module.cc"),
         ("include/coterie/a.h", '#include "base/dtype.h"\n', "std and coterie/ only"),
+        ("examples/a.cc", '#include "engine/sequence.h"\n', "examples/ includes std and coterie/ only"),
         ("src/novel/a.cc", "", "has no place"),
     ],
 )
