@@ -249,11 +249,11 @@ void BM_Attention(benchmark::State& state) {
     k_blocks.push_back(keys.memory.as<char>() + b * block_bytes);
     v_blocks.push_back(values.memory.as<char>() + b * block_bytes);
   }
+  const AttentionShape shape = {.H = H, .G = G, .d = d, .v = d, .scale = 0.125f};
   const AttentionChunk chunk = {{k_blocks.data(), v_blocks.data(), type, kBlock}, 0, T, S};
   const double pairs = static_cast<double>(T) * (static_cast<double>(S) - static_cast<double>(T - 1) / 2);
-  measure(state, DType::kF32, 4 * pairs * static_cast<double>(H * d), 0, [&] {
-    attention({&chunk, 1}, q.memory.as<float>(), H * d, H, G, d, 0.125f, out.memory.as<float>(), pool());
-  });
+  measure(state, DType::kF32, 4 * pairs * static_cast<double>(H * d), 0,
+          [&] { attention({&chunk, 1}, q.memory.as<float>(), shape, out.memory.as<float>(), pool()); });
 }
 BENCHMARK(BM_Attention)
     ->ArgNames({"T", "S", "H", "G", "d", "bf16"})

@@ -99,7 +99,7 @@ def rounded_to_bf16(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that computes in fp32 on rounded matrices (routers and mixes stay exact, as in the engine),
     and rounds what goes into linear layers and experts."""
     model = copy.deepcopy(model)
-    exact = ("gate.weight", "router.weight", "mix.weight", ".bias")
+    exact = ("gate.weight", "router.weight", "mix.weight", "bias")
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and not name.endswith(exact):
             parameter.data = parameter.data.bfloat16().float()

@@ -42,6 +42,78 @@ def llama_biased_untied() -> PreTrainedModel:
     return transformers.LlamaForCausalLM(config)
 
 
+def llama_scaled(rope: dict[str, object], **changes: object) -> PreTrainedModel:
+    """A Llama with these rope_parameters."""
+    config = transformers.LlamaConfig(**{**_GROUPED, "head_dim": 14, **changes}, rope_parameters=rope)
+    return transformers.LlamaForCausalLM(config)
+
+
+def mistral() -> PreTrainedModel:
+    """A window far shorter than the prompts."""
+    config = transformers.MistralConfig(**_GROUPED, head_dim=14, sliding_window=37)
+    return transformers.MistralForCausalLM(config)
+
+
+def qwen2() -> PreTrainedModel:
+    """The last layer has a window, the first two have none."""
+    config = transformers.Qwen2Config(
+        **_GROUPED, use_sliding_window=True, sliding_window=21, max_window_layers=2, tie_word_embeddings=True
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def qwen3() -> PreTrainedModel:
+    config = transformers.Qwen3Config(**_GROUPED, head_dim=14, attention_bias=True)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def granite_moe() -> PreTrainedModel:
+    config = transformers.GraniteMoeConfig(
+        **_GROUPED,
+        num_local_experts=7,
+        num_experts_per_tok=3,
+        embedding_multiplier=1.7,
+        attention_multiplier=0.21,
+        residual_multiplier=0.6,
+        logits_scaling=3.5,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    )
+    return transformers.GraniteMoeForCausalLM(config)
+
+
+def phimoe() -> PreTrainedModel:
+    """A wide router_jitter_noise, so that more than one expert has a part in the weights' softmax.
+
+    Which ones have is a matter of a threshold, where rounding to bf16 decides now and then: the seed is one for
+    which that happens as often in the engine as in its emulation.
+    """
+    config = transformers.PhimoeConfig(
+        **_GROUPED, num_local_experts=7, router_jitter_noise=0.3, attention_bias=True, lm_head_bias=True
+    )
+    return transformers.PhimoeForCausalLM(config)
+
+
+def glm4_moe() -> PreTrainedModel:
+    config = transformers.Glm4MoeConfig(
+        **_GROUPED,
+        head_dim=20,
+        partial_rotary_factor=0.3,
+        attention_bias=True,
+        use_qk_norm=True,
+        n_routed_experts=12,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        moe_intermediate_size=20,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+    )
+    return transformers.Glm4MoeForCausalLM(config)
+
+
 def mixtral() -> PreTrainedModel:
     config = transformers.MixtralConfig(**_GROUPED, head_dim=14, num_local_experts=7, num_experts_per_tok=3)
     return transformers.MixtralForCausalLM(config)
@@ -136,6 +208,12 @@ def coterie_deepseek_style() -> PreTrainedModel:
 BUILDERS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     "llama": (llama, 5),
     "llama_biased_untied": (llama_biased_untied, 2),
+    "mistral": (mistral, 0),
+    "qwen2": (qwen2, 2),
+    "qwen3": (qwen3, 3),
+    "granite_moe": (granite_moe, 0),
+    "phimoe": (phimoe, 4),
+    "glm4_moe": (glm4_moe, 0),
     "mixtral": (mixtral, 2),
     "olmoe": (olmoe, 6),
     "qwen2_moe": (qwen2_moe, 7),
@@ -153,11 +231,11 @@ def seeded(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     model = build().float().eval()
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms lie around 1, biases around 0
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias"):  # norms lie around 1, biases around 0
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
-            if name.endswith("choice_bias"):
+            if name.endswith(("choice_bias", "e_score_correction_bias")):
                 buffer.copy_(0.2 * torch.randn_like(buffer))
         for module in model.modules():
             if isinstance(module, nn.Embedding):

@@ -188,7 +188,7 @@ class EngineImpl : public Engine {
     for (const ScheduledChunk& chunk : chunks) {
       const Sequence& sequence = *chunk.sequence;
       batch.add(sequence.token_ids().subspan(sequence.num_computed(), chunk.num_tokens), sequence.num_computed(),
-                chunk.sequence->blocks().layers());
+                chunk.sequence->blocks().layers(), sequence.num_prompt_tokens());
     }
     return decoder_.forward(batch);
   }
@@ -316,7 +316,7 @@ class EngineImpl : public Engine {
       const int64_t T = std::min(kSequenceChunk, num_tokens - first);
       blocks.reserve(first + T);
       Batch batch;
-      batch.add(std::span(token_ids).subspan(first, T), first, blocks.layers());
+      batch.add(std::span(token_ids).subspan(first, T), first, blocks.layers(), num_tokens);
       visit(decoder_.forward(batch, trace), first, T);
     }
   }

@@ -7,16 +7,41 @@
 #include "coterie/error.h"
 
 namespace coterie {
+namespace {
+
+int64_t key_bytes(const ModelConfig& config, DType dtype) {
+  return kv_block_bytes(dtype, KvCache::kBlockSize, config.cache_heads(), config.cache_key_dim());
+}
+
+int64_t value_bytes(const ModelConfig& config, DType dtype) {
+  if (config.cache_value_dim() == 0) return 0;
+  return kv_block_bytes(dtype, KvCache::kBlockSize, config.cache_heads(), config.cache_value_dim());
+}
+
+int64_t dynamic_context(const RopeScaling& scaling) {
+  return scaling.kind == RopeScalingKind::kDynamic ? scaling.original_context : 0;
+}
+
+constexpr KvCache::Prefix kRootOfLength = KvCache::Prefix{1} << 63;  // published chains are counted from 1
+
+}  // namespace
 
 KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t max_blocks, bool keep_released)
     : dtype_(dtype),
       num_layers_(config.num_layers()),
-      part_bytes_(kv_block_bytes(dtype, kBlockSize, config.num_kv_heads, config.head_dim)),
+      key_bytes_(key_bytes(config, dtype)),
+      value_bytes_(value_bytes(config, dtype)),
+      dynamic_context_(dynamic_context(config.rope_scaling)),
       max_blocks_(max_blocks),
       keep_released_(keep_released) {}
 
 int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype) {
-  return 2 * config.num_layers() * kv_block_bytes(dtype, kBlockSize, config.num_kv_heads, config.head_dim);
+  return config.num_layers() * (key_bytes(config, dtype) + value_bytes(config, dtype));
+}
+
+KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
+  if (dynamic_context_ == 0 || num_prompt_tokens <= dynamic_context_) return kEmptyPrefix;
+  return kRootOfLength | static_cast<Prefix>(num_prompt_tokens);
 }
 
 int32_t KvCache::allocate() {
@@ -76,7 +101,7 @@ void KvCache::forget(int32_t block) {
 void KvCache::add_slab() {
   const auto first = static_cast<int64_t>(blocks_.size());
   const int64_t count = std::min(kSlabBlocks, max_blocks_ - first);
-  slabs_.emplace_back(count * num_layers_ * 2 * part_bytes_);
+  slabs_.emplace_back(count * num_layers_ * layer_bytes());
   blocks_.resize(first + count);
   for (int64_t block = first + count - 1; block >= first; --block) free_.push_back(static_cast<int32_t>(block));
 }
@@ -90,10 +115,10 @@ size_t KvCache::KeyHash::operator()(const Key& key) const {
   return hash;
 }
 
-void* KvCache::at(int32_t block, int64_t part) const {
-  const int64_t parts_before = (block % kSlabBlocks) * num_layers_ * 2 + part;
+void* KvCache::at(int32_t block, int64_t layer, int64_t offset) const {
+  const int64_t layers_before = (block % kSlabBlocks) * num_layers_ + layer;
   const void* data = slabs_[block / kSlabBlocks].data();
-  return static_cast<char*>(const_cast<void*>(data)) + parts_before * part_bytes_;
+  return static_cast<char*>(const_cast<void*>(data)) + layers_before * layer_bytes() + offset;
 }
 
 BlockTable::BlockTable(KvCache& cache)
@@ -108,7 +133,8 @@ void BlockTable::append(int32_t block) {
   for (int64_t layer = 0; layer < cache_.num_layers(); ++layer) {
     keys_L_[layer].push_back(cache_.keys(block, layer));
     values_L_[layer].push_back(cache_.values(block, layer));
-    views_L_[layer] = {keys_L_[layer].data(), values_L_[layer].data(), cache_.dtype(), KvCache::kBlockSize};
+    views_L_[layer] = {keys_L_[layer].data(), cache_.has_values() ? values_L_[layer].data() : nullptr, cache_.dtype(),
+                       KvCache::kBlockSize};
   }
 }
 

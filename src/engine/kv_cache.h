@@ -50,9 +50,15 @@ class KvCache {
   // Makes a held, full block known. Another one with the same contents stays the known one.
   Prefix publish(Prefix before, std::span<const int32_t, kBlockSize> token_ids, int32_t block);
 
-  // Keys or values of one layer of a block, as kernels/attention.h has them.
-  void* keys(int32_t block, int64_t layer) const { return at(block, 2 * layer); }
-  void* values(int32_t block, int64_t layer) const { return at(block, 2 * layer + 1); }
+  // Where the chain of a sequence begins. Beyond the original context, keys of a model whose rotary positions are
+  // stretched by the length of the prompt (RopeScalingKind::kDynamic) are of use to prompts of that length alone.
+  Prefix root(int64_t num_prompt_tokens) const;
+
+  // Keys or values of one layer of a block, as kernels/attention.h has them; no values where keys hold them (latent
+  // attention).
+  void* keys(int32_t block, int64_t layer) const { return at(block, layer, 0); }
+  void* values(int32_t block, int64_t layer) const { return at(block, layer, key_bytes_); }
+  bool has_values() const { return value_bytes_ > 0; }
 
   int64_t num_layers() const { return num_layers_; }
   DType dtype() const { return dtype_; }
@@ -78,13 +84,15 @@ class KvCache {
     std::list<int32_t>::iterator idle;  // its place in idle_, while published and not held
   };
 
-  void* at(int32_t block, int64_t part) const;
+  void* at(int32_t block, int64_t layer, int64_t offset) const;
+  int64_t layer_bytes() const { return key_bytes_ + value_bytes_; }
   void add_slab();
   void forget(int32_t block);
 
   DType dtype_;
   int64_t num_layers_;
-  int64_t part_bytes_;  // keys or values of one layer of one block
+  int64_t key_bytes_, value_bytes_;  // of one layer of one block
+  int64_t dynamic_context_;          // the original context under kDynamic, else 0
   int64_t max_blocks_;
   bool keep_released_;
   int64_t num_held_ = 0;

@@ -17,7 +17,8 @@ Sequence::Sequence(std::shared_ptr<SharedRequest> shared, int64_t index, KvCache
       token_ids_(shared_->request.prompt_token_ids),
       num_prompt_tokens_(num_tokens()),
       counts_(sampling(), token_ids_),
-      blocks_(cache) {}
+      blocks_(cache),
+      prefix_(cache.root(num_prompt_tokens_)) {}
 
 void Sequence::adopt_cached_blocks() {
   if (sampling().prompt_logprobs && index_ == 0 && output().empty()) return;  // they need every hidden state
@@ -47,7 +48,7 @@ void Sequence::computed(int64_t num_tokens) {
 void Sequence::drop_blocks() {
   blocks_.clear();
   num_computed_ = num_published_ = 0;
-  prefix_ = KvCache::kEmptyPrefix;
+  prefix_ = cache_.root(num_prompt_tokens_);
   prompt_logprobs.clear();
 }
 

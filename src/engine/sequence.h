@@ -83,7 +83,7 @@ class Sequence {
   std::optional<FinishReason> finished_;
   BlockTable blocks_;
   int64_t num_published_ = 0;  // blocks whose chain has the name prefix_
-  KvCache::Prefix prefix_ = KvCache::kEmptyPrefix;
+  KvCache::Prefix prefix_;
   Clock::time_point arrival_ = Clock::now();
   std::optional<Clock::time_point> start_, first_token_;
   Clock::time_point last_token_;

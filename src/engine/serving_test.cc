@@ -132,6 +132,26 @@ TEST_F(ServingTest, RandomRequestsEqualSingleOnes) {
   }
 }
 
+TEST_F(ServingTest, RandomRequestsEqualSingleOnesWhateverTheAttention) {
+  std::mt19937 random(2);
+  for (const ModelConfig& config : {windowed_config(), latent_config()}) {
+    SCOPED_TRACE(config.is_latent() ? "latent" : "windowed");
+    write_random_model(directory(), config);
+    for (const char* cache : {"fp32", "int8"}) {
+      const auto alone =
+          load({.threads = 1, .max_num_batched_tokens = 4096, .kv_cache_dtype = cache, .enable_prefix_caching = false});
+      const auto engine = load({.threads = 2,
+                                .max_num_seqs = 8,
+                                .max_num_batched_tokens = 40,
+                                .kv_cache_dtype = cache,
+                                .num_kv_blocks = 12});
+      expect_random_requests_equal_single_ones(*alone, *engine, random);
+      EXPECT_GT(engine->stats().num_preemptions, 5);
+      if (HasFailure()) return;
+    }
+  }
+}
+
 TEST_F(ServingTest, CompletionsOfAPromptShareItAndDiffer) {
   const auto engine = load({});
   const Request request = {tokens(40), {.n = 4, .max_new_tokens = 12, .temperature = 1.0f, .seed = 5}};

@@ -31,7 +31,7 @@ int64_t at_least(const char* field, int64_t value, int64_t least) {
 }
 
 int64_t model_len(const ModelConfig& config, int64_t wanted) {
-  const int64_t most = config.max_position_embeddings;
+  const int64_t most = config.max_context();
   if (wanted < 0 || wanted > most) {
     throw InvalidArgument("max_model_len: " + std::to_string(wanted) + " is not in [1, " + std::to_string(most) +
                           "], the positions of the model (0: all)");

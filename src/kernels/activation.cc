@@ -16,7 +16,7 @@ constexpr Entry kEntries[] = {
     {"none", Activation::kNone},         {"relu", Activation::kRelu},
     {"gelu", Activation::kGelu},         {"gelu_pytorch_tanh", Activation::kGeluTanh},
     {"gelu_new", Activation::kGeluTanh}, {"silu", Activation::kSilu},
-    {"swish", Activation::kSilu},
+    {"swish", Activation::kSilu},        {"clamped_swiglu", Activation::kClampedSwiglu},
 };
 
 }  // namespace
@@ -26,7 +26,7 @@ Activation activation_from_name(std::string_view name) {
     if (entry.name == name && entry.activation != Activation::kNone) return entry.activation;
   }
   throw InvalidArgument("activation: '" + std::string(name) +
-                        "' is not one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, swish");
+                        "' is not one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, swish, clamped_swiglu");
 }
 
 std::string_view activation_name(Activation activation) {

@@ -4,7 +4,7 @@ void activate_row(const void* pre, DType dtype, int64_t F, Activation activation
   for (int64_t i = 0; i < F; i += kWidth) {
     const int64_t n = lanes_left(i, F);
     VF v = activation_value(activation, load_any(pre, dtype, i, n));
-    if (gated) v *= load_any(pre, dtype, F + i, n);
+    if (gated) v *= gated_factor(activation, load_any(pre, dtype, F + i, n));
     store_any(out, dtype, i, n, v);
   }
 }

@@ -26,7 +26,7 @@ void add_values(const AttendStep& step, float correction, int64_t first) {
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sums[v] = load(step.out + first + v * kWidth) * correction;
   const float* values = step.values + first;
-  for (int64_t j = 0; j < step.n; ++j, values += step.d) {
+  for (int64_t j = 0; j < step.n; ++j, values += step.value_stride) {
     const VF weight = broadcast(step.scores[j]);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[v] = fma(weight, load(values + v * kWidth), sums[v]);
@@ -49,7 +49,7 @@ void attend(const AttendStep& step) {
   *step.maximum = maximum;
   *step.sum = *step.sum * correction + sum_lanes(sums);
   int64_t first = 0;
-  for (; first + 8 * kWidth <= step.d; first += 8 * kWidth) add_values<8>(step, correction, first);
-  for (; first + 4 * kWidth <= step.d; first += 4 * kWidth) add_values<4>(step, correction, first);
-  for (; first < step.d; first += kWidth) add_values<1>(step, correction, first);
+  for (; first + 8 * kWidth <= step.v; first += 8 * kWidth) add_values<8>(step, correction, first);
+  for (; first + 4 * kWidth <= step.v; first += 4 * kWidth) add_values<4>(step, correction, first);
+  for (; first < step.v; first += kWidth) add_values<1>(step, correction, first);
 }

@@ -1,5 +1,5 @@
-// Attention by (block of a sequence's new tokens, KV head) tasks. A task walks the keys in runs of kRunKeys at fixed
-// absolute positions, brings each run into fp32 scratch once, and lets every query of its tokens and
+// Attention by (block of a sequence's new tokens, heads that share a KV head) tasks. A task walks the keys in runs of
+// kRunKeys at fixed absolute positions, brings each run into fp32 scratch once, and lets every query of its tokens and
 // heads attend to as much of the run as lies in its past. A query thus sees the same runs in the same
 // order however the prompt was cut.
 #include "kernels/attention.h"
@@ -19,21 +19,24 @@ namespace {
 
 // Keys and values of a run fill half of an L1 cache at head_dim 64, and stay in L2 at any size.
 constexpr int64_t kRunKeys = 64;
-// Tokens of a task: amortizes bringing a run in over many queries.
+// Tokens and heads of a task: amortizes bringing a run in over many queries. Where many heads share their keys, as in
+// latent attention, several tasks bring in the same run, so that all threads have work.
 constexpr int64_t kTokensPerTask = 32;
+constexpr int64_t kHeadsPerTask = 16;
 constexpr int64_t kPadding = 16;  // AttendStep wants multiples of this
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 struct Call {
-  const float* q;
-  int64_t token_stride;
-  int64_t H, G, d;
-  float scale;
-  float* out_THd;
+  const float* q_THd;
+  const AttentionShape& shape;
+  float* out_THv;
 
-  int64_t padded_d() const { return round_up(d, kPadding); }
-  int64_t heads_per_group() const { return H / G; }
+  int64_t padded_d() const { return round_up(shape.d, kPadding); }
+  int64_t padded_v() const { return round_up(shape.v, kPadding); }
+  int64_t heads_per_group() const { return shape.H / shape.G; }
+  int64_t heads_per_task() const { return std::min(heads_per_group(), kHeadsPerTask); }
+  int64_t parts_per_group() const { return (heads_per_group() + kHeadsPerTask - 1) / kHeadsPerTask; }
 };
 
 // Tokens [first, first + count) of a chunk.
@@ -44,6 +47,26 @@ struct TokenBlock {
   int64_t row() const { return chunk->first_row + first; }
   int64_t position() const { return chunk->S - chunk->T + first; }
 };
+
+// A block with `heads` heads from first_head on, all of one group. Query i is head(i) of the token in row(i).
+struct Task {
+  TokenBlock tokens;
+  int64_t g, first_head, heads;
+
+  int64_t queries() const { return tokens.count * heads; }
+  int64_t row(int64_t i) const { return tokens.row() + i / heads; }
+  int64_t head(int64_t i) const { return first_head + i % heads; }
+  int64_t position(int64_t i) const { return tokens.position() + i / heads; }
+};
+
+Task task_of(const Call& call, std::span<const TokenBlock> blocks, int64_t index) {
+  const int64_t parts = call.parts_per_group(), g = index / parts % call.shape.G;
+  const int64_t head_in_group = index % parts * kHeadsPerTask;
+  return {.tokens = blocks[static_cast<size_t>(index / (parts * call.shape.G))],
+          .g = g,
+          .first_head = g * call.heads_per_group() + head_in_group,
+          .heads = std::min(kHeadsPerTask, call.heads_per_group() - head_in_group)};
+}
 
 // The last tokens see the most keys: they go first, so that no long task is left for the end.
 std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks) {
@@ -58,26 +81,26 @@ std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks) {
   return blocks;
 }
 
-// A thread's memory. Columns from d on and rows after the last key are zero: they take part in the
-// arithmetic, with no effect.
+// A thread's memory. Columns from d (or v) on and rows after the last key are zero: they take part in the
+// arithmetic, with no effect. Rows behind a run may be anything: a query whose window begins within the run reads
+// past its end, and drops what it read.
 struct Scratch {
   float *keys, *values, *queries, *outs, *scores, *maxima, *sums;
 
   static size_t floats(const Call& call) {
-    const auto d = static_cast<size_t>(call.padded_d());
-    const auto queries = static_cast<size_t>(kTokensPerTask * call.heads_per_group());
-    return 2 * kRunKeys * d + 2 * queries * d + kRunKeys +
-           2 * static_cast<size_t>(round_up(static_cast<int64_t>(queries), 16));
+    const int64_t queries = kTokensPerTask * call.heads_per_task(), d = call.padded_d(), v = call.padded_v();
+    return static_cast<size_t>((kRunKeys + kPadding) * d + kRunKeys * v + queries * (d + v) + kRunKeys +
+                               2 * round_up(queries, 16));
   }
   Scratch(float* memory, const Call& call) {
-    const int64_t d = call.padded_d(), queries_count = kTokensPerTask * call.heads_per_group();
+    const int64_t count = kTokensPerTask * call.heads_per_task(), d = call.padded_d(), v = call.padded_v();
     keys = memory;
-    values = keys + kRunKeys * d;
-    queries = values + kRunKeys * d;
-    outs = queries + queries_count * d;
-    scores = outs + queries_count * d;
+    values = keys + (kRunKeys + kPadding) * d;
+    queries = values + kRunKeys * v;
+    outs = queries + count * d;
+    scores = outs + count * v;
     maxima = scores + kRunKeys;
-    sums = maxima + round_up(queries_count, 16);
+    sums = maxima + round_up(count, 16);
   }
 };
 
@@ -116,55 +139,86 @@ void load_cache_row(const CacheRow& row, DType dtype, int64_t d, float* values) 
   }
 }
 
-// Positions [first, first + n) of one head, then zero rows up to a multiple of kPadding.
-void load_run(const Call& call, const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n,
+// Positions [first, first + n) of one head, d numbers each, then zero rows up to a multiple of kPadding.
+void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n, int64_t G, int64_t d,
               float* rows) {
-  const int64_t d = call.padded_d();
+  const int64_t padded = round_up(d, kPadding);
   for (int64_t j = 0; j < n; ++j) {
-    load_cache_row(cache_row(blocks, kv, first + j, g, call.G, call.d), kv.dtype, call.d, rows + j * d);
-    std::fill(rows + j * d + call.d, rows + (j + 1) * d, 0.0f);
+    load_cache_row(cache_row(blocks, kv, first + j, g, G, d), kv.dtype, d, rows + j * padded);
+    std::fill(rows + j * padded + d, rows + (j + 1) * padded, 0.0f);
   }
-  std::fill(rows + n * d, rows + round_up(n, kPadding) * d, 0.0f);
+  std::fill(rows + n * padded, rows + round_up(n, kPadding) * padded, 0.0f);
 }
 
-void load_queries(const Call& call, int64_t g, const TokenBlock& tokens, const Scratch& scratch) {
-  const int64_t d = call.padded_d(), R = call.heads_per_group(), queries = tokens.count * R;
-  for (int64_t i = 0; i < queries; ++i) {
-    const float* q = call.q + (tokens.row() + i / R) * call.token_stride + (g * R + i % R) * call.d;
-    std::copy(q, q + call.d, scratch.queries + i * d);
-    std::fill(scratch.queries + i * d + call.d, scratch.queries + (i + 1) * d, 0.0f);
+void load_queries(const Call& call, const Task& task, const Scratch& scratch) {
+  const AttentionShape& shape = call.shape;
+  const int64_t padded = call.padded_d(), count = task.queries();
+  for (int64_t i = 0; i < count; ++i) {
+    const float* q = call.q_THd + (task.row(i) * shape.H + task.head(i)) * shape.d;
+    std::copy(q, q + shape.d, scratch.queries + i * padded);
+    std::fill(scratch.queries + i * padded + shape.d, scratch.queries + (i + 1) * padded, 0.0f);
+    scratch.maxima[i] = shape.sinks_H ? shape.sinks_H[task.head(i)] : -std::numeric_limits<float>::infinity();
+    scratch.sums[i] = shape.sinks_H ? 1.0f : 0.0f;  // exp(sink - maximum)
   }
-  std::fill(scratch.outs, scratch.outs + queries * d, 0.0f);
-  std::fill(scratch.maxima, scratch.maxima + queries, -std::numeric_limits<float>::infinity());
-  std::fill(scratch.sums, scratch.sums + queries, 0.0f);
+  std::fill(scratch.outs, scratch.outs + count * call.padded_v(), 0.0f);
 }
 
-void store_outs(const Call& call, int64_t g, const TokenBlock& tokens, const Scratch& scratch) {
-  const int64_t d = call.padded_d(), R = call.heads_per_group();
-  for (int64_t i = 0; i < tokens.count * R; ++i) {
-    float* out = call.out_THd + ((tokens.row() + i / R) * call.H + g * R + i % R) * call.d;
-    active_kernels().scale_row(scratch.outs + i * d, DType::kF32, 1.0f / scratch.sums[i], out, DType::kF32, call.d);
+void store_outs(const Call& call, const Task& task, const Scratch& scratch) {
+  const AttentionShape& shape = call.shape;
+  for (int64_t i = 0; i < task.queries(); ++i) {
+    float* out = call.out_THv + (task.row(i) * shape.H + task.head(i)) * shape.v;
+    active_kernels().scale_row(scratch.outs + i * call.padded_v(), DType::kF32, 1.0f / scratch.sums[i], out,
+                               DType::kF32, shape.v);
   }
 }
 
-void attend_tokens(const Call& call, int64_t g, const TokenBlock& tokens, const Scratch& scratch) {
+// The first position that a token sees.
+int64_t first_visible(const AttentionShape& shape, int64_t position) {
+  return shape.window > 0 ? std::max<int64_t>(0, position - shape.window + 1) : 0;
+}
+
+// Every query of the task against the n keys from position `run` on.
+void attend_run(const Call& call, const Task& task, int64_t run, int64_t n, const Scratch& scratch) {
   const KernelTable& kernels = active_kernels();
-  const PagedKv& kv = tokens.chunk->kv;
-  const int64_t d = call.padded_d(), R = call.heads_per_group();
-  const int64_t first_position = tokens.position(), end = first_position + tokens.count;
-  load_queries(call, g, tokens, scratch);
-  for (int64_t run = 0; run < end; run += kRunKeys) {
-    const int64_t n = std::min(kRunKeys, end - run);
-    load_run(call, kv, kv.k_blocks, g, run, n, scratch.keys);
-    load_run(call, kv, kv.v_blocks, g, run, n, scratch.values);
-    for (int64_t i = 0; i < tokens.count * R; ++i) {
-      const int64_t visible = std::min(n, first_position + i / R + 1 - run);
-      if (visible <= 0) continue;
-      kernels.attend({scratch.queries + i * d, scratch.keys, scratch.values, visible, d, call.scale, scratch.scores,
-                      scratch.maxima + i, scratch.sums + i, scratch.outs + i * d});
-    }
+  const AttentionShape& shape = call.shape;
+  const PagedKv& kv = task.tokens.chunk->kv;
+  const int64_t d = call.padded_d(), v = call.padded_v(), value_stride = kv.v_blocks ? v : d;
+  const float* values = kv.v_blocks ? scratch.values : scratch.keys;
+  load_run(kv, kv.k_blocks, task.g, run, n, shape.G, shape.d, scratch.keys);
+  if (kv.v_blocks) load_run(kv, kv.v_blocks, task.g, run, n, shape.G, shape.v, scratch.values);
+  for (int64_t i = 0; i < task.queries(); ++i) {
+    const int64_t position = task.position(i), first = std::max<int64_t>(0, first_visible(shape, position) - run);
+    const int64_t visible = std::min(n, position + 1 - run) - first;
+    if (visible <= 0) continue;
+    kernels.attend({.q = scratch.queries + i * d,
+                    .keys = scratch.keys + first * d,
+                    .values = values + first * value_stride,
+                    .n = visible,
+                    .d = d,
+                    .v = v,
+                    .value_stride = value_stride,
+                    .scale = shape.scale,
+                    .scores = scratch.scores,
+                    .maximum = scratch.maxima + i,
+                    .sum = scratch.sums + i,
+                    .out = scratch.outs + i * v});
   }
-  store_outs(call, g, tokens, scratch);
+}
+
+void attend_task(const Call& call, const Task& task, const Scratch& scratch) {
+  const int64_t first_position = task.tokens.position(), end = first_position + task.tokens.count;
+  load_queries(call, task, scratch);
+  for (int64_t run = first_visible(call.shape, first_position) / kRunKeys * kRunKeys; run < end; run += kRunKeys) {
+    attend_run(call, task, run, std::min(kRunKeys, end - run), scratch);
+  }
+  store_outs(call, task, scratch);
+}
+
+// A token's row of keys, or of values.
+void append_row(const PagedKv& kv, void* const* blocks, int64_t position, const float* row_Gd, int64_t G, int64_t d) {
+  for (int64_t g = 0; g < G; ++g) {
+    store_cache_row(row_Gd + g * d, kv.dtype, d, cache_row(blocks, kv, position, g, G, d));
+  }
 }
 
 }  // namespace
@@ -174,32 +228,35 @@ int64_t kv_block_bytes(DType dtype, int64_t block_size, int64_t G, int64_t d) {
   return values_bytes(dtype, block_size, G, d) + factors;
 }
 
-void append_kv(std::span<const AttentionChunk> chunks, const float* k, const float* v, int64_t token_stride, int64_t G,
-               int64_t d, ThreadPool& pool) {
+void append_kv(std::span<const AttentionChunk> chunks, const float* k_TGd, const float* values_TGv,
+               const AttentionShape& shape, ThreadPool& pool) {
+  const int64_t G = shape.G, d = shape.d, v = shape.v;
   for (const AttentionChunk& chunk : chunks) {
-    parallel_rows(chunk.T, 2 * G * d, pool, [&](int64_t t) {
-      const int64_t position = chunk.S - chunk.T + t, row = (chunk.first_row + t) * token_stride;
-      for (int64_t g = 0; g < G; ++g) {
-        store_cache_row(k + row + g * d, chunk.kv.dtype, d, cache_row(chunk.kv.k_blocks, chunk.kv, position, g, G, d));
-        store_cache_row(v + row + g * d, chunk.kv.dtype, d, cache_row(chunk.kv.v_blocks, chunk.kv, position, g, G, d));
-      }
+    parallel_rows(chunk.T, G * (d + v), pool, [&](int64_t t) {
+      const int64_t position = chunk.S - chunk.T + t, row = chunk.first_row + t;
+      append_row(chunk.kv, chunk.kv.k_blocks, position, k_TGd + row * G * d, G, d);
+      if (!chunk.kv.v_blocks) return;
+      append_row(chunk.kv, chunk.kv.v_blocks, position, values_TGv + row * G * v, G, v);
     });
   }
 }
 
-void attention(std::span<const AttentionChunk> chunks, const float* q, int64_t token_stride, int64_t H, int64_t G,
-               int64_t d, float scale, float* out_THd, ThreadPool& pool) {
-  COTERIE_CHECK(G > 0 && H % G == 0, "heads do not fit");
-  for (const AttentionChunk& chunk : chunks) COTERIE_CHECK(chunk.T <= chunk.S, "lengths do not fit");
-  const Call call = {q, token_stride, H, G, d, scale, out_THd};
+void attention(std::span<const AttentionChunk> chunks, const float* q_THd, const AttentionShape& shape, float* out_THv,
+               ThreadPool& pool) {
+  COTERIE_CHECK(shape.G > 0 && shape.H % shape.G == 0, "heads do not fit");
+  for (const AttentionChunk& chunk : chunks) {
+    COTERIE_CHECK(chunk.T <= chunk.S, "lengths do not fit");
+    COTERIE_CHECK(chunk.kv.v_blocks || shape.v <= shape.d, "values are wider than the keys that hold them");
+  }
+  const Call call = {q_THd, shape, out_THv};
   const std::vector<TokenBlock> blocks = token_blocks(chunks);
   static thread_local Workspace workspace;
   const size_t floats = Scratch::floats(call);
   workspace.reserve(Workspace::padded(floats * 4 * static_cast<size_t>(pool.num_threads())));
   float* const memory = workspace.take<float>(floats * static_cast<size_t>(pool.num_threads()));
-  pool.run(static_cast<int64_t>(blocks.size()) * G, [&](int64_t task, int thread) {
+  pool.run(static_cast<int64_t>(blocks.size()) * shape.G * call.parts_per_group(), [&](int64_t index, int thread) {
     const Scratch scratch(memory + static_cast<size_t>(thread) * floats, call);
-    attend_tokens(call, task % G, blocks[static_cast<size_t>(task / G)], scratch);
+    attend_task(call, task_of(call, blocks, index), scratch);
   });
 }
 

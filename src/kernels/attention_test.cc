@@ -21,20 +21,31 @@ namespace {
 struct Shape {
   int64_t S, H, G, d, block_size;
   DType dtype = DType::kF32;
+  int64_t window = 0;
+  bool sinks = false;
+  int64_t values_in_keys = 0;  // their width; 0: values of their own
 };
 
 // The cache and the queries of a sequence. Unused cache rows are NaN: whoever reads them shows it.
 struct Sequence {
-  Shape shape;
-  std::vector<float> q, k, v;
+  int64_t S;
+  AttentionShape shape;
+  std::vector<float> q, k, v, sinks_H;
   std::vector<std::vector<float>> k_memory, v_memory;  // also large enough for bf16
   std::vector<void*> k_blocks, v_blocks;
   PagedKv kv;
 
-  Sequence(const Shape& s, std::mt19937& random) : shape(s) {
+  Sequence(const Shape& s, std::mt19937& random) : S(s.S) {
+    const int64_t value_dim = s.values_in_keys ? s.values_in_keys : s.d;
+    shape = {.H = s.H, .G = s.G, .d = s.d, .v = value_dim, .window = s.window};
+    shape.scale = 1.0f / std::sqrt(static_cast<float>(s.d));
     q = random_floats(s.S * s.H * s.d, random);
     k = random_floats(s.S * s.G * s.d, random);
-    v = random_floats(s.S * s.G * s.d, random);
+    v = random_floats(s.S * s.G * value_dim, random);
+    if (s.sinks) {
+      sinks_H = random_floats(s.H, random);
+      shape.sinks_H = sinks_H.data();
+    }
     const int64_t blocks = (s.S + s.block_size - 1) / s.block_size;
     for (int64_t b = 0; b < blocks; ++b) {
       for (auto* memory : {&k_memory, &v_memory}) {
@@ -43,19 +54,17 @@ struct Sequence {
     }
     for (auto& block : k_memory) k_blocks.push_back(block.data());
     for (auto& block : v_memory) v_blocks.push_back(block.data());
-    kv = {k_blocks.data(), v_blocks.data(), s.dtype, s.block_size};
+    kv = {k_blocks.data(), s.values_in_keys ? nullptr : v_blocks.data(), s.dtype, s.block_size};
   }
 
   // Tokens [first, first + T) as one chunk of a prompt.
   std::vector<float> run_chunk(int64_t first, int64_t T, ThreadPool& pool) {
-    const Shape& s = shape;
     const AttentionChunk chunk = {kv, 0, T, first + T};
-    append_kv({&chunk, 1}, k.data() + first * s.G * s.d, v.data() + first * s.G * s.d, s.G * s.d, s.G, s.d, pool);
-    std::vector<float> out(static_cast<size_t>(T * s.H * s.d));
-    attention({&chunk, 1}, q.data() + first * s.H * s.d, s.H * s.d, s.H, s.G, s.d, scale(), out.data(), pool);
+    append_kv({&chunk, 1}, k.data() + first * shape.G * shape.d, v.data() + first * shape.G * shape.v, shape, pool);
+    std::vector<float> out(static_cast<size_t>(T * shape.H * shape.v));
+    attention({&chunk, 1}, q.data() + first * shape.H * shape.d, shape, out.data(), pool);
     return out;
   }
-  float scale() const { return 1.0f / std::sqrt(static_cast<float>(shape.d)); }
 };
 
 double largest(const std::vector<float>& values) {
@@ -66,16 +75,17 @@ double largest(const std::vector<float>& values) {
 // The reference reads the cache as it is, so that its rounding does not count.
 void check(const Shape& shape, ThreadPool& pool) {
   SCOPED_TRACE("S " + std::to_string(shape.S) + " H " + std::to_string(shape.H) + " G " + std::to_string(shape.G) +
-               " d " + std::to_string(shape.d) + " block " + std::to_string(shape.block_size));
+               " d " + std::to_string(shape.d) + " block " + std::to_string(shape.block_size) + " window " +
+               std::to_string(shape.window));
   std::mt19937 random(8);
   Sequence sequence(shape, random);
   const std::vector<float> out = sequence.run_chunk(0, shape.S, pool);
   std::vector<double> expected(out.size());
-  reference::attention(sequence.q.data(), shape.H * shape.d, sequence.kv, shape.S, shape.S, shape.H, shape.G, shape.d,
-                       sequence.scale(), expected.data());
+  reference::attention(sequence.q.data(), sequence.kv, shape.S, shape.S, sequence.shape, expected.data());
   const double d = static_cast<double>(shape.d), u = kUnitRoundoff;
-  const double score = (d + 2) * u * sequence.scale() * d * largest(sequence.q) * largest(sequence.k);
-  const double tolerance = (2 * score + (2 * static_cast<double>(shape.S) + 32) * u) * largest(sequence.v);
+  const double score = (d + 2) * u * sequence.shape.scale * d * largest(sequence.q) * largest(sequence.k);
+  const double values = largest(shape.values_in_keys ? sequence.k : sequence.v);
+  const double tolerance = (2 * score + (2 * static_cast<double>(shape.S) + 32) * u) * values;
   for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], expected[i], tolerance) << i;
 }
 
@@ -94,12 +104,29 @@ TEST(Attention, AgreesWithDoubles) {
   });
 }
 
+TEST(Attention, WindowsSinksAndValuesInKeys) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+      for (const int64_t window : {1, 7, 63, 64, 65, 200}) {
+        check({150, 4, 2, 20, 16, dtype, window, /*sinks=*/false}, pool);
+        check({150, 4, 2, 20, 16, dtype, window, /*sinks=*/true}, pool);
+      }
+      check({150, 4, 2, 20, 16, dtype, 0, /*sinks=*/true}, pool);
+      check({90, 35, 1, 44, 16, dtype, 0, false, /*values_in_keys=*/36}, pool);  // more heads than a task has
+      check({90, 4, 2, 44, 16, dtype, 17, true, /*values_in_keys=*/44}, pool);
+    }
+  });
+}
+
 // The same bits however the prompt is cut, and with any number of threads.
 TEST(Attention, ChunksAndThreadsDoNotMatter) {
   NativeThreadPool one(1), two(2), three(3);
   for_each_isa([&] {
-    for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
-      const Shape shape = {140, 6, 2, 40, 16, dtype};
+    for (const Shape& shape :
+         {Shape{140, 6, 2, 40, 16}, Shape{140, 6, 2, 40, 16, DType::kBF16}, Shape{140, 6, 2, 40, 16, DType::kI8},
+          Shape{140, 6, 2, 40, 16, DType::kF32, /*window=*/37, /*sinks=*/true},
+          Shape{140, 34, 1, 40, 16, DType::kF32, 0, false, /*values_in_keys=*/24}}) {
       std::mt19937 random(9);
       Sequence whole(shape, random);
       const std::vector<float> expected = whole.run_chunk(0, shape.S, one);
@@ -131,7 +158,7 @@ TEST(Attention, Int8CacheIsCloseToTheValuesPutIn) {
     Sequence rounded({90, 6, 2, 33, 16, DType::kI8}, random);
     const std::vector<float> out = rounded.run_chunk(0, 90, pool), expected = exact.run_chunk(0, 90, pool);
     const double step = 1.0 / 254 + 4 * kUnitRoundoff;
-    const double score = exact.scale() * 33 * largest(exact.q) * step * largest(exact.k);
+    const double score = exact.shape.scale * 33 * largest(exact.q) * step * largest(exact.k);
     const double fp32 = (2 * 90 + 32 + 2 * 33) * kUnitRoundoff;
     const double tolerance = (std::expm1(2 * score) + step + fp32) * largest(exact.v);
     double most = 0;
@@ -168,8 +195,8 @@ TEST(Attention, SequencesInOneCallDoNotMatterToEachOther) {
         row += last[i];
       }
       std::vector<float> out(expected.size());
-      append_kv(chunks, k.data(), v.data(), G * d, G, d, pool);
-      attention(chunks, q.data(), H * d, H, G, d, sequences[0].scale(), out.data(), pool);
+      append_kv(chunks, k.data(), v.data(), sequences[0].shape, pool);
+      attention(chunks, q.data(), sequences[0].shape, out.data(), pool);
       EXPECT_EQ(out, expected);
     }
   });
@@ -177,7 +204,7 @@ TEST(Attention, SequencesInOneCallDoNotMatterToEachOther) {
 
 TEST(Attention, NoTokensIsFine) {
   NativeThreadPool pool(1);
-  attention({}, nullptr, 0, 4, 2, 8, 1.0f, nullptr, pool);
+  attention({}, nullptr, {.H = 4, .G = 2, .d = 8, .v = 8}, nullptr, pool);
 }
 
 TEST(Attention, LargeScoresDoNotOverflow) {

@@ -90,18 +90,20 @@ struct TileStore {
   bool stream = false;  // C is so large that it would push everything else out of the caches
 };
 
-// One query against n consecutive keys. d is padded to a multiple of 16 with zeros everywhere.
+// One query against n consecutive keys. d and v are multiples of 16: what was added to queries and keys is zero.
 struct AttendStep {
-  const float* q = nullptr;     // [d]
-  const float* keys = nullptr;  // [n rounded up to 16][d]
-  const float* values = nullptr;
+  const float* q = nullptr;       // [d]
+  const float* keys = nullptr;    // [n rounded up to 16][d]
+  const float* values = nullptr;  // [n][v], rows value_stride apart
   int64_t n = 0;
   int64_t d = 0;
+  int64_t v = 0;
+  int64_t value_stride = 0;
   float scale = 1.0f;
   float* scores = nullptr;   // scratch [n rounded up to 16]
   float* maximum = nullptr;  // running maximum, starts at -infinity
   float* sum = nullptr;      // running sum of exponentials
-  float* out = nullptr;      // [d] running weighted sum of values
+  float* out = nullptr;      // [v] running weighted sum of values
 };
 
 struct ActivationBackwardRow {

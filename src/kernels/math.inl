@@ -67,10 +67,21 @@ COTERIE_INLINE VF activation_value(Activation activation, VF x) {
       return x * logistic(x * kTanhGeluScale * fma(x * x, broadcast(kTanhGeluCubic), broadcast(1.0f)));
     case Activation::kSilu:
       return x * logistic(x);
+    case Activation::kClampedSwiglu: {
+      const VF gate = x > kSwigluLimit ? broadcast(kSwigluLimit) : x;
+      return gate * logistic(gate * kSwigluAlpha);
+    }
     case Activation::kNone:
       break;
   }
   return x;
+}
+
+// What the activated gate is multiplied by.
+COTERIE_INLINE VF gated_factor(Activation activation, VF up) {
+  if (activation != Activation::kClampedSwiglu) return up;
+  const VF low = up < -kSwigluLimit ? broadcast(-kSwigluLimit) : up;
+  return (low > kSwigluLimit ? broadcast(kSwigluLimit) : low) + 1.0f;
 }
 
 COTERIE_INLINE VF activation_derivative(Activation activation, VF x) {
@@ -90,6 +101,7 @@ COTERIE_INLINE VF activation_derivative(Activation activation, VF x) {
       const VF s = logistic(x);
       return s + x * s * (1.0f - s);
     }
+    case Activation::kClampedSwiglu:  // not trained
     case Activation::kNone:
       break;
   }

@@ -59,10 +59,19 @@ double activation_value(Activation activation, double x) {
     }
     case Activation::kSilu:
       return x / (1 + std::exp(-x));
+    case Activation::kClampedSwiglu: {
+      const double gate = std::min(x, double{kSwigluLimit});
+      return gate / (1 + std::exp(-double{kSwigluAlpha} * gate));
+    }
     case Activation::kNone:
       break;
   }
   return x;
+}
+
+double gated_factor(Activation activation, double up) {
+  if (activation != Activation::kClampedSwiglu) return up;
+  return std::clamp(up, -double{kSwigluLimit}, double{kSwigluLimit}) + 1;
 }
 
 double activation_derivative(Activation activation, double x) {
@@ -81,6 +90,7 @@ double activation_derivative(Activation activation, double x) {
       const double s = 1 / (1 + std::exp(-x));
       return s + x * s * (1 - s);
     }
+    case Activation::kClampedSwiglu:  // not trained
     case Activation::kNone:
       break;
   }
@@ -93,7 +103,7 @@ void gemm(const GemmProblem& p, double* c_MN, double* sum_of_abs_MN) {
     for (int64_t n = 0; n < N; ++n) {
       const Sum sum = product(p, m, n), up = p.gated ? product(p, m, N + n) : Sum{};
       double value = activation_value(p.activation, sum.value);
-      if (p.gated) value *= up.value;
+      if (p.gated) value *= gated_factor(p.activation, up.value);
       if (p.accumulate) value += load(p.c, m, n);
       c_MN[m * N + n] = value;
       if (sum_of_abs_MN) sum_of_abs_MN[m * N + n] = sum.absolute + up.absolute;
@@ -125,15 +135,15 @@ void layer_norm(const float* x_TD, const float* weight_D, const float* bias_D, f
   }
 }
 
-void rope(float* x, int64_t token_stride, const int32_t* positions_T, const float* inverse_frequency, int64_t T,
-          int64_t num_heads, int64_t head_dim) {
-  const int64_t half = head_dim / 2;
-  for (int64_t t = 0; t < T; ++t) {
-    for (int64_t h = 0; h < num_heads; ++h) {
-      float* head = x + t * token_stride + h * head_dim;
+void rope(const RopeHeads& heads, const int32_t* positions_T, const float* inverse_frequency) {
+  const int64_t half = heads.rotary_dim / 2;
+  for (int64_t t = 0; t < heads.T; ++t) {
+    for (int64_t h = 0; h < heads.num_heads; ++h) {
+      float* head = heads.x + t * heads.token_stride + h * heads.head_stride;
+      const std::vector<float> before(head, head + heads.rotary_dim);
       for (int64_t i = 0; i < half; ++i) {
         const double angle = static_cast<float>(positions_T[t]) * inverse_frequency[i];  // fp32, see rope.cc
-        const double a = head[i], b = head[i + half];
+        const double a = before[heads.interleaved ? 2 * i : i], b = before[heads.interleaved ? 2 * i + 1 : i + half];
         head[i] = static_cast<float>(a * std::cos(angle) - b * std::sin(angle));
         head[i + half] = static_cast<float>(b * std::cos(angle) + a * std::sin(angle));
       }
@@ -141,23 +151,30 @@ void rope(float* x, int64_t token_stride, const int32_t* positions_T, const floa
   }
 }
 
-void attention(const float* q, int64_t token_stride, const PagedKv& kv, int64_t T, int64_t S, int64_t H, int64_t G,
-               int64_t d, float scale, double* out_THd) {
+void attention(const float* q_THd, const PagedKv& kv, int64_t T, int64_t S, const AttentionShape& shape,
+               double* out_THv) {
+  const int64_t H = shape.H, d = shape.d, v = shape.v;
   std::vector<double> p(static_cast<size_t>(S));
   for (int64_t t = 0; t < T; ++t) {
+    const int64_t end = S - T + t + 1, first = shape.window > 0 ? std::max<int64_t>(0, end - shape.window) : 0;
     for (int64_t h = 0; h < H; ++h) {
-      const int64_t g = h / (H / G), visible = S - T + t + 1;
-      const float* query = q + t * token_stride + h * d;
-      double maximum = -INFINITY, sum = 0;
-      for (int64_t j = 0; j < visible; ++j) {
+      const int64_t g = h / (H / shape.G);
+      const float* query = q_THd + (t * H + h) * d;
+      double maximum = shape.sinks_H ? shape.sinks_H[h] : -INFINITY;
+      for (int64_t j = first; j < end; ++j) {
         p[j] = 0;
-        for (int64_t i = 0; i < d; ++i) p[j] += scale * query[i] * load_kv(kv.k_blocks, kv, j, g, G, d, i);
+        for (int64_t i = 0; i < d; ++i) p[j] += shape.scale * query[i] * load_kv(kv.k_blocks, kv, j, g, shape.G, d, i);
         maximum = std::max(maximum, p[j]);
       }
-      for (int64_t j = 0; j < visible; ++j) sum += p[j] = std::exp(p[j] - maximum);
-      for (int64_t i = 0; i < d; ++i) {
-        double& out = out_THd[(t * H + h) * d + i] = 0;
-        for (int64_t j = 0; j < visible; ++j) out += p[j] / sum * load_kv(kv.v_blocks, kv, j, g, G, d, i);
+      double sum = shape.sinks_H ? std::exp(shape.sinks_H[h] - maximum) : 0;
+      for (int64_t j = first; j < end; ++j) sum += p[j] = std::exp(p[j] - maximum);
+      for (int64_t i = 0; i < v; ++i) {
+        double& out = out_THv[(t * H + h) * v + i] = 0;
+        for (int64_t j = first; j < end; ++j) {
+          out += p[j] / sum *
+                 (kv.v_blocks ? load_kv(kv.v_blocks, kv, j, g, shape.G, v, i)
+                              : load_kv(kv.k_blocks, kv, j, g, shape.G, d, i));
+        }
       }
     }
   }

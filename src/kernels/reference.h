@@ -6,11 +6,13 @@
 
 #include "kernels/attention.h"
 #include "kernels/gemm.h"
+#include "kernels/rope.h"
 
 namespace coterie::reference {
 
 double load(const ConstMatrix& m, int64_t row, int64_t col);
 double activation_value(Activation activation, double x);
+double gated_factor(Activation activation, double up);
 double activation_derivative(Activation activation, double x);
 
 // C of the problem as doubles [M * N], before rounding to C's type (accumulate reads C). Needs b, not
@@ -22,9 +24,8 @@ void gemm(const GemmProblem& problem, double* c_MN, double* sum_of_abs_MN = null
 void rms_norm(const float* x_TD, const float* weight_D, float eps, int64_t T, int64_t D, double* out_TD);
 void layer_norm(const float* x_TD, const float* weight_D, const float* bias_D, float eps, int64_t T, int64_t D,
                 double* out_TD);
-void rope(float* x, int64_t token_stride, const int32_t* positions_T, const float* inverse_frequency, int64_t T,
-          int64_t num_heads, int64_t head_dim);
-void attention(const float* q, int64_t token_stride, const PagedKv& kv, int64_t T, int64_t S, int64_t H, int64_t G,
-               int64_t d, float scale, double* out_THd);
+void rope(const RopeHeads& heads, const int32_t* positions_T, const float* inverse_frequency);
+void attention(const float* q_THd, const PagedKv& kv, int64_t T, int64_t S, const AttentionShape& shape,
+               double* out_THv);
 
 }  // namespace coterie::reference

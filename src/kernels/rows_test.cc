@@ -210,26 +210,41 @@ TEST(Norm, LayerNormAgreesWithDoubles) {
   });
 }
 
+// Whole heads and parts of them, in both layouts.
 TEST(Rope, AgreesWithDoubles) {
   std::mt19937 random(3);
   NativeThreadPool pool(2);
   for_each_isa([&] {
     for (int64_t head_dim : {2, 6, 16, 34, 64, 80, 128}) {
-      const int64_t T = 7, heads = 3, stride = heads * head_dim + 5;
-      const std::vector<int32_t> positions = {0, 1, 2, 100, 4095, 131071, 7};
-      std::vector<float> frequency;
-      for (int64_t i = 0; i < head_dim / 2; ++i) {
-        frequency.push_back(
-            static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim))));
+      for (const bool interleaved : {false, true}) {
+        const int64_t T = 7, num_heads = 3, rotary_dim = interleaved ? head_dim : (head_dim + 2) / 4 * 2;
+        const std::vector<int32_t> positions = {0, 1, 2, 100, 4095, 131071, 7};
+        std::vector<float> frequency, cosines(T * rotary_dim / 2), sines(cosines);
+        for (int64_t i = 0; i < rotary_dim / 2; ++i) {
+          frequency.push_back(
+              static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim))));
+        }
+        RopeHeads heads = {.T = T,
+                           .token_stride = num_heads * head_dim + 5,
+                           .num_heads = num_heads,
+                           .head_stride = head_dim,
+                           .rotary_dim = rotary_dim,
+                           .interleaved = interleaved};
+        std::vector<float> x = random_floats(T * heads.token_stride, random), expected = x, magnitude = x;
+        for (int64_t t = 0; t < T; ++t) {
+          rope_angles(positions[t], frequency.data(), rotary_dim / 2, 1.0f, cosines.data() + t * rotary_dim / 2,
+                      sines.data() + t * rotary_dim / 2);
+        }
+        heads.x = x.data();
+        rope(heads, cosines.data(), sines.data(), pool);
+        heads.x = expected.data();
+        reference::rope(heads, positions.data(), frequency.data());
+        // Sine and cosine within 1 ulp, two products, one sum: 4 u of |a| + |b|, at most twice the largest here.
+        for (float& value : magnitude) value = std::abs(value);
+        const float largest = *std::max_element(magnitude.begin(), magnitude.end());
+        for (size_t i = 0; i < x.size(); ++i)
+          ASSERT_NEAR(x[i], expected[i], 4 * u * 2 * largest) << head_dim << " at " << i;
       }
-      std::vector<float> x = random_floats(T * stride, random), expected = x, magnitude = x;
-      rope(x.data(), stride, positions.data(), frequency.data(), T, heads, head_dim, pool);
-      reference::rope(expected.data(), stride, positions.data(), frequency.data(), T, heads, head_dim);
-      // Sine and cosine within 1 ulp, two products, one sum: 4 u of |a| + |b|, at most twice the largest here.
-      for (float& value : magnitude) value = std::abs(value);
-      const float largest = *std::max_element(magnitude.begin(), magnitude.end());
-      for (size_t i = 0; i < x.size(); ++i)
-        ASSERT_NEAR(x[i], expected[i], 4 * u * 2 * largest) << head_dim << " at " << i;
     }
   });
 }
@@ -390,14 +405,17 @@ TEST(Rows, CombineScaleAddAndDot) {
 TEST(Activation, NamesOfHuggingFace) {
   EXPECT_EQ(activation_from_name("gelu_new"), Activation::kGeluTanh);
   EXPECT_EQ(activation_from_name("swish"), Activation::kSilu);
-  for (Activation activation : {Activation::kRelu, Activation::kGelu, Activation::kGeluTanh, Activation::kSilu}) {
+  for (Activation activation :
+       {Activation::kRelu, Activation::kGelu, Activation::kGeluTanh, Activation::kSilu, Activation::kClampedSwiglu}) {
     EXPECT_EQ(activation_from_name(activation_name(activation)), activation);
   }
   try {
     activation_from_name("mish");
     FAIL();
   } catch (const InvalidArgument& error) {
-    EXPECT_STREQ(error.what(), "activation: 'mish' is not one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, swish");
+    EXPECT_STREQ(
+        error.what(),
+        "activation: 'mish' is not one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, swish, clamped_swiglu");
   }
 }
 

@@ -55,7 +55,7 @@ void store_rows(const TileStore& s, int64_t column, int64_t n) {
     }
     for (int i = 0; i < Memory::kCount; ++i) {
       v[i] = activation_value(kActivation, v[i]);
-      if (kGated) v[i] *= up[i];
+      if (kGated) v[i] *= gated_factor(kActivation, up[i]);
     }
     const Memory out = {c + r * s.c_stride * kBytes, n};
     if (s.accumulate) out.add_to(v);
@@ -94,6 +94,8 @@ void store_activated(const TileStore& s) {
       return store_columns<kBf16, kGated, Activation::kGeluTanh>(s);
     case Activation::kSilu:
       return store_columns<kBf16, kGated, Activation::kSilu>(s);
+    case Activation::kClampedSwiglu:
+      return store_columns<kBf16, kGated, Activation::kClampedSwiglu>(s);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "coterie/error.h"
 #include "model/architectures.h"
+#include "model/rope_json.h"
 #include "model/router_json.h"
 
 namespace coterie {
@@ -19,8 +20,9 @@ constexpr Names<ResidualKind, 4> kResiduals = {{{"none", ResidualKind::kNone},
                                                 {"sum", ResidualKind::kSum},
                                                 {"learned", ResidualKind::kLearned},
                                                 {"shared_gate", ResidualKind::kSharedGate}}};
-constexpr Names<ScoreFunction, 2> kScores = {
-    {{"softmax", ScoreFunction::kSoftmax}, {"sigmoid", ScoreFunction::kSigmoid}}};
+constexpr Names<ScoreFunction, 3> kScores = {{{"softmax", ScoreFunction::kSoftmax},
+                                              {"sigmoid", ScoreFunction::kSigmoid},
+                                              {"sparsemixer", ScoreFunction::kSparsemixer}}};
 constexpr Names<Chooser, 2> kChoosers = {{{"tokens", Chooser::kTokens}, {"experts", Chooser::kExperts}}};
 constexpr Names<GroupScore, 2> kGroupScores = {{{"max", GroupScore::kMax}, {"top2", GroupScore::kTopTwo}}};
 constexpr Names<NormalizeOver, 2> kNormalizeOver = {
@@ -56,6 +58,8 @@ const char* enum_name(Enum value, const Names<Enum, N>& names) {
 // Everything of a router but its sizes, which the layer gives.
 void read_router(const ConfigReader& json, RouterConfig& router) {
   router.score_function = read_enum(json, "score_function", kScores);
+  router.sparsemixer_epsilon = read_float(json, "sparsemixer_epsilon", router.sparsemixer_epsilon);
+  router.logit_bias = json.boolean("logit_bias", router.logit_bias);
   router.chooser = read_enum(json, "chooser", kChoosers);
   router.num_groups = json.integer("num_groups", router.num_groups);
   router.top_k_groups = json.integer("top_k_groups", router.top_k_groups);
@@ -75,6 +79,7 @@ void read_router(const ConfigReader& json, RouterConfig& router) {
 
 LayerConfig read_layer(const ConfigReader& json) {
   LayerConfig layer;
+  layer.window = json.integer("window", 0);
   layer.router.num_experts = json.integer("num_experts", 0);
   layer.intermediate_size = json.integer("intermediate_size", 0);
   if (!layer.is_moe()) {
@@ -87,6 +92,37 @@ LayerConfig read_layer(const ConfigReader& json) {
   if (json.has("router")) read_router(json.object("router"), layer.router);
   json.refuse_unknown();
   return layer;
+}
+
+LatentAttention read_latent(const ConfigReader& json) {
+  LatentAttention latent = {.kv_rank = json.integer("kv_lora_rank"),
+                            .q_rank = json.integer("q_lora_rank", 0),
+                            .nope_dim = json.integer("qk_nope_head_dim"),
+                            .rope_dim = json.integer("qk_rope_head_dim"),
+                            .v_dim = json.integer("v_head_dim")};
+  latent.norm_eps = read_float(json, "norm_eps", latent.norm_eps);
+  if (latent.kv_rank < 1) json.fail("kv_lora_rank", std::to_string(latent.kv_rank) + " is below 1");
+  json.refuse_unknown();
+  return latent;
+}
+
+void read_attention(const ConfigReader& json, ModelConfig& c) {
+  c.positions = read_enum(json, "position_embedding_type", kPositions);
+  c.rope_theta = json.number("rope_theta", c.rope_theta);
+  if (json.has("rope_scaling")) {
+    const ConfigReader rope = json.object("rope_scaling");
+    c.rope_scaling = read_rope_scaling(rope, rope.text("rope_type"), c.max_position_embeddings);
+    rope.refuse_unknown();
+  }
+  c.rotary_dim = json.integer("rotary_dim", 0);
+  c.rope_interleaved = json.boolean("rope_interleaved", false);
+  if (json.has("latent_attention")) c.latent = read_latent(json.object("latent_attention"));
+  c.attention_sinks = json.boolean("attention_sinks", false);
+  c.qk_norm = read_enum(json, "qk_norm", kQkNorms);
+  c.clip_qkv = read_float(json, "clip_qkv", c.clip_qkv);
+  c.attention_multiplier = read_float(json, "attention_multiplier", c.attention_multiplier);
+  c.attention_bias = json.boolean("attention_bias", c.attention_bias);
+  c.attention_output_bias = json.boolean("attention_output_bias", c.attention_output_bias);
 }
 
 // Keys that transformers writes into every config.json and that change no result of a causal model.
@@ -125,16 +161,15 @@ ModelConfig read_config(const ConfigReader& json) {
   }
   c.max_position_embeddings = json.integer("max_position_embeddings");
   c.norm = read_enum(json, "norm_type", kNorms);
-  c.norm_eps = static_cast<float>(json.number("norm_eps", c.norm_eps));
-  c.positions = read_enum(json, "position_embedding_type", kPositions);
-  c.rope_theta = json.number("rope_theta", c.rope_theta);
-  c.qk_norm = read_enum(json, "qk_norm", kQkNorms);
-  c.clip_qkv = static_cast<float>(json.number("clip_qkv", c.clip_qkv));
+  c.norm_eps = read_float(json, "norm_eps", c.norm_eps);
+  read_attention(json, c);
   c.activation = read_activation(json, "hidden_act", "silu");
   c.gated_mlp = json.boolean("gated_mlp", c.gated_mlp);
-  c.attention_bias = json.boolean("attention_bias", c.attention_bias);
-  c.attention_output_bias = json.boolean("attention_output_bias", c.attention_output_bias);
   c.mlp_bias = json.boolean("mlp_bias", c.mlp_bias);
+  c.lm_head_bias = json.boolean("lm_head_bias", c.lm_head_bias);
+  c.embedding_multiplier = read_float(json, "embedding_multiplier", c.embedding_multiplier);
+  c.residual_multiplier = read_float(json, "residual_multiplier", c.residual_multiplier);
+  c.logits_scaling = read_float(json, "logits_scaling", c.logits_scaling);
   c.tie_word_embeddings = json.boolean("tie_word_embeddings", c.tie_word_embeddings);
   c.initializer_range = static_cast<float>(json.number("initializer_range", c.initializer_range));
   c.bos_token_id = json.integer("bos_token_id", -1);
@@ -156,32 +191,61 @@ ModelConfig read_config(const ConfigReader& json) {
 }
 
 Json router_json(const RouterConfig& router) {
-  return {{"score_function", enum_name(router.score_function, kScores)},
-          {"chooser", enum_name(router.chooser, kChoosers)},
-          {"num_groups", router.num_groups},
-          {"top_k_groups", router.top_k_groups},
-          {"group_score", enum_name(router.group_score, kGroupScores)},
-          {"choice_bias", router.choice_bias},
-          {"normalize", router.normalize},
-          {"normalize_over", enum_name(router.normalize_over, kNormalizeOver)},
-          {"routed_scaling", shortest_decimal(router.routed_scaling)},
-          {"choice_noise", enum_name(router.choice_noise, kNoises)},
-          {"jitter", shortest_decimal(router.jitter)},
-          {"capacity_factor", shortest_decimal(router.capacity_factor)},
-          {"eval_capacity_factor", shortest_decimal(router.eval_capacity_factor)},
-          {"min_capacity", router.min_capacity},
-          {"drop_policy", enum_name(router.drop_policy, kDropPolicies)}};
+  Json json = {{"score_function", enum_name(router.score_function, kScores)},
+               {"chooser", enum_name(router.chooser, kChoosers)},
+               {"num_groups", router.num_groups},
+               {"top_k_groups", router.top_k_groups},
+               {"group_score", enum_name(router.group_score, kGroupScores)},
+               {"choice_bias", router.choice_bias},
+               {"normalize", router.normalize},
+               {"normalize_over", enum_name(router.normalize_over, kNormalizeOver)},
+               {"routed_scaling", shortest_decimal(router.routed_scaling)},
+               {"choice_noise", enum_name(router.choice_noise, kNoises)},
+               {"jitter", shortest_decimal(router.jitter)},
+               {"capacity_factor", shortest_decimal(router.capacity_factor)},
+               {"eval_capacity_factor", shortest_decimal(router.eval_capacity_factor)},
+               {"min_capacity", router.min_capacity},
+               {"drop_policy", enum_name(router.drop_policy, kDropPolicies)}};
+  if (router.logit_bias) json["logit_bias"] = true;
+  if (router.score_function == ScoreFunction::kSparsemixer) {
+    json["sparsemixer_epsilon"] = shortest_decimal(router.sparsemixer_epsilon);
+  }
+  return json;
 }
 
 Json layer_json(const LayerConfig& layer) {
-  if (!layer.is_moe()) return {{"num_experts", 0}, {"intermediate_size", layer.intermediate_size}};
-  Json json = {{"num_experts", layer.router.num_experts},
-               {"top_k", layer.router.top_k},
-               {"expert_intermediate_size", layer.expert_intermediate_size},
-               {"residual", enum_name(layer.residual, kResiduals)}};
+  Json json = {{"num_experts", layer.router.num_experts}};
+  if (layer.window != 0) json["window"] = layer.window;
+  if (!layer.is_moe()) {
+    json["intermediate_size"] = layer.intermediate_size;
+    return json;
+  }
+  json["top_k"] = layer.router.top_k;
+  json["expert_intermediate_size"] = layer.expert_intermediate_size;
+  json["residual"] = enum_name(layer.residual, kResiduals);
   if (layer.residual != ResidualKind::kNone) json["intermediate_size"] = layer.intermediate_size;
   json["router"] = router_json(layer.router);
   return json;
+}
+
+Json latent_json(const LatentAttention& latent) {
+  return {{"kv_lora_rank", latent.kv_rank},      {"q_lora_rank", latent.q_rank},
+          {"qk_nope_head_dim", latent.nope_dim}, {"qk_rope_head_dim", latent.rope_dim},
+          {"v_head_dim", latent.v_dim},          {"norm_eps", shortest_decimal(latent.norm_eps)}};
+}
+
+// What most models do without is left out.
+void write_specialties(const ModelConfig& c, Json& json) {
+  if (c.rope_scaling.kind != RopeScalingKind::kNone) json["rope_scaling"] = rope_scaling_json(c.rope_scaling);
+  if (c.rotary_dim != 0) json["rotary_dim"] = c.rotary_dim;
+  if (c.rope_interleaved) json["rope_interleaved"] = true;
+  if (c.is_latent()) json["latent_attention"] = latent_json(c.latent);
+  if (c.attention_sinks) json["attention_sinks"] = true;
+  if (c.lm_head_bias) json["lm_head_bias"] = true;
+  if (c.attention_multiplier != 0) json["attention_multiplier"] = shortest_decimal(c.attention_multiplier);
+  if (c.embedding_multiplier != 1) json["embedding_multiplier"] = shortest_decimal(c.embedding_multiplier);
+  if (c.residual_multiplier != 1) json["residual_multiplier"] = shortest_decimal(c.residual_multiplier);
+  if (c.logits_scaling != 1) json["logits_scaling"] = shortest_decimal(c.logits_scaling);
 }
 
 Json write_config(const ModelConfig& c) {
@@ -208,8 +272,9 @@ Json write_config(const ModelConfig& c) {
                {"tie_word_embeddings", c.tie_word_embeddings},
                {"initializer_range", shortest_decimal(c.initializer_range)},
                {"bos_token_id", optional_id_json(c.bos_token_id)},
-               {"eos_token_id", token_ids_json(c.eos_token_ids)},
-               {"layers", Json::array()}};
+               {"eos_token_id", token_ids_json(c.eos_token_ids)}};
+  write_specialties(c, json);
+  json["layers"] = Json::array();
   for (const LayerConfig& layer : c.layers) json["layers"].push_back(layer_json(layer));
   return json;
 }

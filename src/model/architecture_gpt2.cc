@@ -69,10 +69,11 @@ Json write_config(const ModelConfig& c) {
 
 // q, k and v lie side by side in c_attn.
 std::vector<std::vector<Piece>> fused_attention(const TensorSpec& spec, const std::string& stored, int64_t part) {
-  const bool is_weight = spec.shape.size() > 1;
+  const int64_t columns = spec.shape[0];
   Piece piece = whole_piece(spec, stored, /*transposed=*/true);
-  piece.stored_row = part * spec.shape[0];
-  piece.stored_shape[is_weight ? 1 : 0] = 3 * spec.shape[0];
+  piece.first = part * columns;
+  piece.stored_shape.back() = 3 * columns;
+  if (spec.shape.size() > 1) piece.col_stride = 3 * columns;
   return {{piece}};
 }
 

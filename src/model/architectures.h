@@ -34,11 +34,17 @@ const Architecture& architecture_named(const std::string& name, const std::strin
 
 extern const Architecture kCoterieArchitecture;
 extern const Architecture kLlamaArchitecture;
+extern const Architecture kMistralArchitecture;
+extern const Architecture kQwen2Architecture;
+extern const Architecture kQwen3Architecture;
 extern const Architecture kMixtralArchitecture;
 extern const Architecture kOlmoeArchitecture;
 extern const Architecture kQwen2MoeArchitecture;
 extern const Architecture kQwen3MoeArchitecture;
 extern const Architecture kGpt2Architecture;
+extern const Architecture kGraniteMoeArchitecture;
+extern const Architecture kPhimoeArchitecture;
+extern const Architecture kGlm4MoeArchitecture;
 
 // Pieces of the parsers that every family shares.
 Activation read_activation(const ConfigReader& json, const std::string& key, const std::string& fallback);

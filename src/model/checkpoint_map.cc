@@ -1,6 +1,7 @@
 #include "model/checkpoint_map.h"
 
 #include <algorithm>
+#include <charconv>
 #include <set>
 #include <utility>
 
@@ -22,20 +23,9 @@ int64_t product(const std::vector<int64_t>& shape) {
   return n;
 }
 
-// Element (row, col) of the block lies at first + row * row_stride + col * col_stride when stored.
-struct StoredBlock {
-  int64_t first, row_stride, col_stride;
-
-  explicit StoredBlock(const Piece& piece) {
-    const int64_t stored_rows = piece.stored_shape.back();  // of a transposed matrix, [cols, all rows]
-    first = piece.transposed ? piece.stored_row : piece.stored_row * piece.cols;
-    row_stride = piece.transposed ? 1 : piece.cols;
-    col_stride = piece.transposed ? stored_rows : 1;
-  }
-};
-
 bool is_whole(const Piece& piece) {
-  return !piece.transposed && piece.rows * piece.cols == product(piece.stored_shape);
+  return piece.rows * piece.cols == product(piece.stored_shape) && piece.row_stride == piece.cols &&
+         piece.col_stride == 1;
 }
 
 }  // namespace
@@ -52,13 +42,13 @@ LogicalName::LogicalName(const std::string& name) {
 }
 
 Piece whole_piece(const TensorSpec& spec, std::string stored, bool transposed) {
-  Piece piece;
-  piece.stored = std::move(stored);
-  piece.stored_shape = spec.shape;
-  piece.cols = spec.shape.size() > 1 ? spec.shape.back() : 1;
-  piece.rows = spec.num_elements() / piece.cols;
-  piece.transposed = transposed && spec.shape.size() > 1;
-  if (piece.transposed) std::reverse(piece.stored_shape.begin(), piece.stored_shape.end());
+  const int64_t cols = spec.shape.size() > 1 ? spec.shape.back() : 1, rows = spec.num_elements() / cols;
+  Piece piece = {.stored = std::move(stored), .stored_shape = spec.shape, .rows = rows, .cols = cols};
+  piece.row_stride = cols;
+  if (transposed && spec.shape.size() > 1) {
+    std::reverse(piece.stored_shape.begin(), piece.stored_shape.end());
+    piece.row_stride = 1, piece.col_stride = rows;
+  }
   return piece;
 }
 
@@ -113,9 +103,18 @@ void LogicalReader::check_surplus() const {
   for (const StoredTensor& stored : source_.tensors()) {
     const auto is_suffix = [&](const std::string& suffix) { return stored.name.ends_with(suffix); };
     if (!map_.ignored_prefix.empty() && stored.name.starts_with(map_.ignored_prefix)) continue;
+    if (is_of_ignored_layer(stored.name)) continue;
     if (used.contains(stored.name) || std::ranges::any_of(map_.ignored_suffixes, is_suffix)) continue;
     throw CorruptFile(source_.path() + ": " + stored.name + ": not a tensor of this model");
   }
+}
+
+bool LogicalReader::is_of_ignored_layer(const std::string& name) const {
+  const std::string layers = "model.layers.";
+  if (map_.first_ignored_layer < 0 || !name.starts_with(layers)) return false;
+  int64_t layer = 0;
+  const auto [end, error] = std::from_chars(name.data() + layers.size(), name.data() + name.size(), layer);
+  return error == std::errc() && *end == '.' && layer >= map_.first_ignored_layer;
 }
 
 const MappedTensor* LogicalReader::find(const std::string& name) const {
@@ -129,33 +128,33 @@ std::vector<float> LogicalReader::read(const std::string& name) const {
   const MappedTensor* tensor = find(name);
   COTERIE_CHECK(tensor, name + " is not a tensor of this model");
   std::vector<float> logical(tensor->spec.num_elements()), stored;
+  std::string in_memory;  // the tensor that `stored` holds: neighbours are often pieces of the same
   for (const Piece& piece : tensor->forms[form_[tensor - map_.tensors.data()]]) {
     if (is_whole(piece)) {
       source_.read(stored_name(piece.stored), logical.data() + piece.offset);
       continue;
     }
-    stored.resize(product(piece.stored_shape));
-    source_.read(stored_name(piece.stored), stored.data());
+    if (piece.stored != in_memory) {
+      stored.resize(product(piece.stored_shape));
+      source_.read(stored_name(piece.stored), stored.data());
+      in_memory = piece.stored;
+    }
     copy_to_logical(piece, stored.data(), logical.data());
   }
   return logical;
 }
 
 void copy_to_logical(const Piece& piece, const float* stored, float* logical) {
-  const StoredBlock block(piece);
   for (int64_t r = 0; r < piece.rows; ++r) {
-    for (int64_t c = 0; c < piece.cols; ++c) {
-      logical[piece.offset + r * piece.cols + c] = stored[block.first + r * block.row_stride + c * block.col_stride];
-    }
+    const float* from = stored + piece.first + r * piece.row_stride;
+    for (int64_t c = 0; c < piece.cols; ++c) logical[piece.offset + r * piece.cols + c] = from[c * piece.col_stride];
   }
 }
 
 void copy_to_stored(const Piece& piece, const float* logical, float* stored) {
-  const StoredBlock block(piece);
   for (int64_t r = 0; r < piece.rows; ++r) {
-    for (int64_t c = 0; c < piece.cols; ++c) {
-      stored[block.first + r * block.row_stride + c * block.col_stride] = logical[piece.offset + r * piece.cols + c];
-    }
+    float* to = stored + piece.first + r * piece.row_stride;
+    for (int64_t c = 0; c < piece.cols; ++c) to[c * piece.col_stride] = logical[piece.offset + r * piece.cols + c];
   }
 }
 

@@ -15,17 +15,18 @@
 namespace coterie {
 
 // A block that a stored and a logical tensor have in common. In the logical tensor it is [rows, cols],
-// contiguous from element `offset` on. In the stored one, seen as a matrix with `cols` columns, it is
-// the rows from stored_row on; when transposed, the stored matrix is [cols, all rows] (GPT-2's
-// Conv1D) and they are columns.
+// contiguous from element `offset` on. In the stored one, element (r, c) is number
+// first + r * row_stride + c * col_stride: rows of a matrix, columns of a transposed one (GPT-2's Conv1D), every
+// second row (gpt-oss's gates).
 struct Piece {
   std::string stored;
   std::vector<int64_t> stored_shape;
   int64_t offset = 0;
   int64_t rows = 0;
   int64_t cols = 0;
-  int64_t stored_row = 0;
-  bool transposed = false;
+  int64_t first = 0;
+  int64_t row_stride = 0;
+  int64_t col_stride = 1;
 };
 
 struct MappedTensor {
@@ -40,6 +41,7 @@ struct CheckpointMap {
   std::string base_prefix;                    // "transformer.": files of the model without its head leave it out
   std::vector<std::string> ignored_suffixes;  // stored buffers that are no weights
   std::string ignored_prefix;                 // what else is none; empty: nothing
+  int64_t first_ignored_layer = -1;           // "model.layers.N." from this N on are of no use either; -1: none
 };
 
 // A logical name taken apart: "model.layers.3.mlp.up.weight" is layer 3, "mlp.up", "weight".
@@ -77,6 +79,7 @@ class LogicalReader {
   std::string stored_name(const std::string& name) const;
   void check_piece(const Piece& piece) const;
   void check_surplus() const;
+  bool is_of_ignored_layer(const std::string& name) const;
 
   const TensorSource& source_;
   CheckpointMap map_;

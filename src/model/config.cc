@@ -1,6 +1,7 @@
 #include "model/config.h"
 
 #include <cmath>
+#include <tuple>
 
 #include "coterie/error.h"
 #include "io/json.h"
@@ -45,7 +46,48 @@ class Validator {
     }
   }
 
+  void rotary(const ModelConfig& c) const {
+    const int64_t dims = c.num_rotary_dims(), most = c.is_latent() ? c.latent.rope_dim : c.head_dim;
+    if (c.rotary_dim != 0) size("rotary_dim", c.rotary_dim, most);
+    const std::string field = c.rotary_dim != 0 ? "rotary_dim" : c.is_latent() ? "qk_rope_head_dim" : "head_dim";
+    if (dims % 2 != 0) fail(field, std::to_string(dims) + " is odd, rotary positions need pairs");
+    number("rope_theta", c.rope_theta);
+    if (c.rope_scaling.kind == RopeScalingKind::kYarn && c.rope_theta <= 1) {
+      fail("rope_theta", Json(c.rope_theta).dump() + " is not above 1, as yarn needs it");
+    }
+  }
+
+  void latent(const ModelConfig& c) const {
+    const LatentAttention& l = c.latent;
+    size("latent_attention.kv_lora_rank", l.kv_rank, 1 << 16);
+    if (l.q_rank != 0) size("latent_attention.q_lora_rank", l.q_rank);
+    size("latent_attention.qk_nope_head_dim", l.nope_dim, 1 << 16);
+    size("latent_attention.qk_rope_head_dim", l.rope_dim, 1 << 16);
+    size("latent_attention.v_head_dim", l.v_dim, 1 << 16);
+    number("latent_attention.norm_eps", l.norm_eps);
+    if (c.num_kv_heads != c.num_heads) {
+      fail("num_key_value_heads", std::to_string(c.num_kv_heads) + " is not num_attention_heads (" +
+                                      std::to_string(c.num_heads) + "), as latent attention needs it");
+    }
+    if (c.head_dim != l.nope_dim + l.rope_dim) {
+      fail("head_dim", std::to_string(c.head_dim) + " is not qk_nope_head_dim + qk_rope_head_dim");
+    }
+    if (c.positions != PositionKind::kRope) fail("position_embedding_type", "latent attention needs \"rope\"");
+    if (c.qk_norm != QkNorm::kNone) fail("qk_norm", "latent attention needs \"none\"");
+    if (c.clip_qkv != 0) fail("clip_qkv", "latent attention needs 0");
+    if (c.attention_sinks) fail("attention_sinks", "true does not go with latent attention");
+    if (c.rotary_dim != 0) fail("rotary_dim", "does not go with latent attention: qk_rope_head_dim says it");
+  }
+
+  void activation(const ModelConfig& c) const {
+    if (c.activation == Activation::kNone) fail("hidden_act", "missing");
+    if (c.activation == Activation::kClampedSwiglu && !c.gated_mlp) {
+      fail("hidden_act", std::string(activation_name(c.activation)) + " needs gated_mlp");
+    }
+  }
+
   void layer(const std::string& field, const LayerConfig& l) const {
+    if (l.window < 0) fail(field + "window", std::to_string(l.window) + " is negative");
     if (!l.is_moe()) {
       if (l.router.num_experts < 0) fail(field + "num_experts", std::to_string(l.router.num_experts) + " is negative");
       size(field + "intermediate_size", l.intermediate_size);
@@ -107,14 +149,16 @@ void ModelConfig::validate(const std::string& source) const {
     check.fail("num_key_value_heads", std::to_string(num_kv_heads) + " does not divide num_attention_heads (" +
                                           std::to_string(num_heads) + ")");
   }
-  if (positions == PositionKind::kRope) {
-    if (head_dim % 2 != 0) check.fail("head_dim", std::to_string(head_dim) + " is odd, rotary positions need pairs");
-    check.number("rope_theta", rope_theta);
-  }
+  if (is_latent()) check.latent(*this);
+  if (positions == PositionKind::kRope) check.rotary(*this);
+  check.number("embedding_multiplier", embedding_multiplier);
+  check.number("attention_multiplier", attention_multiplier, true);
+  check.number("residual_multiplier", residual_multiplier);
+  check.number("logits_scaling", logits_scaling);
   check.number("norm_eps", norm_eps);
   check.number("clip_qkv", clip_qkv, true);
   check.number("initializer_range", initializer_range, true);
-  if (activation == Activation::kNone) check.fail("hidden_act", "missing");
+  check.activation(*this);
   for (const int64_t id : eos_token_ids) {
     if (id < 0) check.fail("eos_token_id", std::to_string(id) + " is negative");
   }
@@ -129,6 +173,43 @@ void ModelConfig::validate(const std::string& source) const {
     parameters += elements;
   }
   if (parameters > 1e16) check.fail("layers", "more than 1e16 parameters");
+}
+
+float ModelConfig::score_scale() const {
+  return attention_multiplier > 0 ? attention_multiplier : 1.0f / std::sqrt(static_cast<float>(head_dim));
+}
+
+int64_t ModelConfig::num_rotary_dims() const {
+  if (is_latent()) return latent.rope_dim;
+  return rotary_dim > 0 ? rotary_dim : head_dim;
+}
+
+int64_t ModelConfig::attention_width() const { return num_heads * (is_latent() ? latent.v_dim : head_dim); }
+
+std::string ModelConfig::untrainable() const {
+  const std::string no = " is not trained";
+  if (rope_scaling != RopeScaling()) return "rope_scaling: stretching of positions" + no;
+  if (rotary_dim != 0) return "rotary_dim: " + std::to_string(rotary_dim) + no;
+  if (rope_interleaved) return "rope_interleaved: true" + no;
+  if (is_latent()) return "latent_attention:" + no;
+  if (attention_sinks) return "attention_sinks: true" + no;
+  if (lm_head_bias) return "lm_head_bias: true" + no;
+  if (activation == Activation::kClampedSwiglu) return "hidden_act: " + std::string(activation_name(activation)) + no;
+  for (const auto& [key, value, plain] : {std::tuple("embedding_multiplier", embedding_multiplier, 1.0f),
+                                          {"attention_multiplier", attention_multiplier, 0.0f},
+                                          {"residual_multiplier", residual_multiplier, 1.0f},
+                                          {"logits_scaling", logits_scaling, 1.0f}}) {
+    if (value != plain) return std::string(key) + ": " + Json(shortest_decimal(value)).dump() + no;
+  }
+  for (size_t n = 0; n < layers.size(); ++n) {
+    const std::string layer = "layers[" + std::to_string(n) + "].";
+    if (layers[n].window != 0) return layer + "window: " + std::to_string(layers[n].window) + no;
+    if (layers[n].router.logit_bias) return layer + "router.logit_bias: true" + no;
+    if (layers[n].router.score_function == ScoreFunction::kSparsemixer) {
+      return layer + "router.score_function: sparsemixer" + no;
+    }
+  }
+  return "";
 }
 
 int64_t ModelConfig::num_parameters() const {

@@ -32,7 +32,9 @@ TEST(ModelConfig, RefusesOneLineNamingFileFieldAndValue) {
   EXPECT_EQ(refusal("[1, 2]"), "config.json: [1,2] is not an object");
   EXPECT_EQ(refusal(R"({"architectures": ["BertModel"]})"),
             "config.json: architectures: 'BertModel' is not supported (supported: LlamaForCausalLM, GPT2LMHeadModel, "
-            "MixtralForCausalLM, OlmoeForCausalLM, Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, CoterieForCausalLM)");
+            "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MixtralForCausalLM, OlmoeForCausalLM, "
+            "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, GraniteMoeForCausalLM, PhimoeForCausalLM, Glm4MoeForCausalLM, "
+            "CoterieForCausalLM)");
   EXPECT_EQ(refusal("{}"), "config.json: model_type: missing");
   EXPECT_EQ(refusal(ours(dense, R"(, "num_expert": 3)")), "config.json: num_expert: unknown key (3)");
   EXPECT_EQ(refusal(ours(dense, R"(, "a\nb": 3)")), "config.json: a?b: unknown key (3)");
@@ -71,19 +73,42 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   const auto llama = [](const std::string& extra) {
     return R"({"architectures": ["LlamaForCausalLM"], )" + extra + "}";
   };
-  EXPECT_EQ(refusal(llama(R"("rope_scaling": {"rope_type": "llama3", "factor": 8.0})")),
-            "config.json: rope_scaling.rope_type: 'llama3' is not supported (only 'default')");
+  EXPECT_EQ(refusal(llama(R"("rope_scaling": {"type": "longrope", "factor": 8.0})")),
+            "config.json: rope_scaling.type: 'longrope' is not supported (supported: default, linear, dynamic, llama3, "
+            "yarn)");
+  EXPECT_EQ(refusal(llama(R"("rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1})")),
+            "config.json: rope_scaling.high_freq_factor: missing");
   EXPECT_EQ(refusal(llama(R"("rope_parameters": {"rope_type": "yarn"})")),
-            "config.json: rope_parameters.rope_type: 'yarn' is not supported (only 'default')");
+            "config.json: rope_parameters.factor: missing");
+  EXPECT_EQ(refusal(llama(R"("rope_parameters": {"rope_type": "linear", "factor": 0.5})")),
+            "config.json: rope_parameters.factor: 0.5 is below 1");
+  EXPECT_EQ(refusal(llama(R"("rope_parameters": {"rope_type": "linear", "factor": 2, "beta_fast": 3})")),
+            "config.json: rope_parameters.beta_fast: not supported (3)");
+  EXPECT_EQ(
+      refusal(llama(R"("rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 9})")),
+      "config.json: rope_scaling.original_max_position_embeddings: 9 is not 2048, max_position_embeddings");
   EXPECT_EQ(refusal(llama(R"("partial_rotary_factor": 0.5)")),
             "config.json: partial_rotary_factor: 0.5 is not supported (only 1.0)");
   EXPECT_EQ(refusal(llama(R"("layer_types": ["full_attention", "sliding_attention"])")),
             "config.json: layer_types: \"sliding_attention\" is not supported (only \"full_attention\")");
   EXPECT_EQ(refusal(llama(R"("quantization_config": {"bits": 4})")),
             "config.json: quantization_config: quantized weights of this kind are not supported");
-  EXPECT_EQ(refusal(R"({"model_type": "mixtral", "sliding_window": 4096})"),
-            "config.json: sliding_window: 4096 is not supported");
-  EXPECT_EQ(refusal(R"({"model_type": "mixtral", "sliding_window": 131072})"), "accepted");
+  EXPECT_EQ(refusal(R"({"model_type": "mistral", "sliding_window": 0})"), "config.json: sliding_window: 0 is below 1");
+  EXPECT_EQ(refusal(R"({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["chunked_attention"]})"),
+            "config.json: layer_types: \"chunked_attention\" is not supported (supported: full_attention, "
+            "sliding_attention)");
+  EXPECT_EQ(refusal(R"({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]})"),
+            "config.json: layer_types: \"sliding_attention\" without use_sliding_window");
+  EXPECT_EQ(refusal(R"({"model_type": "phimoe", "num_experts_per_tok": 3})"),
+            "config.json: num_experts_per_tok: 3 is not supported (only 2)");
+  EXPECT_EQ(refusal(R"({"model_type": "phimoe", "rope_scaling": {"type": "yarn", "factor": 4}})"),
+            "config.json: rope_scaling: scaled rotary positions are not supported in this architecture");
+  EXPECT_EQ(refusal(R"({"model_type": "glm4_moe", "scoring_func": "softmax"})"),
+            "config.json: scoring_func: 'softmax' is not supported (only 'sigmoid')");
+  EXPECT_EQ(refusal(R"({"model_type": "glm4_moe", "partial_rotary_factor": 1.5})"),
+            "config.json: partial_rotary_factor: 1.5 of a head of 42");
+  EXPECT_EQ(refusal(R"({"model_type": "granitemoe", "residual_multiplier": -1})"),
+            "config.json: residual_multiplier: -1.0 is not positive");
   EXPECT_EQ(refusal(R"({"model_type": "qwen3_moe", "use_sliding_window": true})"),
             "config.json: use_sliding_window: true is not supported");
   EXPECT_EQ(refusal(R"({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": true})"),
@@ -102,6 +127,54 @@ TEST(ModelConfig, ReadsOldAndNewRotaryKeys) {
   EXPECT_EQ(theta(R"(, "rope_parameters": {"rope_type": "default", "rope_theta": 3e5})"), 3e5);
   EXPECT_EQ(theta(R"(, "rope_theta": 5e5, "rope_scaling": {"type": "default"})"), 5e5);
   EXPECT_EQ(ModelConfig::from_json(R"({"model_type": "mixtral"})", "").rope_theta, 1e6);
+}
+
+TEST(ModelConfig, WindowsFollowTheRuleOfTheirArchitecture) {
+  const auto windows = [](const std::string& json) {
+    std::vector<int64_t> result;
+    for (const LayerConfig& layer : ModelConfig::from_json(json, "").layers) result.push_back(layer.window);
+    return result;
+  };
+  using Windows = std::vector<int64_t>;
+  EXPECT_EQ(windows(R"({"model_type": "mistral", "num_hidden_layers": 2})"), (Windows{4096, 4096}));
+  EXPECT_EQ(windows(R"({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": null})"), (Windows{0, 0}));
+  EXPECT_EQ(windows(R"({"model_type": "mixtral", "num_hidden_layers": 1, "sliding_window": 64})"), (Windows{64}));
+  const std::string qwen = R"({"model_type": "qwen3", "num_hidden_layers": 3, "sliding_window": 8, )";
+  EXPECT_EQ(windows(qwen + R"("max_window_layers": 1})"), (Windows{0, 0, 0}));
+  EXPECT_EQ(windows(qwen + R"("max_window_layers": 1, "use_sliding_window": true})"), (Windows{0, 8, 8}));
+  EXPECT_EQ(windows(qwen + R"("use_sliding_window": true,
+                             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]})"),
+            (Windows{8, 0, 8}));
+}
+
+TEST(ModelConfig, ContextGrowsWithTheStretch) {
+  const auto context = [](const std::string& keys) {
+    return ModelConfig::from_json(
+               R"({"model_type": "llama", "max_position_embeddings": 1000, "rope_scaling": {)" + keys + "}}", "")
+        .max_context();
+  };
+  EXPECT_EQ(context(R"("type": "linear", "factor": 2.5)"), 2500);
+  EXPECT_EQ(context(R"("type": "dynamic", "factor": 2)"), 2000);
+  EXPECT_EQ(context(R"("type": "yarn", "factor": 4, "original_max_position_embeddings": 250)"), 1000);
+  EXPECT_EQ(context(R"("type": "yarn", "factor": 4)"), 4000);
+  EXPECT_EQ(context(R"("type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4)"), 1000);
+}
+
+TEST(ModelConfig, SaysWhatIsNotTrained) {
+  const std::string dense = R"({"intermediate_size": 20})";
+  const auto untrainable = [](const std::string& json) { return ModelConfig::from_json(json, "").untrainable(); };
+  EXPECT_EQ(untrainable(ours(dense)), "");
+  EXPECT_EQ(untrainable(ours(dense, R"(, "rope_scaling": {"rope_type": "linear", "factor": 2})")),
+            "rope_scaling: stretching of positions is not trained");
+  EXPECT_EQ(untrainable(ours(dense, R"(, "rotary_dim": 2)")), "rotary_dim: 2 is not trained");
+  EXPECT_EQ(untrainable(ours(dense, R"(, "rope_interleaved": true)")), "rope_interleaved: true is not trained");
+  EXPECT_EQ(untrainable(ours(dense, R"(, "attention_sinks": true)")), "attention_sinks: true is not trained");
+  EXPECT_EQ(untrainable(ours(dense, R"(, "logits_scaling": 2.5)")), "logits_scaling: 2.5 is not trained");
+  EXPECT_EQ(untrainable(ours(dense, R"(, "hidden_act": "clamped_swiglu")")),
+            "hidden_act: clamped_swiglu is not trained");
+  EXPECT_EQ(untrainable(ours(R"({"intermediate_size": 20, "window": 3})")), "layers[0].window: 3 is not trained");
+  EXPECT_EQ(untrainable(ours(R"({"num_experts": 2, "expert_intermediate_size": 4, "router": {"logit_bias": true}})")),
+            "layers[0].router.logit_bias: true is not trained");
 }
 
 TEST(ModelConfig, QwenLayersFollowSparseStepAndDenseList) {
@@ -123,7 +196,10 @@ TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
   c.activation = Activation::kGeluTanh, c.gated_mlp = false, c.attention_bias = true, c.attention_output_bias = true;
   c.mlp_bias = true, c.tie_word_embeddings = false, c.initializer_range = 0.014f, c.bos_token_id = 3;
   c.eos_token_ids = {4, 5};
+  c.attention_sinks = true, c.lm_head_bias = true, c.embedding_multiplier = 1.5f, c.attention_multiplier = 0.3f;
+  c.residual_multiplier = 0.25f, c.logits_scaling = 6.5f;
   LayerConfig moe;
+  moe.window = 31;
   moe.intermediate_size = 30, moe.expert_intermediate_size = 18, moe.residual = ResidualKind::kLearned;
   moe.router = {.num_experts = 12,
                 .top_k = 2,
@@ -157,9 +233,56 @@ TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
   EXPECT_TRUE(router.choice_bias);
   EXPECT_EQ(router.jitter, 0.01f);
   EXPECT_EQ(router.eval_capacity_factor, 2.0f);
+  EXPECT_EQ(read.layers[1].window, 31);
+  EXPECT_TRUE(read.attention_sinks && read.lm_head_bias);
+  EXPECT_EQ(read.embedding_multiplier, 1.5f);
+  EXPECT_EQ(read.attention_multiplier, 0.3f);
+  EXPECT_EQ(read.residual_multiplier, 0.25f);
+  EXPECT_EQ(read.logits_scaling, 6.5f);
   EXPECT_NE(json.find("\"norm_eps\": 1e-06"), std::string::npos) << json;
   EXPECT_NE(json.find("\"capacity_factor\": 1.25"), std::string::npos) << json;
   EXPECT_NE(json.find("\"eos_token_id\": [\n    4,\n    5\n  ]"), std::string::npos) << json;
+}
+
+TEST(ModelConfig, JsonRoundTripKeepsRotaryAndLatentFields) {
+  ModelConfig c;
+  c.vocab_size = 97, c.hidden_size = 24, c.num_heads = c.num_kv_heads = 3, c.head_dim = 14;
+  c.max_position_embeddings = 77, c.rope_interleaved = true;
+  LayerConfig layer{.expert_intermediate_size = 8};
+  layer.router = {.num_experts = 4,
+                  .score_function = ScoreFunction::kSparsemixer,
+                  .sparsemixer_epsilon = 0.03f,
+                  .logit_bias = true};
+  c.layers = {layer};
+  const auto reread = [&] { return ModelConfig::from_json(c.to_json(), "config.json"); };
+  c.rotary_dim = 6;
+  EXPECT_EQ(reread().rotary_dim, 6);
+  EXPECT_TRUE(reread().rope_interleaved && reread().layers[0].router.logit_bias);
+  EXPECT_EQ(reread().layers[0].router.score_function, ScoreFunction::kSparsemixer);
+  EXPECT_EQ(reread().layers[0].router.sparsemixer_epsilon, 0.03f);
+  c.rotary_dim = 0;
+  c.latent = {.kv_rank = 20, .q_rank = 11, .nope_dim = 8, .rope_dim = 6, .v_dim = 10, .norm_eps = 2e-6f};
+  EXPECT_EQ(reread().latent, c.latent);
+  const RopeScaling scalings[] = {{.kind = RopeScalingKind::kLinear, .factor = 2.5},
+                                  {.kind = RopeScalingKind::kDynamic, .factor = 3, .original_context = 77},
+                                  {.kind = RopeScalingKind::kLlama3,
+                                   .factor = 8,
+                                   .original_context = 20,
+                                   .low_freq_factor = 1.5,
+                                   .high_freq_factor = 3},
+                                  {.kind = RopeScalingKind::kYarn,
+                                   .factor = 4,
+                                   .original_context = 19,
+                                   .beta_fast = 30,
+                                   .beta_slow = 2,
+                                   .truncate = false,
+                                   .attention_factor = 1.1,
+                                   .mscale = 0.7,
+                                   .mscale_all_dim = 0.8}};
+  for (const RopeScaling& scaling : scalings) {
+    c.rope_scaling = scaling;
+    EXPECT_EQ(reread().rope_scaling, scaling);
+  }
 }
 
 // The models of the DeepSpeed-MoE paper (arXiv 2201.05596, tables 1 to 3 and 6): GPT-style decoders

@@ -39,6 +39,9 @@ std::string first_difference(const Json& wanted, const Json& got, const std::str
       const std::string difference = first_difference(value, got.value(key, Json()), name);
       if (!difference.empty()) return difference;
     }
+    for (const auto& [key, value] : got.items()) {
+      if (!wanted.contains(key)) return (path.empty() ? key : path + "." + key) + ": left out";
+    }
   }
   if (wanted.is_array() && got.is_array()) {
     for (size_t i = 0; i < std::min(wanted.size(), got.size()); ++i) {

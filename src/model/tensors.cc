@@ -23,11 +23,34 @@ class Listing {
   void add_attention(const std::string& layer) {
     const ModelConfig& c = config_;
     const std::string name = layer + "attention.";
+    if (c.is_latent()) add_latent_projections(name);
+    if (!c.is_latent()) add_projections(name);
+    add_linear(name + "o_proj", c.hidden_size, c.attention_width(), c.attention_output_bias);
+    if (c.attention_sinks) add(name + "sinks.weight", {c.num_heads});
+  }
+
+  void add_latent_projections(const std::string& name) {
+    const ModelConfig& c = config_;
+    const LatentAttention& l = c.latent;
+    const int64_t q = c.num_heads * c.head_dim;
+    if (l.q_rank == 0) {
+      add_linear(name + "q_proj", q, c.hidden_size, false);
+    } else {
+      add_linear(name + "q_a_proj", l.q_rank, c.hidden_size, c.attention_bias);
+      add(name + "q_a_norm.weight", {l.q_rank});
+      add_linear(name + "q_b_proj", q, l.q_rank, false);
+    }
+    add_linear(name + "kv_a_proj", l.kv_rank + l.rope_dim, c.hidden_size, c.attention_bias);
+    add(name + "kv_a_norm.weight", {l.kv_rank});
+    add_linear(name + "kv_b_proj", c.num_heads * (l.nope_dim + l.v_dim), l.kv_rank, false);
+  }
+
+  void add_projections(const std::string& name) {
+    const ModelConfig& c = config_;
     const int64_t q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
     add_linear(name + "q_proj", q, c.hidden_size, c.attention_bias);
     add_linear(name + "k_proj", kv, c.hidden_size, c.attention_bias);
     add_linear(name + "v_proj", kv, c.hidden_size, c.attention_bias);
-    add_linear(name + "o_proj", c.hidden_size, q, c.attention_output_bias);
     if (c.qk_norm != QkNorm::kNone) {
       const bool full = c.qk_norm == QkNorm::kFull;
       add(name + "q_norm.weight", {full ? q : c.head_dim});
@@ -51,7 +74,7 @@ class Listing {
   void add_feed_forward(const std::string& layer, const LayerConfig& l) {
     if (l.intermediate_size > 0) add_mlp(layer + "mlp", 0, l.intermediate_size);
     if (!l.is_moe()) return;
-    add(layer + "router.weight", {l.router.num_experts, config_.hidden_size});
+    add_linear(layer + "router", l.router.num_experts, config_.hidden_size, l.router.logit_bias);
     if (l.router.choice_bias) add(layer + "router.choice_bias", {l.router.num_experts});
     add_mlp(layer + "experts", l.router.num_experts, l.expert_intermediate_size);
     if (l.residual == ResidualKind::kLearned) add_linear(layer + "mix", 2, config_.hidden_size, true);
@@ -88,6 +111,7 @@ std::vector<TensorSpec> logical_tensors(const ModelConfig& config) {
   }
   listing.add_norm("model.norm", config.hidden_size);
   if (!config.tie_word_embeddings) listing.add("lm_head.weight", {config.vocab_size, config.hidden_size});
+  if (config.lm_head_bias) listing.add("lm_head.bias", {config.vocab_size});
   return listing.take();
 }
 

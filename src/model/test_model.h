@@ -38,6 +38,23 @@ inline ModelConfig small_config() {
   return c;
 }
 
+// The same with what attention may be besides: windows, sinks and positions stretched by the prompt's length, or
+// latent attention.
+inline ModelConfig windowed_config() {
+  ModelConfig c = small_config();
+  c.attention_sinks = true, c.rotary_dim = 6;
+  c.max_position_embeddings = 48;
+  c.rope_scaling = {.kind = RopeScalingKind::kDynamic, .factor = 2, .original_context = 48};
+  c.layers[1].window = 9, c.layers[3].window = 21;
+  return c;
+}
+inline ModelConfig latent_config() {
+  ModelConfig c = small_config();
+  c.num_kv_heads = c.num_heads, c.head_dim = 14, c.rope_interleaved = true;
+  c.latent = {.kv_rank = 18, .q_rank = 11, .nope_dim = 8, .rope_dim = 6, .v_dim = 10};
+  return c;
+}
+
 // Writes config.json and model.safetensors of CoterieForCausalLM.
 inline void write_random_model(const std::filesystem::path& directory, const ModelConfig& config, float scale = 0.5f) {
   std::filesystem::create_directories(directory);

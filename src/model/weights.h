@@ -28,14 +28,27 @@ struct LinearWeights {
   const float* bias() const { return bias_N.empty() ? nullptr : bias_N.data(); }
 };
 
+// Of latent attention, see model/latent_attention.h. Legend: R rank of keys and values, Q of queries.
+struct LatentWeights {
+  LinearWeights q_a;                     // [Q, D], or empty: then LayerWeights::q has the queries
+  std::vector<float> q_a_norm;           // [Q]
+  LinearWeights q_b;                     // [H d, Q]
+  LinearWeights kv_a;                    // [R + rope, D]
+  std::vector<float> kv_a_norm;          // [R]
+  std::vector<PackedMatrix> key_up_H;    // of each head, transposed: [R, nope]
+  std::vector<PackedMatrix> value_up_H;  // of each head: [v, R]
+};
+
 struct LayerWeights {
   NormWeights input_norm;
   LinearWeights q, k, v;              // [H d, D], [G d, D], [G d, D]
   std::vector<float> q_norm, k_norm;  // [d], [heads * d], or empty
-  LinearWeights attention_output;     // [D, H d]
+  LatentWeights latent;
+  std::vector<float> sinks_H;      // or empty
+  LinearWeights attention_output;  // [D, H v]
   NormWeights post_attention_norm;
-  PackedExperts mlp;  // the dense MLP, or the fixed one beside the experts
-  PackedMatrix router_ED;
+  PackedExperts mlp;                 // the dense MLP, or the fixed one beside the experts
+  LinearWeights router;              // [E, D]
   std::vector<float> choice_bias_E;  // empty: none
   PackedExperts experts;
   LinearWeights mix;  // [2, D] or [1, D], see ResidualKind
@@ -47,7 +60,7 @@ struct ModelWeights {
   std::vector<float> positions_PD;  // learned ones, or empty
   std::vector<LayerWeights> layers;
   NormWeights norm;
-  PackedMatrix head_VD;
+  LinearWeights head;  // [V, D]
 };
 
 // dtype: kF32 or kBF16.

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "base/check.h"
+#include "coterie/error.h"
 #include "kernels/kernel_table.h"
 #include "kernels/parallel_rows.h"
 #include "moe/capacity.h"
@@ -23,7 +24,30 @@ void score_row(const RouterConfig& config, const float* logits_E, float* scores_
     active_kernels().softmax_row(logits_E, E, scores_E);
     return;
   }
+  if (config.score_function == ScoreFunction::kSparsemixer) {
+    std::copy(logits_E, logits_E + E, scores_E);
+    return;
+  }
   for (int64_t e = 0; e < E; ++e) scores_E[e] = 1.0f / (1.0f + std::exp(-logits_E[e]));
+}
+
+// Each choice's share of the experts that come close to it, as kSparsemixer says. Its own part of the sum is exp(0).
+void weigh_by_neighbours(const RouterConfig& config, const float* logits_E, const int32_t* ids_K, float* weights_K) {
+  for (int64_t k = 0; k < config.top_k; ++k) {
+    const float own = logits_E[ids_K[k]];
+    float sum = 0.0f;
+    for (int64_t e = 0; e < config.num_experts; ++e) {
+      if (std::find(ids_K, ids_K + k, e) != ids_K + k) continue;
+      const float distance = (own - logits_E[e]) / std::max(std::abs(logits_E[e]), own);
+      if (!(distance > 2 * config.sparsemixer_epsilon)) sum += std::exp(logits_E[e] - own);
+    }
+    weights_K[k] = config.routed_scaling / sum;
+  }
+}
+
+void refuse_training(const RouterConfig& config) {
+  if (config.score_function != ScoreFunction::kSparsemixer) return;
+  throw InvalidArgument("[router] score_function (sparsemixer) is not trained");
 }
 
 // Chooses a token's experts. Holds the buffers of one thread.
@@ -104,6 +128,9 @@ class TokenChoice {
 
 void weigh_choices(const RouterConfig& config, int64_t K, const float* scores_E, const int32_t* ids_K,
                    const uint8_t* kept_K, float* weights_K) {
+  if (config.score_function == ScoreFunction::kSparsemixer) {
+    return weigh_by_neighbours(config, scores_E, ids_K, weights_K);
+  }
   float chosen = 0.0f, kept = 0.0f;
   for (int64_t k = 0; k < K; ++k) {
     weights_K[k] = scores_E[ids_K[k]];
@@ -184,6 +211,7 @@ void give_places(const RouterConfig& config, const RouteOptions& options, bool e
 
 Routing route(const RouterConfig& config, const float* logits_TE, int64_t num_tokens, const RouteOptions& options,
               ThreadPool& pool) {
+  if (options.training) refuse_training(config);
   const bool experts_choose = options.training && config.chooser == Chooser::kExperts;
   const int64_t T = num_tokens, E = config.num_experts, K = experts_choose ? E : config.top_k;
   COTERIE_CHECK(K >= 1 && K <= E && E % config.num_groups == 0, "the configuration was not validated");
@@ -212,6 +240,7 @@ Routing route(const RouterConfig& config, const float* logits_TE, int64_t num_to
 
 void route_backward(const RouterConfig& config, const Routing& routing, const float* grad_weights_TK,
                     const float* grad_scores_TE, float* grad_logits_TE, ThreadPool& pool) {
+  refuse_training(config);
   const int64_t E = routing.num_experts, K = routing.top_k;
   parallel_row_ranges(routing.num_tokens, 4 * E, pool, [&](int64_t first, int64_t last) {
     std::vector<double> grad_scores_E(static_cast<size_t>(E));

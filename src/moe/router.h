@@ -14,7 +14,10 @@ namespace coterie {
 
 class ProcessGroup;
 
-enum class ScoreFunction { kSoftmax, kSigmoid };
+// kSparsemixer (Liu et al. 2024, "GRIN"; outside of training): the scores are the logits, and a choice weighs its share
+// of a softmax over those experts, without earlier choices, whose logits come close to its own: (own - other) /
+// max(|other|, own) is at most 2 sparsemixer_epsilon.
+enum class ScoreFunction { kSoftmax, kSigmoid, kSparsemixer };
 
 // Who chooses while training. kTokens: each token its top_k experts. kExperts: each expert the
 // capacity() tokens that score it highest (Zhou et al. 2022, "Mixture-of-Experts with Expert Choice
@@ -44,6 +47,8 @@ struct RouterConfig {
   int64_t num_experts = 0;
   int64_t top_k = 1;
   ScoreFunction score_function = ScoreFunction::kSoftmax;
+  float sparsemixer_epsilon = 0.01f;
+  bool logit_bias = false;  // the layer has a bias per expert, added to the logits
   Chooser chooser = Chooser::kTokens;
   int64_t num_groups = 1;    // of num_experts / num_groups experts each, in order
   int64_t top_k_groups = 1;  // a token chooses within so many groups, the best
@@ -67,7 +72,7 @@ struct RouterConfig {
   void validate() const;  // InvalidArgument: "[router] top_k (9) exceeds num_experts (8)"
 };
 
-ScoreFunction score_function_from_name(std::string_view name);  // "softmax", "sigmoid"
+ScoreFunction score_function_from_name(std::string_view name);  // "softmax", "sigmoid", "sparsemixer"
 std::string_view score_function_name(ScoreFunction function);
 
 // Which experts each token goes to, and with which weight. Choices run from the best down; equal ones
@@ -82,7 +87,7 @@ struct Routing {
   std::vector<float> weights_TK;
   std::vector<uint8_t> kept_TK;              // 1, or 0 for a dropped choice
   std::vector<int64_t> tokens_per_expert_E;  // kept choices
-  std::vector<float> scores_TE;              // softmax or sigmoid of the logits; kept for the backward pass
+  std::vector<float> scores_TE;              // as ScoreFunction says; kept for the backward pass
 };
 
 // What route() is told beside the logits.
@@ -102,7 +107,7 @@ Routing route(const RouterConfig& config, const float* logits_TE, int64_t num_to
 
 // Gradient of sum(weights_TK * grad_weights_TK) + sum(scores_TE * grad_scores_TE) with respect to the
 // logits, K = routing.top_k. Dropped choices have no gradient through their own (zero) weight.
-// grad_scores_TE may be null.
+// grad_scores_TE may be null. Not of kSparsemixer.
 void route_backward(const RouterConfig& config, const Routing& routing, const float* grad_weights_TK,
                     const float* grad_scores_TE, float* grad_logits_TE, ThreadPool& pool);
 

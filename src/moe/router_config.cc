@@ -54,6 +54,16 @@ void validate_expert_choice(const RouterConfig& c) {
           "allows num_experts up to " + text(kMostChoices) + ", not " + text(c.num_experts));
 }
 
+void validate_sparsemixer(const RouterConfig& c) {
+  if (c.score_function != ScoreFunction::kSparsemixer) return;
+  require(c.sparsemixer_epsilon >= 0 && std::isfinite(c.sparsemixer_epsilon), "sparsemixer_epsilon",
+          text(double{c.sparsemixer_epsilon}), "is not 0 or a positive number");
+  require(!c.normalize, "score_function", "sparsemixer", "does not go with normalize (true)");
+  require(!c.choice_bias, "score_function", "sparsemixer", "does not go with choice_bias (true)");
+  require(c.eval_capacity_factor == 0, "score_function", "sparsemixer",
+          "does not go with eval_capacity_factor (" + text(double{c.eval_capacity_factor}) + ")");
+}
+
 }  // namespace
 
 int64_t RouterConfig::capacity(int64_t num_tokens, bool training) const {
@@ -78,15 +88,18 @@ void RouterConfig::validate() const {
   require_factor("eval_capacity_factor", eval_capacity_factor);
   require(min_capacity >= 0, "min_capacity", text(min_capacity), "is negative");
   validate_expert_choice(*this);
+  validate_sparsemixer(*this);
 }
 
 ScoreFunction score_function_from_name(std::string_view name) {
   if (name == "softmax") return ScoreFunction::kSoftmax;
   if (name == "sigmoid") return ScoreFunction::kSigmoid;
-  throw InvalidArgument("score_function: '" + std::string(name) + "' is not one of softmax, sigmoid");
+  if (name == "sparsemixer") return ScoreFunction::kSparsemixer;
+  throw InvalidArgument("score_function: '" + std::string(name) + "' is not one of softmax, sigmoid, sparsemixer");
 }
 
 std::string_view score_function_name(ScoreFunction function) {
+  if (function == ScoreFunction::kSparsemixer) return "sparsemixer";
   return function == ScoreFunction::kSoftmax ? "softmax" : "sigmoid";
 }
 

@@ -327,6 +327,34 @@ TEST(Router, BiasChoosesAndDoesNotWeigh) {
 }
 
 // The same tokens as parts of one batch or of two meet the same noise.
+// The definition: a softmax over the experts that are left and close enough, one choice after the other.
+TEST(Router, SparsemixerSharesAmongNeighbours) {
+  std::mt19937 random(40);
+  for (const float epsilon : {0.0f, 0.01f, 0.3f}) {
+    const RouterConfig config = {
+        .num_experts = 9, .top_k = 2, .score_function = ScoreFunction::kSparsemixer, .sparsemixer_epsilon = epsilon};
+    const int64_t T = 50, E = config.num_experts;
+    const std::vector<float> logits_TE = coarse_logits(T * E, random);
+    const Routing routing = route(config, logits_TE.data(), T, {}, pool());
+    for (int64_t t = 0; t < T; ++t) {
+      std::vector<float> left(logits_TE.begin() + t * E, logits_TE.begin() + (t + 1) * E);
+      for (int64_t k = 0; k < 2; ++k) {
+        const int32_t best = sorted_ids(left)[0];
+        double sum = 0;
+        for (int64_t e = 0; e < E; ++e) {
+          if (std::isinf(left[e])) continue;
+          const float factor = std::max(std::abs(left[e]), left[best]);
+          if (!((left[best] - left[e]) / factor > 2 * epsilon)) sum += std::exp(double{left[e]} - left[best]);
+        }
+        ASSERT_EQ(routing.expert_ids_TK[t * 2 + k], best);
+        ASSERT_NEAR(routing.weights_TK[t * 2 + k], 1 / sum, 16 * kEpsilon);  // nine exponentials, their sum, a quotient
+        left[best] = -std::numeric_limits<float>::infinity();
+      }
+    }
+    EXPECT_THROW(route(config, logits_TE.data(), T, {.training = true}, pool()), InvalidArgument);
+  }
+}
+
 TEST(Router, RandomChoicesFollowTheGlobalToken) {
   std::mt19937 random(15);
   const int64_t T = 20, E = 8, cut = 9;

@@ -79,6 +79,7 @@ LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType dtype, ui
                              const ExpertParallelSettings& parallel)
     : config_(config) {
   config_.validate("model");
+  if (const std::string what = config_.untrainable(); !what.empty()) throw InvalidArgument("model: " + what);
   if (world) layout_ = ExpertLayout(*world, parallel, config_, static_cast<int64_t>(c10::elementSize(dtype)));
   for (const TensorSpec& spec : logical_tensors(config_)) {
     index_[spec.name] = parameters_.size();

@@ -13,6 +13,20 @@ _CHOICES = {
     "hidden_act": tuple(ACTIVATIONS),
 }
 
+# What the engine serves and this module does not compute, with the values that mean nothing.
+_NOT_TRAINED = {
+    "rope_scaling": (None,),
+    "rotary_dim": (None, 0),
+    "rope_interleaved": (None, False),
+    "latent_attention": (None,),
+    "attention_sinks": (None, False),
+    "lm_head_bias": (None, False),
+    "embedding_multiplier": (None, 1),
+    "attention_multiplier": (None, 0),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+}
+
 
 class CoterieConfig(PreTrainedConfig):
     """What a Coterie model is; every layer says what it is made of.
@@ -60,6 +74,9 @@ class CoterieConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, nothing in _NOT_TRAINED.items():
+            if kwargs.get(name) not in nothing:
+                raise ValueError(f"{name} ({kwargs[name]}) is not trained")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

@@ -1,0 +1,45 @@
+// How rotary positions are stretched beyond the context a model was first trained with, and the frequencies
+// that follow. Everything as Hugging Face's modeling_rope_utils.py defines it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace coterie {
+
+enum class RopeScalingKind { kNone, kLinear, kDynamic, kLlama3, kYarn };
+
+struct RopeScaling {
+  RopeScalingKind kind = RopeScalingKind::kNone;
+  double factor = 1.0;           // at least 1
+  int64_t original_context = 0;  // positions before the stretch; of kDynamic, kLlama3 and kYarn
+  // kLlama3: wavelengths above original_context / low are stretched, those below original_context / high are not.
+  double low_freq_factor = 1.0;
+  double high_freq_factor = 4.0;
+  // kYarn (Peng et al. 2023): dimensions that turn more than beta_fast times in the original context stay, those that
+  // turn less than beta_slow times are stretched; `truncate` rounds the bounds between them to whole dimensions.
+  double beta_fast = 32.0;
+  double beta_slow = 1.0;
+  bool truncate = true;
+  double attention_factor = 0.0;  // of queries and keys each; 0: by factor, and by the two below when both are given
+  double mscale = 0.0;
+  double mscale_all_dim = 0.0;
+
+  // What cosines and sines are multiplied by.
+  double angle_factor() const;
+
+  // The positions that the stretched rotation reaches, of a model that says it has `max_positions`.
+  int64_t context(int64_t max_positions) const;
+
+  bool operator==(const RopeScaling&) const = default;
+};
+
+// Angles per position step, [rotary_dim / 2]. `length` matters to kDynamic alone, whose base grows with the
+// length of the sequence.
+std::vector<float> rope_frequencies(const RopeScaling& scaling, double theta, int64_t rotary_dim, int64_t length);
+
+// 1 + 0.1 mscale log(factor), or 1 without a stretch.
+double yarn_mscale(double factor, double mscale);
+
+}  // namespace coterie

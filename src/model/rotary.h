@@ -1,0 +1,39 @@
+// The rotary positions of a batch: angles are computed once and serve all layers.
+#pragma once
+
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "kernels/rope.h"
+#include "model/batch.h"
+#include "model/config.h"
+
+namespace coterie {
+
+// One thread at a time.
+class Rotary {
+ public:
+  Rotary(const ModelConfig& config, ThreadPool& pool);  // both must outlive it
+
+  // The angles of the batch's tokens. Nothing where the model has no rotary positions.
+  //
+  // Under RopeScalingKind::kDynamic a token turns by the base of max(prompt_length, its position + 1), which is what
+  // transformers gives a prompt that runs at once and is continued from its cache. Keys keep the base under which they
+  // entered the cache, so keys of a prefix serve no other prompt beyond the original context.
+  void prepare(const Batch& batch);
+
+  // Turns every head of every token of the batch; x begins at the first element to be turned.
+  void rotate(float* x, int64_t token_stride, int64_t num_heads, int64_t head_stride) const;
+
+ private:
+  const std::vector<float>& frequencies(int64_t length);
+
+  const ModelConfig& config_;
+  ThreadPool& pool_;
+  std::vector<float> frequencies_;  // [rotary_dim / 2] of length_
+  int64_t length_ = 0;
+  int64_t num_tokens_ = 0;
+  std::vector<float> cosines_, sines_;  // [T, rotary_dim / 2]
+};
+
+}  // namespace coterie
