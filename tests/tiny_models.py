@@ -114,6 +114,103 @@ def glm4_moe() -> PreTrainedModel:
     return transformers.Glm4MoeForCausalLM(config)
 
 
+def gpt_oss() -> PreTrainedModel:
+    """Weights large enough for gates and ups to meet their limits."""
+    config = transformers.GptOssConfig(
+        **{**_GROUPED, "initializer_range": 0.4},
+        head_dim=14,
+        num_local_experts=7,
+        num_experts_per_tok=3,
+        sliding_window=19,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 300.0,
+            "factor": 5.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+_LATENT = {"kv_lora_rank": 22, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 12}
+_GROUPED_EXPERTS = {
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
+
+
+def deepseek_v2() -> PreTrainedModel:
+    """Queries through a bottleneck, the best groups by their best expert."""
+    config = transformers.DeepseekV2Config(
+        **_SIZES, **_LATENT, **_GROUPED_EXPERTS, q_lora_rank=26, topk_method="group_limited_greedy", attention_bias=True
+    )
+    return transformers.DeepseekV2ForCausalLM(config)
+
+
+def deepseek_v2_greedy() -> PreTrainedModel:
+    """As DeepSeek-V2-Lite: no bottleneck, no groups, yarn with both mscales."""
+    config = transformers.DeepseekV2Config(
+        **_SIZES,
+        **_LATENT,
+        **{**_GROUPED_EXPERTS, "n_group": 1, "topk_group": 1},
+        q_lora_rank=None,
+        topk_method="greedy",
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 300.0,
+            "factor": 5.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.9,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    return transformers.DeepseekV2ForCausalLM(config)
+
+
+def deepseek_v3() -> PreTrainedModel:
+    config = transformers.DeepseekV3Config(
+        **_SIZES,
+        **_LATENT,
+        **_GROUPED_EXPERTS,
+        num_key_value_heads=6,
+        q_lora_rank=26,
+        norm_topk_prob=True,
+        num_nextn_predict_layers=0,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 300.0,
+            "factor": 5.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def deepseek_v3_half_split() -> PreTrainedModel:
+    config = transformers.DeepseekV3Config(
+        **_SIZES,
+        **_LATENT,
+        **{**_GROUPED_EXPERTS, "n_shared_experts": 1},
+        num_key_value_heads=6,
+        q_lora_rank=None,
+        norm_topk_prob=False,
+        rope_interleave=False,
+        num_nextn_predict_layers=0,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
 def mixtral() -> PreTrainedModel:
     config = transformers.MixtralConfig(**_GROUPED, head_dim=14, num_local_experts=7, num_experts_per_tok=3)
     return transformers.MixtralForCausalLM(config)
@@ -214,6 +311,11 @@ BUILDERS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     "granite_moe": (granite_moe, 0),
     "phimoe": (phimoe, 4),
     "glm4_moe": (glm4_moe, 0),
+    "gpt_oss": (gpt_oss, 0),
+    "deepseek_v2": (deepseek_v2, 0),
+    "deepseek_v2_greedy": (deepseek_v2_greedy, 0),
+    "deepseek_v3": (deepseek_v3, 0),
+    "deepseek_v3_half_split": (deepseek_v3_half_split, 0),
     "mixtral": (mixtral, 2),
     "olmoe": (olmoe, 6),
     "qwen2_moe": (qwen2_moe, 7),

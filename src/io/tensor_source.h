@@ -38,6 +38,13 @@ struct StoredTensor {
   }
 };
 
+// A matrix in MXFP4 (see io/mxfp4.h), as it is stored. All dimensions but the innermost count as rows.
+struct Mxfp4Tensor {
+  int64_t rows = 0, cols = 0;   // cols is a multiple of 32
+  std::vector<uint8_t> codes;   // [rows, cols / 2]: element 2 i in the low nibble of byte i, 2 i + 1 in the high one
+  std::vector<uint8_t> scales;  // [rows, cols / 32], powers of two: 2^(scale - 127)
+};
+
 class TensorSource {
  public:
   virtual ~TensorSource() = default;
@@ -49,6 +56,9 @@ class TensorSource {
   // The whole tensor as fp32 (dequantized where it is quantized) into out, num_elements() long.
   // InvalidArgument when there is no such tensor, or its dtype is not one that we read.
   virtual void read(const std::string& name, float* out) const = 0;
+
+  // The tensor without decoding it, where it lies in MXFP4; else nothing.
+  virtual std::optional<Mxfp4Tensor> mxfp4(const std::string&) const { return std::nullopt; }
 };
 
 }  // namespace coterie

@@ -8,10 +8,10 @@ std::span<const Architecture* const> architectures() {
   // In the order in which an export with architecture "auto" tries them; our own, which can say
   // everything, comes last.
   static constexpr const Architecture* kAll[] = {
-      &kLlamaArchitecture,    &kGpt2Architecture,       &kMistralArchitecture, &kQwen2Architecture,
-      &kQwen3Architecture,    &kMixtralArchitecture,    &kOlmoeArchitecture,   &kQwen3MoeArchitecture,
-      &kQwen2MoeArchitecture, &kGraniteMoeArchitecture, &kPhimoeArchitecture,  &kGlm4MoeArchitecture,
-      &kCoterieArchitecture,
+      &kLlamaArchitecture,    &kGpt2Architecture,       &kMistralArchitecture,    &kQwen2Architecture,
+      &kQwen3Architecture,    &kMixtralArchitecture,    &kOlmoeArchitecture,      &kQwen3MoeArchitecture,
+      &kQwen2MoeArchitecture, &kGraniteMoeArchitecture, &kPhimoeArchitecture,     &kGlm4MoeArchitecture,
+      &kGptOssArchitecture,   &kDeepseekV2Architecture, &kDeepseekV3Architecture, &kCoterieArchitecture,
   };
   return kAll;
 }

@@ -45,6 +45,9 @@ extern const Architecture kGpt2Architecture;
 extern const Architecture kGraniteMoeArchitecture;
 extern const Architecture kPhimoeArchitecture;
 extern const Architecture kGlm4MoeArchitecture;
+extern const Architecture kGptOssArchitecture;
+extern const Architecture kDeepseekV2Architecture;
+extern const Architecture kDeepseekV3Architecture;
 
 // Pieces of the parsers that every family shares.
 Activation read_activation(const ConfigReader& json, const std::string& key, const std::string& fallback);

@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "coterie/error.h"
+#include "io/mxfp4.h"
 
 namespace coterie {
 namespace {
@@ -26,6 +27,13 @@ int64_t product(const std::vector<int64_t>& shape) {
 bool is_whole(const Piece& piece) {
   return piece.rows * piece.cols == product(piece.stored_shape) && piece.row_stride == piece.cols &&
          piece.col_stride == 1;
+}
+
+void append_row(const Mxfp4Tensor& from, int64_t row, Mxfp4Tensor& to) {
+  const int64_t codes = from.cols / 2, scales = from.cols / kMxfp4Block;
+  to.codes.insert(to.codes.end(), from.codes.begin() + row * codes, from.codes.begin() + (row + 1) * codes);
+  to.scales.insert(to.scales.end(), from.scales.begin() + row * scales, from.scales.begin() + (row + 1) * scales);
+  ++to.rows;
 }
 
 }  // namespace
@@ -124,12 +132,35 @@ const MappedTensor* LogicalReader::find(const std::string& name) const {
 
 bool LogicalReader::has(const std::string& name) const { return find(name) != nullptr; }
 
+const std::vector<Piece>& LogicalReader::pieces(const std::string& name) const {
+  const MappedTensor* tensor = find(name);
+  COTERIE_CHECK(tensor, name + " is not a tensor of this model");
+  return tensor->forms[form_[tensor - map_.tensors.data()]];
+}
+
+std::optional<Mxfp4Tensor> LogicalReader::read_mxfp4(const std::string& name) const {
+  std::optional<Mxfp4Tensor> stored;
+  Mxfp4Tensor logical{.cols = pieces(name)[0].cols};
+  std::string in_memory;
+  for (const Piece& piece : pieces(name)) {
+    if (piece.stored != in_memory) stored = source_.mxfp4(stored_name(in_memory = piece.stored));
+    const bool whole_rows = stored && piece.cols == stored->cols && piece.cols == logical.cols &&
+                            piece.col_stride == 1 && piece.first % piece.cols == 0 &&
+                            piece.row_stride % piece.cols == 0 && piece.offset == logical.rows * logical.cols;
+    if (!whole_rows) return std::nullopt;
+    for (int64_t r = 0; r < piece.rows; ++r) {
+      append_row(*stored, (piece.first + r * piece.row_stride) / piece.cols, logical);
+    }
+  }
+  return logical;
+}
+
 std::vector<float> LogicalReader::read(const std::string& name) const {
   const MappedTensor* tensor = find(name);
   COTERIE_CHECK(tensor, name + " is not a tensor of this model");
   std::vector<float> logical(tensor->spec.num_elements()), stored;
   std::string in_memory;  // the tensor that `stored` holds: neighbours are often pieces of the same
-  for (const Piece& piece : tensor->forms[form_[tensor - map_.tensors.data()]]) {
+  for (const Piece& piece : pieces(name)) {
     if (is_whole(piece)) {
       source_.read(stored_name(piece.stored), logical.data() + piece.offset);
       continue;

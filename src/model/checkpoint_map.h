@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -74,8 +75,13 @@ class LogicalReader {
   // The tensor as fp32, row-major in its logical shape. Safe from any number of threads.
   std::vector<float> read(const std::string& name) const;
 
+  // The same in the 4 bits of the file, where all of the tensor lies in MXFP4; else nothing. Rows are those of the
+  // logical tensor: [E * U, D] of experts' up.
+  std::optional<Mxfp4Tensor> read_mxfp4(const std::string& name) const;
+
  private:
   const MappedTensor* find(const std::string& name) const;
+  const std::vector<Piece>& pieces(const std::string& name) const;
   std::string stored_name(const std::string& name) const;
   void check_piece(const Piece& piece) const;
   void check_surplus() const;

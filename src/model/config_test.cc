@@ -34,7 +34,7 @@ TEST(ModelConfig, RefusesOneLineNamingFileFieldAndValue) {
             "config.json: architectures: 'BertModel' is not supported (supported: LlamaForCausalLM, GPT2LMHeadModel, "
             "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MixtralForCausalLM, OlmoeForCausalLM, "
             "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, GraniteMoeForCausalLM, PhimoeForCausalLM, Glm4MoeForCausalLM, "
-            "CoterieForCausalLM)");
+            "GptOssForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, CoterieForCausalLM)");
   EXPECT_EQ(refusal("{}"), "config.json: model_type: missing");
   EXPECT_EQ(refusal(ours(dense, R"(, "num_expert": 3)")), "config.json: num_expert: unknown key (3)");
   EXPECT_EQ(refusal(ours(dense, R"(, "a\nb": 3)")), "config.json: a?b: unknown key (3)");
@@ -111,6 +111,19 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
             "config.json: residual_multiplier: -1.0 is not positive");
   EXPECT_EQ(refusal(R"({"model_type": "qwen3_moe", "use_sliding_window": true})"),
             "config.json: use_sliding_window: true is not supported");
+  EXPECT_EQ(refusal(R"({"model_type": "gpt_oss", "swiglu_limit": 5})"),
+            "config.json: swiglu_limit: 5.0 is not supported (only 7.0)");
+  EXPECT_EQ(refusal(R"({"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}})"),
+            "config.json: quantization_config: quantized weights of this kind are not supported");
+  EXPECT_EQ(refusal(R"({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})"), "accepted");
+  EXPECT_EQ(refusal(R"({"model_type": "deepseek_v2", "norm_topk_prob": true})"),
+            "config.json: norm_topk_prob: true is not supported");
+  EXPECT_EQ(refusal(R"({"model_type": "deepseek_v2", "topk_method": "noaux_tc"})"),
+            "config.json: topk_method: 'noaux_tc' is not supported (supported: greedy, group_limited_greedy)");
+  EXPECT_EQ(refusal(R"({"model_type": "deepseek_v3", "num_key_value_heads": 8})"),
+            "config.json: num_key_value_heads: 8 is not num_attention_heads (128), as latent attention needs it");
+  EXPECT_EQ(refusal(R"({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}})"),
+            "config.json: quantization_config: quantized weights of this kind are not supported");
   EXPECT_EQ(refusal(R"({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": true})"),
             "config.json: scale_attn_by_inverse_layer_idx: true is not supported");
   EXPECT_EQ(refusal(R"({"model_type": "gpt2", "n_head": 7})"), "config.json: n_head: 7 does not divide n_embd (768)");

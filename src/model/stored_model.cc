@@ -9,6 +9,7 @@
 #include "io/checkpoint_source.h"
 #include "io/gguf.h"
 #include "io/json.h"
+#include "io/mxfp4_source.h"
 #include "io/safetensors.h"
 #include "model/architectures.h"
 #include "model/config_reader.h"
@@ -80,7 +81,9 @@ StoredModel::StoredModel(const std::string& path) {
     file_ = std::move(file);
   } else {
     config_ = config_of_directory(path);
-    file_ = std::make_unique<SafetensorsSource>(path);
+    auto file = std::make_unique<SafetensorsSource>(path);
+    view_ = std::make_unique<Mxfp4Source>(*file);
+    file_ = std::move(file);
   }
   all_bf16_ |= all_of_bf16(*file_);
   const Architecture& architecture = architecture_named(config_.architecture, path);
