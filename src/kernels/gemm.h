@@ -14,39 +14,12 @@
 #include <optional>
 #include <span>
 
-#include "base/memory.h"
 #include "base/thread_pool.h"
 #include "kernels/activation.h"
 #include "kernels/matrix.h"
+#include "kernels/packed_matrix.h"
 
 namespace coterie {
-
-struct KernelTable;
-
-// B [N, K] rearranged into the panels that the micro-kernel of the active ISA reads in order.
-// Immutable after packing; may be read by any number of threads. With `gated`, B is [2N, K], gate rows
-// first, and only fits problems that are gated too: a panel then holds gate and up of the same columns.
-class PackedMatrix {
- public:
-  PackedMatrix() = default;
-  PackedMatrix(const ConstMatrix& b, ThreadPool& pool, bool gated = false);  // any strides
-
-  int64_t rows() const { return rows_; }  // of B: N, or 2N when gated
-  int64_t cols() const { return cols_; }  // K
-  DType dtype() const { return dtype_; }
-  bool gated() const { return gated_; }
-  const KernelTable* kernels() const { return kernels_; }  // whose panels these are
-  const void* data() const { return panels_.data(); }
-  size_t bytes() const { return panels_.size(); }
-
- private:
-  AlignedBuffer panels_;
-  const KernelTable* kernels_ = nullptr;
-  bool gated_ = false;
-  DType dtype_ = DType::kF32;
-  int64_t rows_ = 0;
-  int64_t cols_ = 0;
-};
 
 // One product of a group. Exactly one of b and packed_b is given.
 struct GemmProblem {

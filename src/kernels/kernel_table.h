@@ -11,30 +11,10 @@
 
 #include "base/dtype.h"
 #include "kernels/activation.h"
+#include "kernels/panels.h"
+#include "kernels/quantized.h"
 
 namespace coterie {
-
-// GEMM operands are packed as 32-bit units along K: one float, or two bf16 (k even in the low half).
-// A chunk is 16 units (one cache line) of a row of A; a panel of A with m rows is [chunks][m][16].
-// A panel of B is [units][2 * width]: 2 vectors of columns side by side, zero up to a whole chunk; a row
-// of A is zero up to a whole vector at least.
-inline constexpr int64_t kChunkUnits = 16;
-inline constexpr int kMaxPanelRows = 32;
-// multiply may read this far behind the last panel of A.
-inline constexpr int64_t kBehindPanelsA = 15 * kChunkUnits;
-inline constexpr int64_t kMaxPanelColumns = 32;
-
-inline int64_t units_of(DType dtype, int64_t K) { return dtype == DType::kBF16 ? (K + 1) / 2 : K; }
-
-// How the M rows of A are spread over P panels: evenly, 13 rows are 7 + 6 rather than 12 + 1. The panels of
-// a matrix lie one behind the other, each row padded to whole chunks.
-struct RowPanels {
-  int64_t M = 0, P = 0;
-
-  int64_t first_row(int64_t p) const { return p * (M / P) + (p < M % P ? p : M % P); }
-  int rows(int64_t p) const { return static_cast<int>(M / P + (p < M % P)); }
-};
-inline int64_t padded_row_units(int64_t units) { return (units + kChunkUnits - 1) / kChunkUnits * kChunkUnits; }
 
 // A matrix to pack: element (r, k) is data[row(r) * row_stride + column(k) * col_stride], where
 // row(r) = gather_rows ? gather_rows[r] : r, and column(k) likewise.
@@ -164,23 +144,34 @@ inline constexpr int kPeakSums = 12;  // independent sums: enough to hide the la
 
 struct KernelTable {
   std::string_view name;
-  int width;               // floats in a vector
-  int panel_rows[2];       // most rows of a panel of A: fp32, bf16
-  int64_t slice_units[2];  // whole chunks of K at once, for which a panel of A stays in the L1 cache: fp32, bf16
+  int width;                    // floats in a vector
+  int panel_rows[kPanelTypes];  // most rows of a panel of A
+  int64_t slice_units[2];       // whole chunks of K at once, for which a panel of A stays in the L1 cache: fp32, bf16
   int panel_columns() const { return 2 * width; }
 
   // Panels [first, last) of A as panels of `type`, one behind the other.
-  void (*pack_a)(const PackSource& source, DType type, const RowPanels& panels, int64_t first, int64_t last,
+  // K must be contiguous for quantized types.
+  void (*pack_a)(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
                  uint32_t* memory);
-  // Panels [first, last) of B. N counts the columns of C; B has 2N rows when gated.
-  void (*pack_b)(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last,
+  // Panels [first, last) of B, fp32 or bf16. N counts the columns of C; B has 2N rows when gated.
+  void (*pack_b)(const PackSource& source, PanelType type, int64_t N, bool gated, int64_t first, int64_t last,
                  uint32_t* memory);
+  // A row of weights to a quantized type, see quantized.h.
+  void (*quantize_weights_row)(const void* row, DType dtype, int64_t K, PanelType type, uint32_t* codes,
+                               BFloat16* scales, BFloat16* minimums);
+  // Panels [first, last) of a quantized B.
+  void (*pack_quantized_b)(const QuantizedView& b, int64_t N, bool gated, int64_t first, int64_t last,
+                           uint32_t* memory);
+  // tile[rows][2 * width] = A panel * B panel, over all of K; [type - kFirstQuantized][rows - 1].
+  void (*multiply_quantized[kPanelTypes - kFirstQuantized][kMaxPanelRows])(int64_t K, const uint32_t* a,
+                                                                           const uint32_t* b, float* tile);
   // tile[rows][2 * width] = A panel * B panel, or += it with `add`; [type][rows - 1]. A tile has room for
   // kMaxPanelRows rows.
   void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add);
   // B in place (see multiply_in_place.inl), with K contiguous: A lies in strips of `width` rows, [units][width], zero
   // up to a whole chunk and a whole strip. Packs strips [first, last) of the M rows.
-  void (*pack_strips)(const PackSource& source, DType type, int64_t M, int64_t first, int64_t last, uint32_t* memory);
+  void (*pack_strips)(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last,
+                      uint32_t* memory);
   // tile[rows][2 * width] = one or two strips with `rows` rows, at most 2 * width, times the panel.
   void (*multiply_along_k[2])(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile);
   // B in place with columns contiguous, all of them there: adds a part of K, whole chunks but for the end, to the sums

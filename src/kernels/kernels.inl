@@ -4,8 +4,11 @@
 // clang-format off: each builds on those before it
 #include "kernels/math.inl"
 #include "kernels/rows.inl"
+#include "kernels/quantize.inl"
 #include "kernels/pack.inl"
+#include "kernels/pack_quantized.inl"
 #include "kernels/multiply.inl"
+#include "kernels/multiply_quantized.inl"
 #include "kernels/multiply_in_place.inl"
 #include "kernels/store_tile.inl"
 #include "kernels/activation_rows.inl"
@@ -25,6 +28,13 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.pack_b = pack_b;
   fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
   fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
+  table.quantize_weights_row = quantize_weights_row;
+  table.pack_quantized_b = pack_quantized_b;
+  fill_quantized<PanelType::kInt8>(table);
+  fill_quantized<PanelType::kInt8A16>(table);
+  fill_quantized<PanelType::kInt4Group64>(table);
+  fill_quantized<PanelType::kInt4>(table);
+  fill_quantized<PanelType::kMxfp4>(table);
   table.pack_strips = pack_strips;
   table.multiply_along_k[0] = multiply_along_k<false>;
   table.multiply_along_k[1] = multiply_along_k<true>;

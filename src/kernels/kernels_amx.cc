@@ -110,7 +110,7 @@ COTERIE_INLINE void multiply_strips(const uint32_t* strips, int64_t strip_units)
 template <int kStrips>
 void multiply_tiles_along_k(const PanelInPlace& b, int64_t units, const uint32_t* strips, float* tile) {
   const auto *first = static_cast<const char*>(b.start[0]), *second = static_cast<const char*>(b.start[1]);
-  const int64_t strip_units = padded_row_units(units) * kTileRows;
+  const int64_t strip_units = whole_chunks(units) * kTileRows;
   const bool all_there = b.count[0] == kTileRows && b.count[1] == kTileRows;
   const int64_t whole = all_there ? b.cols / 2 / kChunkUnits * kChunkUnits : 0;
   _tile_zero(0);
@@ -228,7 +228,7 @@ void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
 
 KernelTable with_tiles(KernelTable table) {
   table.name = "amx";
-  table.panel_rows[1] = kPanelRowsTiles;
+  table.panel_rows[index_of(PanelType::kBF16)] = kPanelRowsTiles;
   table.slice_units[1] = kSliceUnits;
   fill_multiply(table, std::make_integer_sequence<int, kPanelRowsTiles>());
   table.multiply_along_k[1] = multiply_along_k;

@@ -16,12 +16,19 @@ namespace {
 
 constexpr int kVectorBytes = 32;
 // 16 registers: 6 x 2 sums, a row of B and a broadcast (bf16: 4 x 2 sums and 4 halves of B).
-constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
+constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4, kPanelRowsQuantized = 4;
 
 #include "kernels/simd.inl"
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 COTERIE_INLINE VF root(VF a) { return _mm256_sqrt_ps(a); }
+
+// To the nearest whole number, ties to even.
+COTERIE_INLINE VI nearest(VF v) { return reinterpret_cast<VI>(_mm256_cvtps_epi32(v)); }
+// acc + the sum of the two products of signed 16-bit halves of a lane.
+COTERIE_INLINE VI multiply_add_halves(VU a, VU b, VI acc) {
+  return acc + reinterpret_cast<VI>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
 
 #include "kernels/without_masks.inl"
 

@@ -17,7 +17,7 @@ namespace {
 constexpr int kVectorBytes = 64;
 // 32 registers: 12 x 2 sums, a row of B, a broadcast, and some to spare. 24 independent sums hide the
 // latency of two FMA units (2 x 4 cycles) three times over.
-constexpr int kPanelRowsF32 = 12, kPanelRowsBf16 = 12;
+constexpr int kPanelRowsF32 = 12, kPanelRowsBf16 = 12, kPanelRowsQuantized = 12;
 
 #include "kernels/simd.inl"
 
@@ -80,6 +80,21 @@ COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
 // acc + a.low * b.low + a.high * b.high of bf16 pairs; denormals count as zero.
 COTERIE_INLINE VF multiply_add_bf16(VU a, VU b, VF acc) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// To the nearest whole number, ties to even.
+COTERIE_INLINE VI nearest(VF v) { return reinterpret_cast<VI>(_mm512_maskz_cvtps_epi32(0xffff, v)); }
+// acc + the sum of the four products of unsigned bytes of a lane of b and signed bytes of a.
+COTERIE_INLINE VI multiply_add_bytes(VU b, uint32_t a, VI acc) {
+  return reinterpret_cast<VI>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(b),
+                                                  _mm512_set1_epi32(static_cast<int>(a))));
+}
+
+// mxfp4_doubled of every byte.
+COTERIE_INLINE VU mxfp4_values(VU codes) {
+  const __m512i table =
+      _mm512_maskz_broadcast_i32x4(0xffff, _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  return reinterpret_cast<VU>(_mm512_shuffle_epi8(table, reinterpret_cast<__m512i>(codes)));
 }
 
 #include "kernels/kernels.inl"

@@ -1,4 +1,6 @@
 // The table for any x86-64 CPU: SSE2, which the baseline ABI promises. Also the model of a new port.
+#include <emmintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -11,7 +13,7 @@ namespace {
 
 constexpr int kVectorBytes = 16;
 // 16 registers: 6 x 2 sums, a row of B, a broadcast and a product (bf16: 4 x 2 sums and 4 halves of B).
-constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4;
+constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4, kPanelRowsQuantized = 4;
 
 #include "kernels/simd.inl"
 
@@ -19,6 +21,13 @@ COTERIE_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
 COTERIE_INLINE VF root(VF a) {
   for (int lane = 0; lane < kWidth; ++lane) a[lane] = std::sqrt(a[lane]);
   return a;
+}
+
+// To the nearest whole number, ties to even.
+COTERIE_INLINE VI nearest(VF v) { return reinterpret_cast<VI>(_mm_cvtps_epi32(v)); }
+// acc + the sum of the two products of signed 16-bit halves of a lane.
+COTERIE_INLINE VI multiply_add_halves(VU a, VU b, VI acc) {
+  return acc + reinterpret_cast<VI>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 }
 
 #include "kernels/without_masks.inl"

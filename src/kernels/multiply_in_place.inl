@@ -7,7 +7,7 @@
 
 template <bool kSourceBf16, bool kPanelBf16>
 void pack_strips_as(const PackSource& s, int64_t M, int64_t first, int64_t last, uint32_t* memory) {
-  const int64_t units = kPanelBf16 ? (s.cols + 1) / 2 : s.cols, padded = padded_row_units(units);
+  const int64_t units = kPanelBf16 ? (s.cols + 1) / 2 : s.cols, padded = whole_chunks(units);
   constexpr int64_t kPerUnit = kPanelBf16 ? 2 : 1;
   const bool along_k = k_contiguous(s);
   for (int64_t row = first * kWidth; row < last * kWidth; row += kWidth) {
@@ -30,8 +30,8 @@ void pack_strips_as(const PackSource& s, int64_t M, int64_t first, int64_t last,
   }
 }
 
-void pack_strips(const PackSource& source, DType type, int64_t M, int64_t first, int64_t last, uint32_t* memory) {
-  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
+void pack_strips(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last, uint32_t* memory) {
+  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == PanelType::kBF16;
   if (from_bf16 && to_bf16) return pack_strips_as<true, true>(source, M, first, last, memory);
   if (from_bf16) return pack_strips_as<true, false>(source, M, first, last, memory);
   if (to_bf16) return pack_strips_as<false, true>(source, M, first, last, memory);
@@ -77,7 +77,7 @@ COTERIE_INLINE void multiply_rows(const PanelInPlace& b, const char* first, int6
   const char* row[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) row[i] = first + (i < count ? i : count - 1) * b.stride_bytes;
-  const int64_t strip_units = padded_row_units(units) * kWidth;
+  const int64_t strip_units = whole_chunks(units) * kWidth;
   const int64_t whole = kBf16 ? b.cols / 2 : b.cols;  // the last unit of an odd K is half a unit
   VF sums[kRows][kStrips] = {};
   int64_t u = 0;
@@ -167,7 +167,7 @@ void multiply_along_k(const PanelInPlace& b, int64_t units, const uint32_t* stri
   if (rows > kWidth + kWidth / 2) return multiply_broadcast<kBf16, 2>(b, units, strips, tile);
   multiply_strip<kBf16>(b, units, strips, rows, tile);
   if (rows <= kWidth) return;
-  multiply_strip<kBf16>(b, units, strips + padded_row_units(units) * kWidth, rows - kWidth, tile + kWidth * 2 * kWidth);
+  multiply_strip<kBf16>(b, units, strips + whole_chunks(units) * kWidth, rows - kWidth, tile + kWidth * 2 * kWidth);
 }
 
 // Unit u of the columns from `column` on: elements of K lie stride_bytes apart. `whole`: all of the unit is there.

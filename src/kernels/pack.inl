@@ -102,8 +102,7 @@ template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE void pack_panels_along_rows(const PackSource& s, int64_t units, int64_t N, int64_t first, int64_t last,
                                            uint32_t* memory) {
   constexpr int64_t kBytes = kSourceBf16 ? 2 : 4, kPerUnit = kPanelBf16 ? 2 : 1;
-  const int64_t first_row = first * 2 * kWidth, end_row = last * 2 * kWidth,
-                panel = padded_row_units(units) * 2 * kWidth;
+  const int64_t first_row = first * 2 * kWidth, end_row = last * 2 * kWidth, panel = whole_chunks(units) * 2 * kWidth;
   const int64_t last_row = end_row < N ? end_row : N, piece = (last_row - first_row) * kBytes;
   const int64_t ahead = kBytesAheadAcross / piece + 1;
   for (int64_t u = 0; u < units; ++u) {
@@ -137,7 +136,7 @@ COTERIE_INLINE void pack_columns_one_by_one(const PackSource& s, int64_t units, 
 
 // The units of panels [first, last) of B that fill up the last chunk.
 COTERIE_INLINE void clear_rest(int64_t units, int64_t first, int64_t last, uint32_t* memory) {
-  const int64_t padded = padded_row_units(units);
+  const int64_t padded = whole_chunks(units);
   for (int64_t p = first; p < last; ++p, memory += padded * 2 * kWidth) {
     for (int64_t i = units * 2 * kWidth; i < padded * 2 * kWidth; i += kWidth) store_units(memory + i, VU{});
   }
@@ -155,7 +154,7 @@ void pack_b_as(const PackSource& s, int64_t N, bool gated, int64_t first, int64_
       // The second vector of a panel is the next columns, or the up rows of the same columns.
       const int64_t column = gated ? p * kWidth : (2 * p + half) * kWidth, row = gated ? half * N + column : column;
       const int64_t count = N - column;
-      uint32_t* const out = memory + (p - first) * padded_row_units(units) * 2 * kWidth + half * kWidth;
+      uint32_t* const out = memory + (p - first) * whole_chunks(units) * 2 * kWidth + half * kWidth;
       if (k_contiguous(s)) {
         pack_columns_along_k<kSourceBf16, kPanelBf16>(s, units, row, count, out);
       } else {
@@ -186,7 +185,7 @@ COTERIE_INLINE void pack_a_along_rows(const PackSource& s, int64_t units, const 
           store_units(panel + (u / kChunkUnits * count + i) * kChunkUnits + u % kChunkUnits, rows[i - i0]);
         }
       }
-      panel += count * padded_row_units(units);
+      panel += count * whole_chunks(units);
     }
   }
 }
@@ -212,28 +211,28 @@ void pack_a_as(const PackSource& s, const RowPanels& panels, int64_t first, int6
           store_units(lines + u / kChunkUnits * count * kChunkUnits + u % kChunkUnits, v);
         }
       } else {
-        for (int64_t u = 0; u < padded_row_units(units); ++u) {
+        for (int64_t u = 0; u < whole_chunks(units); ++u) {
           lines[u / kChunkUnits * count * kChunkUnits + u % kChunkUnits] =
               u < units ? one_unit<kSourceBf16, kPanelBf16>(s, row, u) : 0;
         }
       }
     }
-    panel += count * padded_row_units(units);
+    panel += count * whole_chunks(units);
   }
 }
 
-void pack_b(const PackSource& source, DType type, int64_t N, bool gated, int64_t first, int64_t last,
+void pack_b(const PackSource& source, PanelType type, int64_t N, bool gated, int64_t first, int64_t last,
             uint32_t* memory) {
-  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
+  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == PanelType::kBF16;
   if (from_bf16 && to_bf16) return pack_b_as<true, true>(source, N, gated, first, last, memory);
   if (from_bf16) return pack_b_as<true, false>(source, N, gated, first, last, memory);
   if (to_bf16) return pack_b_as<false, true>(source, N, gated, first, last, memory);
   pack_b_as<false, false>(source, N, gated, first, last, memory);
 }
 
-void pack_a(const PackSource& source, DType type, const RowPanels& panels, int64_t first, int64_t last,
-            uint32_t* memory) {
-  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == DType::kBF16;
+void pack_float_a(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
+                  uint32_t* memory) {
+  const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == PanelType::kBF16;
   if (from_bf16 && to_bf16) return pack_a_as<true, true>(source, panels, first, last, memory);
   if (from_bf16) return pack_a_as<true, false>(source, panels, first, last, memory);
   if (to_bf16) return pack_a_as<false, true>(source, panels, first, last, memory);

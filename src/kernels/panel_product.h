@@ -26,20 +26,20 @@ struct PanelProduct {
   const KernelTable& kernels;
   DType type;
 
-  int64_t most_rows() const { return kernels.panel_rows[type == DType::kBF16]; }
+  int64_t most_rows() const { return kernels.panel_rows[index_of(panel_type(type))]; }
   int64_t num_panels_a(int64_t M) const { return (M + most_rows() - 1) / most_rows(); }
-  int64_t row_units(int64_t K) const { return padded_row_units(units_of(type, K)); }
+  int64_t row_units(int64_t K) const { return a_row_units(panel_type(type), K); }
   // Memory, in units, that packing takes.
-  int64_t size_of_a(int64_t M, int64_t K) const { return padded_row_units(M * row_units(K) + kBehindPanelsA); }
+  int64_t size_of_a(int64_t M, int64_t K) const { return whole_chunks(M * row_units(K) + kBehindPanelsA); }
   int64_t size_of_b(int64_t N, int64_t K) const { return num_panels_b(N) * kernels.panel_columns() * row_units(K); }
 
   PanelsOfA pack_a(const ConstMatrix& a, uint32_t* memory) const {
     const RowPanels rows = {a.rows, num_panels_a(a.rows)};
-    kernels.pack_a(source(a), type, rows, 0, rows.P, memory);
+    kernels.pack_a(source(a), panel_type(type), rows, 0, rows.P, memory);
     return {rows, row_units(a.cols), memory};
   }
   PanelsOfB pack_b(const ConstMatrix& b, uint32_t* memory) const {
-    kernels.pack_b(source(b), type, b.rows, /*gated=*/false, 0, num_panels_b(b.rows), memory);
+    kernels.pack_b(source(b), panel_type(type), b.rows, /*gated=*/false, 0, num_panels_b(b.rows), memory);
     return {row_units(b.cols) * kernels.panel_columns(), memory};
   }
 
@@ -52,7 +52,7 @@ struct PanelProduct {
     const int rows = a.rows.rows(p);
     const int64_t width = kernels.panel_columns();
     const int64_t first_unit = (type == DType::kBF16 ? first_k / 2 : first_k) / kChunkUnits * kChunkUnits;
-    const int64_t units = units_of(type, last_k) - first_unit;
+    const int64_t units = units_of(panel_type(type), last_k) - first_unit;
     const uint32_t* const a_panel = a.data + a.rows.first_row(p) * a.row_units + first_unit * rows;
     TileStore store = {.tile = tile, .rows = rows, .c_dtype = c.dtype, .c_stride = c.row_stride};
     store.accumulate = accumulate;

@@ -46,3 +46,20 @@ COTERIE_INLINE VF multiply_add_bf16(VU a, VU b, VF acc) {
   acc = fma(reinterpret_cast<VF>(a << 16), reinterpret_cast<VF>(b << 16), acc);
   return fma(reinterpret_cast<VF>(a & 0xffff0000u), reinterpret_cast<VF>(b & 0xffff0000u), acc);
 }
+
+// acc + the sum of the four products of unsigned bytes of a lane of b and signed bytes of a: two by two, as 16-bit
+// numbers, in which nothing overflows.
+COTERIE_INLINE VI multiply_add_bytes(VU b, uint32_t a, VI acc) {
+  const auto byte = [a](int i) { return static_cast<uint32_t>(static_cast<int8_t>(a >> 8 * i)); };
+  const uint32_t even = (byte(0) & 0xffffu) | byte(2) << 16, odd = (byte(1) & 0xffffu) | byte(3) << 16;
+  acc = multiply_add_halves(b & 0x00ff00ffu, broadcast_unit(even), acc);
+  return multiply_add_halves((b >> 8) & 0x00ff00ffu, broadcast_unit(odd), acc);
+}
+
+// mxfp4_doubled of every byte.
+COTERIE_INLINE VU mxfp4_values(VU codes) {
+  typedef int8_t Bytes __attribute__((vector_size(kVectorBytes)));
+  const auto code = reinterpret_cast<Bytes>(codes), m = code & 7;
+  const Bytes magnitude = m - (m > 4) - (m > 5) - 3 * (m > 6), negative = code > 7;
+  return reinterpret_cast<VU>(((magnitude ^ negative) - negative) + 12);
+}

@@ -1,0 +1,164 @@
+#include "kernels/gemm_plan.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace coterie {
+namespace {
+
+// Panels of A that a task multiplies with one panel of B after the other: most of the L2 caches of today's
+// servers (1 to 2 MiB).
+constexpr int64_t kBlockABytes = 1 << 20;
+// Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
+constexpr int64_t kGroupBBytes = 512 << 10;
+// With at most so many rows of A, B is read where it lies: along K, along N. (With twice as many, packing it costs
+// about as much.)
+constexpr int64_t kMostRowsAlongK = 64, kMostRowsAlongN[2] = {8, 16};  // fp32, bf16
+// Pieces of 64 bytes, which bf16 is read in along N, are read well from caches alone: of B of a whole group up to this.
+constexpr int64_t kCachedBBytes = 16 << 20;
+// B of a problem with few panels of A, or with few enough for a cache (in fp32 a further one: arithmetic is slow enough
+// to read A from there), is packed by the tasks. With more, C is cut by rows too.
+constexpr int64_t kSharedABytes[2] = {2 << 20, kBlockABytes};  // fp32, bf16
+constexpr int64_t kFewPanelsA = 6;
+constexpr int64_t kMostPacksOfA = 2;
+// A task that packs its own A should have this many panels of it, to read B seldom.
+constexpr int64_t kLeastOwnPanelsA = 4;
+// A task should outweigh handing it out (about 0.1 us) by far, and there should be several for every
+// thread, since threads are disturbed. In multiply-adds; 1e6 take about 10 us.
+constexpr double kLeastTaskCost = 0.4e6, kMostTaskCost = 64e6;
+constexpr double kTasksPerThread = 8;
+// Reading a fresh 32-bit unit of B takes about as long as this many multiply-adds.
+constexpr double kUnitCost = 8;
+// A group's results above this size are written past the caches: nobody finds them there later, and a line
+// that is not owned yet would be read before it is written.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+PackSource pack_source(const ConstMatrix& m, int64_t rows, int64_t cols, const int32_t* gather_rows,
+                       const int32_t* gather_cols) {
+  return {m.data, m.dtype, rows, cols, m.row_stride, m.col_stride, gather_rows, gather_cols};
+}
+
+void check_problem(const GemmProblem& p) {
+  COTERIE_CHECK(p.packed_b == nullptr || p.b.data == nullptr, "both b and packed_b are given");
+  const bool transformed = p.gated || p.activation != Activation::kNone;
+  COTERIE_CHECK(!(p.accumulate && transformed), "accumulate with an activation");
+  COTERIE_CHECK(!p.pre.data || p.pre.dtype == p.c.dtype, "the sums before the activation have another type than C");
+  const int64_t b_rows = p.packed_b ? p.packed_b->rows() : p.b.rows;
+  const int64_t b_cols = p.packed_b ? p.packed_b->cols() : (p.b_gather_K ? p.a.cols : p.b.cols);
+  COTERIE_CHECK(p.a.cols == 0 || b_cols == p.a.cols, "K of A and B differ");
+  COTERIE_CHECK(b_rows == (p.gated ? 2 : 1) * p.c.cols, "N of B and C differ");
+  COTERIE_CHECK((p.gather_M ? p.num_gathered : p.a.rows) == p.c.rows, "M of A and C differ");
+  COTERIE_CHECK(!p.packed_b || p.packed_b->gated() == p.gated, "B was packed for another kind of problem");
+  COTERIE_CHECK(!p.packed_b || b_rows == 0 || p.packed_b->kernels() == &active_kernels(),
+                "B was packed for another ISA");
+  COTERIE_CHECK(!p.packed_b || !is_quantized(p.packed_b->type()) || p.a.col_stride == 1,
+                "A of quantized weights has contiguous rows");
+}
+
+// Where rows of A are so few that packing B would not pay, and it lies such that it can be read as it is.
+InPlace in_place(const GemmProblem& p, PanelType type, int64_t group_b_bytes) {
+  const bool bf16 = type == PanelType::kBF16;
+  if (!p.b.data || panel_type(p.b.dtype) != type || p.b_gather_K) return InPlace::kNo;
+  if (p.b.col_stride == 1) return p.c.rows <= kMostRowsAlongK ? InPlace::kAlongK : InPlace::kNo;
+  const bool along_n = p.b.row_stride == 1 && p.c.rows <= kMostRowsAlongN[bf16];
+  return along_n && (!bf16 || group_b_bytes <= kCachedBBytes) ? InPlace::kAlongN : InPlace::kNo;
+}
+
+Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b_bytes) {
+  check_problem(p);
+  Plan plan = {};
+  plan.problem = &p;
+  const int64_t K = p.a.cols, N = p.c.cols;
+  const PanelType type = p.packed_b ? p.packed_b->type() : panel_type(p.panels.value_or(p.b.dtype));
+  const int64_t most_rows = kernels.panel_rows[index_of(type)];
+  plan.rows = {p.c.rows, ceil_div(p.c.rows, most_rows)};
+  plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, nullptr);
+  plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K), type, p.gated, N};
+  plan.units = units_of(type, K);
+  plan.Q = plan.b.count();
+  plan.in_place = in_place(p, type, group_b_bytes);
+  return plan;
+}
+
+// Whether the tasks pack B: where A has few panels, or few enough for a cache. But with a small B the work is writing
+// C, and where that stays in the caches, tasks should have whole rows of it: columns of a matrix compete for a part of
+// the places in a cache.
+bool should_own_b(const Plan& plan) {
+  if (plan.problem->packed_b || plan.in_place != InPlace::kNo) return false;
+  const bool by_rows = !plan.stream && plan.Q * plan.b.panel_units() <= kInlinePackUnits;
+  const int64_t most_bytes = kSharedABytes[plan.b.type == PanelType::kBF16];
+  return plan.P() <= kFewPanelsA || (4 * plan.all_a_units() <= most_bytes && !by_rows);
+}
+
+// Chooses blocks so that a task costs about `most`, and numbers the tasks.
+void cut_plan(Plan& plan, double most, int64_t first_task) {
+  const int64_t P = plan.P(), Q = plan.Q;
+  plan.own_b = should_own_b(plan);
+  const int64_t panel_bytes = 4 * ceil_div(plan.all_a_units(), P);
+  const int64_t fitting_P = std::max<int64_t>(1, kBlockABytes / std::max<int64_t>(panel_bytes, 1));
+  plan.block_P = std::min(P, fitting_P);
+  plan.block_Q = Q;
+  const bool all_rows = plan.own_b || plan.in_place != InPlace::kNo;
+  if (all_rows) {
+    plan.block_P = P;
+  } else {
+    // Whole rows of C when they make tasks of a sensible size; then nobody else needs their part of A.
+    const auto affordable = static_cast<int64_t>(most / plan.cost(1, Q));
+    const int64_t own = std::min(plan.block_P, std::max(affordable, kLeastOwnPanelsA));
+    plan.own_a = P > kFewPanelsA && plan.cost(own, Q) <= 2 * most;
+    if (plan.own_a) plan.block_P = ceil_div(P, ceil_div(P, own));
+  }
+  if (!plan.own_a) {
+    while (plan.block_P > 1 && !all_rows && plan.cost(plan.block_P, 1) > most) plan.block_P = ceil_div(plan.block_P, 2);
+    plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
+    if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
+    // To pack A anew costs no more than to write it to memory and read it from there.
+    plan.own_a = plan.own_b && 4 * plan.all_a_units() <= kBlockABytes && ceil_div(Q, plan.block_Q) <= kMostPacksOfA;
+  }
+  plan.first_task = first_task;
+  plan.num_tasks = ceil_div(P, plan.block_P) * ceil_div(Q, plan.block_Q);
+}
+
+}  // namespace
+
+int64_t PanelsB::group() const {
+  return std::clamp<int64_t>(kGroupBBytes / std::max<int64_t>(4 * panel_units(), 1), 1, kMostGroupB);
+}
+
+void PanelsB::pack(int64_t first, int64_t last, uint32_t* memory) const {
+  for (int64_t p = first; p < last; p += group()) {
+    const int64_t end = std::min(p + group(), last);
+    kernels->pack_b(source, type, N, gated, p, end, memory + (p - first) * panel_units());
+  }
+}
+
+double Plan::cost(int64_t panels_a, int64_t panels_b) const {
+  const double m = static_cast<double>(panels_a) * static_cast<double>(rows.M) / static_cast<double>(P());
+  return static_cast<double>(panels_b * b.panel_units()) * (m + kUnitCost) + m;
+}
+
+void cut_group(std::span<const GemmProblem> problems, int num_threads, std::vector<Plan>& plans) {
+  const KernelTable& kernels = active_kernels();
+  plans.clear();
+  double total = 0;
+  int64_t b_bytes = 0, c_bytes = 0;
+  for (const GemmProblem& p : problems) b_bytes += p.b.rows * p.b.cols * static_cast<int64_t>(dtype_size(p.b.dtype));
+  for (const GemmProblem& problem : problems) {
+    const Plan plan = make_plan(problem, kernels, b_bytes);
+    // Leaving it out keeps first_task increasing.
+    if (plan.P() == 0 || plan.Q == 0) continue;
+    plans.push_back(plan);
+    total += plan.cost(plan.P(), plan.Q);
+    c_bytes += problem.c.rows * problem.c.cols * static_cast<int64_t>(dtype_size(problem.c.dtype));
+  }
+  const double most = std::clamp(total / (num_threads * kTasksPerThread), kLeastTaskCost, kMostTaskCost);
+  int64_t first_task = 0;
+  for (Plan& plan : plans) {
+    plan.stream = c_bytes > kStreamBytes && !plan.problem->accumulate;
+    cut_plan(plan, most, first_task);
+    first_task += plan.num_tasks;
+  }
+}
+
+}  // namespace coterie

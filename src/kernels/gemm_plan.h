@@ -1,0 +1,78 @@
+// How a group of products is cut up.
+//
+// A tile of C is one panel of A (up to panel_rows rows) times one panel of B (2 vectors of columns). A task
+// is a block of panels of A, small enough for half of an L2 cache, times a block of panels of B: a panel of
+// B is read once per block, lies in the L1 or L2 cache meanwhile, and A comes from L2.
+//
+// An operand that is not in panels yet is packed where it costs least: by the task that uses it, straight
+// into the cache, when no other task needs the same part; else beforehand, once for all tasks. With few rows of
+// A, B is not packed at all but read where it lies (multiply_in_place.inl), by tasks that take all rows of A.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/gemm.h"
+#include "kernels/kernel_table.h"
+
+namespace coterie {
+
+// Panels of B that a task packs or multiplies at once, at most.
+inline constexpr int64_t kMostGroupB = 8;
+// Packing less than this many units is not worth waking the other threads for.
+inline constexpr int64_t kInlinePackUnits = 32 << 10;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The panels of B. Panel p holds columns [p * width(), ...) of C.
+struct PanelsB {
+  const KernelTable* kernels;
+  PackSource source;
+  PanelType type;
+  bool gated;
+  int64_t N;  // columns of C
+
+  int64_t width() const { return gated ? kernels->width : kernels->panel_columns(); }
+  int64_t count() const { return ceil_div(N, width()); }
+  int64_t panel_units() const { return b_panel_units(type, source.cols, kernels->panel_columns()); }
+  int64_t group() const;  // panels to pack or to multiply at once
+  void pack(int64_t first, int64_t last, uint32_t* memory) const;
+};
+
+// How B is read where it lies: not at all, with K contiguous (then A is in strips), or with columns contiguous.
+enum class InPlace { kNo, kAlongK, kAlongN };
+
+// A problem with its cut.
+struct Plan {
+  const GemmProblem* problem;
+  PanelsB b;
+  PackSource a;
+  RowPanels rows;
+  int64_t units;             // of K
+  int64_t Q;                 // panels of B
+  int64_t block_P, block_Q;  // panels of a task
+  int64_t first_task, num_tasks;
+  bool stream;                   // C past the caches
+  bool own_a, own_b;             // tasks pack the operand themselves
+  InPlace in_place;              // few rows of A: they are packed beforehand, and B is read where it lies
+  uint32_t* a_panels = nullptr;  // all of A, unless own_a
+  const uint32_t* b_panels = nullptr;
+
+  int64_t P() const { return rows.P; }
+  int64_t row_units() const { return a_row_units(b.type, a.cols); }  // of A, in panels
+  int64_t a_units(int64_t first, int64_t last) const {
+    return (rows.first_row(last) - rows.first_row(first)) * row_units();
+  }
+  bool in_strips() const { return in_place == InPlace::kAlongK; }
+  int64_t strips() const { return ceil_div(rows.M, b.kernels->width); }
+  int64_t strip_units() const { return b.kernels->width * row_units(); }
+  int64_t all_a_units() const { return in_strips() ? strips() * strip_units() : rows.M * row_units(); }
+  bool packs_b_before() const { return !problem->packed_b && !own_b && in_place == InPlace::kNo; }
+  double cost(int64_t panels_a, int64_t panels_b) const;  // in multiply-adds
+};
+
+// Cuts a group for `num_threads` threads. Problems without rows or columns have no task and get no plan.
+void cut_group(std::span<const GemmProblem> problems, int num_threads, std::vector<Plan>& plans);
+
+}  // namespace coterie

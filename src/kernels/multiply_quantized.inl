@@ -1,0 +1,155 @@
+// The micro-kernel of quantized types: products of codes are summed up in integers within a group, and groups in fp32,
+// in order, so that a row's bits don't depend on its neighbours.
+
+// The codes of a pair of units, [unit][vector of columns].
+template <PanelType kType>
+COTERIE_INLINE void load_codes(const uint32_t* b, VU (&codes)[2][2]) {
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    if constexpr (quantized_format(kType).bits == 8) {
+      codes[0][v] = load_units(b + v * kWidth);
+      codes[1][v] = load_units(b + (2 + v) * kWidth);
+    } else {
+      const VU both = load_units(b + v * kWidth);
+      codes[0][v] = both & 0x0f0f0f0fu;
+      codes[1][v] = (both >> 4) & 0x0f0f0f0fu;
+    }
+    if constexpr (kType == PanelType::kMxfp4) {
+      codes[0][v] = mxfp4_values(codes[0][v]);
+      codes[1][v] = mxfp4_values(codes[1][v]);
+    }
+  }
+}
+
+// What is asked for lies so many bytes ahead: B comes from memory for the first panel of A, which is far.
+constexpr int64_t kCodesAhead = 3072;
+
+// dots += `units` units of one chunk of A, a multiple of 2.
+template <PanelType kType, int kLines>
+COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t units, VI (&dots)[kLines][2]) {
+  constexpr int64_t kPairUnits = 2 * quantized_format(kType).bits / 8 * 2 * kWidth;  // of B
+#pragma GCC unroll 8
+  for (int64_t u = 0; u < units; u += 2, b += kPairUnits) {
+    VU codes[2][2];
+    load_codes<kType>(b, codes);
+    const char* const ahead = reinterpret_cast<const char*>(b) + kCodesAhead;
+    for (int64_t line = 0; line < kPairUnits * 4; line += 64) __builtin_prefetch(ahead + line);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLines; ++i) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t ai = a[i * kChunkUnits + u + half];
+        dots[i][0] = multiply_add_bytes(codes[half][0], ai, dots[i][0]);
+        dots[i][1] = multiply_add_bytes(codes[half][1], ai, dots[i][1]);
+      }
+    }
+  }
+}
+
+// Sums of a panel that are worked on group by group: in registers with few rows, else in the tile.
+template <int kRows>
+struct GroupSums {
+  static constexpr bool kInRegisters = kRows <= kFewRows;
+  float* tile;
+  VF registers[kInRegisters ? kRows : 1][2] = {};
+
+  COTERIE_INLINE VF get(int row, int v, bool first) const {
+    if constexpr (kInRegisters) return registers[row][v];
+    return first ? VF{} : load(tile + (2 * row + v) * kWidth);
+  }
+  COTERIE_INLINE void set(int row, int v, VF sum) {
+    if constexpr (kInRegisters) {
+      registers[row][v] = sum;
+    } else {
+      store(tile + (2 * row + v) * kWidth, sum);
+    }
+  }
+  COTERIE_INLINE void finish() const {
+    if constexpr (!kInRegisters) return;
+    for (int i = 0; i < (kInRegisters ? kRows : 0); ++i) {
+      store(tile + 2 * i * kWidth, registers[i][0]);
+      store(tile + (2 * i + 1) * kWidth, registers[i][1]);
+    }
+  }
+};
+
+COTERIE_INLINE VF load_scales(const uint16_t* p) { return reinterpret_cast<VF>(load_halves(p) << 16); }
+
+// sums += scales of A and B * dots, and minimums * scales and sums of A.
+template <PanelType kType, int kRows, int kLines>
+COTERIE_INLINE void add_group(const Factors (&factors)[kRows], const uint16_t* scales, const VI (&dots)[kLines][2],
+                              bool first, GroupSums<kRows>& sums) {
+  constexpr bool kMinimum = quantized_format(kType).stored_minimum;
+  // The second part of the code is the lower one.
+  const auto dot = [&](int i, int v) {
+    return kLines == kRows ? dots[i][v] : (dots[i][v] << 8) + dots[kLines - kRows + i][v];
+  };
+  const VF scale[2] = {load_scales(scales), load_scales(scales + kWidth)};
+  VF minimum[2] = {};
+  if constexpr (kMinimum) {
+    minimum[0] = load_scales(scales + 2 * kWidth);
+    minimum[1] = load_scales(scales + 3 * kWidth);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    const VF scale_a = broadcast(factors[i].scale);
+    const VF sum_a = broadcast(factors[i].scale * static_cast<float>(factors[i].sum));
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      VF sum = fma(to_floats(dot(i, v)), scale[v] * scale_a, sums.get(i, v, first));
+      if constexpr (kMinimum) sum = fma(minimum[v], sum_a, sum);
+      sums.set(i, v, sum);
+    }
+  }
+}
+
+template <PanelType kType, int kRows>
+void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, float* tile) {
+  constexpr QuantizedFormat kFormat = quantized_format(kType);
+  constexpr int64_t kGroupUnits = kFormat.group_units();
+  constexpr int64_t kStep = kGroupUnits < kChunkUnits ? kGroupUnits : kChunkUnits;
+  constexpr int64_t kUnitOfB = kFormat.bits * 2 * kWidth / 8;
+  constexpr int kLines = kRows * kFormat.parts;
+  const int64_t units = units_of(kType, K);
+  const auto* group_factors = reinterpret_cast<const char*>(a + whole_chunks(units) * kLines);
+  GroupSums<kRows> sums = {.tile = tile};
+  for (int64_t first = 0; first < units; first += kGroupUnits) {
+    Factors factors[kRows];
+    __builtin_memcpy(factors, group_factors, sizeof factors);
+    group_factors += sizeof factors;
+    VI dots[kLines][2] = {};
+    for (int i = 0; i < kRows; ++i) {
+      VI(&start)[2] = dots[kLines - kRows + i];
+      start[0] = start[1] = -kFormat.offset * factors[i].sum + VI{};
+    }
+    const int64_t end = units - first < kGroupUnits ? units : first + kGroupUnits;
+    for (int64_t u = first; u < end; u += kStep) {
+      const uint32_t* const chunk = a + u / kChunkUnits * kLines * kChunkUnits + u % kChunkUnits;
+      if (end - u >= kStep) {
+        multiply_codes<kType, kLines>(chunk, b, kStep, dots);
+        b += kStep * kUnitOfB;
+      } else {
+        multiply_codes<kType, kLines>(chunk, b, end - u, dots);
+        b += (end - u) * kUnitOfB;
+      }
+    }
+    add_group<kType>(factors, reinterpret_cast<const uint16_t*>(b), dots, first == 0, sums);
+    b += (kFormat.stored_minimum ? 2 : 1) * kWidth;
+  }
+  if (units == 0) {
+    for (int i = 0; i < 2 * kRows * kWidth; i += kWidth) store(tile + i, VF{});
+  } else {
+    sums.finish();
+  }
+}
+
+template <PanelType kType, int... kIndex>
+constexpr void fill_quantized(KernelTable& table, std::integer_sequence<int, kIndex...>) {
+  ((table.multiply_quantized[index_of(kType) - kFirstQuantized][kIndex] = multiply_quantized<kType, kIndex + 1>), ...);
+}
+template <PanelType kType>
+constexpr void fill_quantized(KernelTable& table) {
+  constexpr int kRows = kPanelRowsQuantized / quantized_format(kType).parts;
+  table.panel_rows[index_of(kType)] = kRows;
+  fill_quantized<kType>(table, std::make_integer_sequence<int, kRows>());
+}

@@ -1,0 +1,93 @@
+// Panels of quantized types: of A rounded on the way, of B from stored codes. panels.h says how they lie.
+
+// One group of a row: its codes, high bytes first where there are two, and what belongs to them.
+COTERIE_INLINE Factors round_activations(const float* values, float most, const QuantizedFormat& format,
+                                         int8_t (&codes)[2][kMostGroup]) {
+  const float largest = format.parts == 2 ? 127.0f * 256.0f : 127.0f;
+  const bool zeros = most < kLeastMaximum;
+  const float inverse = zeros ? 0.0f : largest / most;
+  Factors f;
+  f.scale = zeros ? 0.0f : most / largest;
+  f.sum = format.parts == 2 ? round_group_wide(values, format.group, inverse, codes[0], codes[1])
+                            : round_group(values, format.group, inverse, 0, codes[0]);
+  return f;
+}
+
+// Rows of a panel of A.
+COTERIE_INLINE void quantize_panel_a(const PackSource& s, PanelType type, int64_t first_row, int count,
+                                     uint32_t* panel) {
+  const QuantizedFormat format = quantized_format(type);
+  const int64_t group = format.group, units = whole_chunks(units_of(type, s.cols)), groups = groups_of(type, s.cols);
+  const int64_t lines = count * format.parts, piece = group < 4 * kChunkUnits ? group : 4 * kChunkUnits;
+  auto* const factors = reinterpret_cast<char*>(panel + units * lines);
+  alignas(64) float values[kMostGroup];
+  alignas(64) int8_t codes[2][kMostGroup];
+  for (int i = 0; i < count; ++i) {
+    const char* const row = element(s, first_row + i, 0);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = g * group, n = s.cols - first < group ? s.cols - first : group;
+      const Factors f = round_activations(values, load_group(row, s.dtype, first, n, group, values), format, codes);
+      __builtin_memcpy(factors + (g * count + i) * static_cast<int64_t>(sizeof f), &f, sizeof f);
+      for (int64_t k = 0; k < group && (first + k) / 4 < units; k += piece) {
+        const int64_t u = (first + k) / 4;
+        for (int part = 0; part < format.parts; ++part) {
+          const int64_t line = u / kChunkUnits * lines + part * count + i;
+          __builtin_memcpy(panel + line * kChunkUnits + u % kChunkUnits, codes[part] + k, static_cast<size_t>(piece));
+        }
+      }
+    }
+  }
+}
+
+void quantize_a(const PackSource& s, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
+                uint32_t* memory) {
+  for (int64_t p = first; p < last; ++p) {
+    quantize_panel_a(s, type, panels.first_row(p), panels.rows(p), memory);
+    memory += panels.rows(p) * a_row_units(type, s.cols);
+  }
+}
+
+void pack_a(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
+            uint32_t* memory) {
+  if (is_quantized(type)) return quantize_a(source, type, panels, first, last, memory);
+  pack_float_a(source, type, panels, first, last, memory);
+}
+
+// Words [first, first + n) of `count` rows of codes, transposed into a vector of columns.
+COTERIE_INLINE void turn_codes(const QuantizedView& b, int64_t row, int64_t count, int64_t first, int64_t n,
+                               uint32_t* out) {
+  for (int64_t w = 0; w < n; w += kWidth) {
+    const int64_t here = n - w < kWidth ? n - w : kWidth;
+    VU rows[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const uint32_t* const words = b.codes + (row + i) * b.row_words() + first + w;
+      rows[i] = i >= count ? VU{} : here == kWidth ? load_units(words) : load_units_part(words, here);
+    }
+    transpose(rows);
+    for (int64_t i = 0; i < here; ++i) store_units(out + (w + i) * 2 * kWidth, rows[i]);
+  }
+}
+
+COTERIE_INLINE void copy_column(const BFloat16* of_rows, int64_t groups, int64_t row, int64_t count, int64_t g,
+                                uint16_t* out) {
+  for (int64_t i = 0; i < kWidth; ++i) out[i] = i < count ? of_rows[(row + i) * groups + g].bits : 0;
+}
+
+void pack_quantized_b(const QuantizedView& b, int64_t N, bool gated, int64_t first, int64_t last, uint32_t* memory) {
+  const QuantizedFormat format = quantized_format(b.type);
+  const int64_t words = b.row_words(), group_words = format.group_units() * format.bits / 8;
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t w = 0, g = 0; w < words; w += group_words, ++g) {
+      const int64_t n = words - w < group_words ? words - w : group_words;
+      auto* const scales = reinterpret_cast<uint16_t*>(memory + n * 2 * kWidth);
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t column = gated ? p * kWidth : (2 * p + half) * kWidth, row = gated ? half * N + column : column;
+        turn_codes(b, row, N - column, w, n, memory + half * kWidth);
+        copy_column(b.scales, b.groups(), row, N - column, g, scales + half * kWidth);
+        if (!format.stored_minimum) continue;
+        copy_column(b.minimums, b.groups(), row, N - column, g, scales + (2 + half) * kWidth);
+      }
+      memory += n * 2 * kWidth + (format.stored_minimum ? 2 : 1) * kWidth;
+    }
+  }
+}

@@ -1,0 +1,56 @@
+#include "kernels/packed_matrix.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "kernels/gemm_plan.h"
+#include "kernels/kernel_table.h"
+
+namespace coterie {
+namespace {
+
+int64_t panel_width(const PackedShape& shape) {
+  return shape.gated ? active_kernels().width : active_kernels().panel_columns();
+}
+int64_t num_columns(const PackedShape& shape) { return shape.gated ? shape.rows / 2 : shape.rows; }
+int64_t num_panels(const PackedShape& shape) { return ceil_div(num_columns(shape), panel_width(shape)); }
+int64_t panel_units(const PackedShape& shape) {
+  return b_panel_units(shape.type, shape.cols, active_kernels().panel_columns());
+}
+
+}  // namespace
+
+size_t PackedShape::bytes() const { return static_cast<size_t>(num_panels(*this) * panel_units(*this)) * 4; }
+
+PackedMatrix::PackedMatrix(const PackedShape& shape, AlignedBuffer panels)
+    : shape_(shape), panels_(std::move(panels)), kernels_(&active_kernels()) {
+  COTERIE_CHECK(!shape.gated || shape.rows % 2 == 0, "a gated B has an even number of rows");
+  if (!panels_.data()) panels_ = AlignedBuffer(shape.bytes());
+  COTERIE_CHECK(panels_.size() == shape.bytes(), "the panels are not of this shape");
+}
+
+PackedMatrix::PackedMatrix(const ConstMatrix& b, ThreadPool& pool, bool gated)
+    : PackedMatrix({panel_type(b.dtype), b.rows, b.cols, gated}, b, pool) {}
+
+PackedMatrix::PackedMatrix(const PackedShape& shape, const ConstMatrix& b, ThreadPool& pool, AlignedBuffer panels)
+    : PackedMatrix(shape, std::move(panels)) {
+  COTERIE_CHECK(!is_quantized(shape.type) && shape.rows == b.rows && shape.cols == b.cols, "B is not of this shape");
+  const PackSource source = {b.data, b.dtype, b.rows, b.cols, b.row_stride, b.col_stride, nullptr, nullptr};
+  const PanelsB all = {kernels_, source, type(), shape.gated, num_columns(shape_)};
+  const int64_t units = all.panel_units(), group = all.group();
+  pool.run(ceil_div(all.count(), group), [&](int64_t task, int) {
+    const int64_t first = task * group, last = std::min(first + group, all.count());
+    all.pack(first, last, panels_.as<uint32_t>() + first * units);
+  });
+}
+
+PackedMatrix::PackedMatrix(const QuantizedView& b, ThreadPool& pool, bool gated, AlignedBuffer panels)
+    : PackedMatrix({b.type, b.rows, b.cols, gated}, std::move(panels)) {
+  const int64_t units = panel_units(shape_);
+  pool.run(num_panels(shape_), [&](int64_t p, int) {
+    kernels_->pack_quantized_b(b, num_columns(shape_), gated, p, p + 1, panels_.as<uint32_t>() + p * units);
+  });
+}
+
+}  // namespace coterie

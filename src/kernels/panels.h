@@ -1,0 +1,110 @@
+// How the operands of a product lie in memory for the micro-kernels: what panels are made of, and their sizes.
+//
+// Operands are packed as 32-bit units along K: one float, two bf16 (k even in the low half), or four codes of 8 bits.
+// A chunk is 16 units (one cache line) of a row of A; a panel of A with m rows is [chunks][m][16]. A panel of B is
+// [units][2 * width]: 2 vectors of columns side by side, zero up to a whole chunk; a row of A is zero up to a whole
+// vector at least.
+//
+// Quantized types. K is cut into groups (the last may be shorter). Of B, an element is scale * code + minimum with
+// unsigned codes, and a scale per group and column, in bf16; the minimum is -offset * scale, or stored in bf16 too. Of
+// A, an element is scale * code with codes in [-127, 127] and a scale in fp32 per group and row: what is in A is
+// rounded anew in every product. (Of codes of 16 bits, 256 h + l, a panel has the rows of h first, then those of l:
+// twice as many.) Codes are multiplied and summed up in integers, exactly; groups are summed up in fp32, in order. A
+// panel of A is followed by [groups][m] of Factors. A panel of B is group by group: the codes, [units][2 * width], or
+// [pairs of units][2 * width] where the codes of 4 bits of two units share their bytes (the first has the low halves),
+// then the scales and, where stored, the minimums, [2 * width] each.
+#pragma once
+
+#include <cstdint>
+
+#include "base/dtype.h"
+
+namespace coterie {
+
+enum class PanelType : uint8_t { kF32, kBF16, kInt8, kInt8A16, kInt4, kInt4Group64, kMxfp4 };
+inline constexpr int kPanelTypes = 7, kFirstQuantized = 2;
+
+constexpr bool is_quantized(PanelType type) { return static_cast<int>(type) >= kFirstQuantized; }
+constexpr int index_of(PanelType type) { return static_cast<int>(type); }
+constexpr PanelType panel_type(DType dtype) { return dtype == DType::kBF16 ? PanelType::kBF16 : PanelType::kF32; }
+
+struct QuantizedFormat {
+  int64_t group = 0;  // elements along K
+  int bits = 0;       // of a code of B
+  int offset = 0;     // the minimum is -offset * scale
+  bool stored_minimum = false;
+  int parts = 1;  // bytes of a code of A
+
+  constexpr int64_t group_units() const { return group / 4; }
+};
+// kInt8: symmetric. kInt8A16: the same with codes of 16 bits for A, in [-32512, 32512], for products of few rows whose
+// result is sensitive: the head's. kInt4: 5 bits an element with all that belongs to it; kInt4Group64: 4.5. kMxfp4:
+// E2M1 numbers with a power of two per 32, the format of the Open Compute Project (Microscaling Formats 1.0); a code
+// stands for mxfp4_doubled(code), which is 12 + twice the number, and the scale is half the file's.
+constexpr QuantizedFormat quantized_format(PanelType type) {
+  switch (type) {
+    case PanelType::kInt8:
+      return {.group = 64, .bits = 8, .offset = 128};
+    case PanelType::kInt8A16:
+      return {.group = 64, .bits = 8, .offset = 128, .parts = 2};
+    case PanelType::kInt4Group64:
+      return {.group = 64, .bits = 4, .stored_minimum = true};
+    case PanelType::kInt4:
+      return {.group = 32, .bits = 4, .stored_minimum = true};
+    case PanelType::kMxfp4:
+      return {.group = 32, .bits = 4, .offset = 12};
+    default:
+      return {};
+  }
+}
+constexpr int mxfp4_doubled(int code) {
+  constexpr int kMagnitude[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+  return 12 + (code & 8 ? -1 : 1) * kMagnitude[code & 7];
+}
+
+// Of one row of a panel of A and one group.
+struct Factors {
+  float scale = 0.0f;
+  int32_t sum = 0;  // of the codes
+};
+
+inline constexpr int64_t kChunkUnits = 16;
+inline constexpr int kMaxPanelRows = 32;
+inline constexpr int64_t kMaxPanelColumns = 32;
+// multiply may read this far behind the last panel of A.
+inline constexpr int64_t kBehindPanelsA = 15 * kChunkUnits;
+
+constexpr int64_t whole_chunks(int64_t units) { return (units + kChunkUnits - 1) / kChunkUnits * kChunkUnits; }
+// Quantized ones come in pairs.
+constexpr int64_t units_of(PanelType type, int64_t K) {
+  if (is_quantized(type)) return (K + 7) / 8 * 2;
+  return type == PanelType::kBF16 ? (K + 1) / 2 : K;
+}
+constexpr int64_t groups_of(PanelType type, int64_t K) {
+  return (K + quantized_format(type).group - 1) / quantized_format(type).group;
+}
+
+// Units of memory of a row of A, and of a panel of B with `columns` columns.
+constexpr int64_t a_row_units(PanelType type, int64_t K) {
+  const int64_t codes = whole_chunks(units_of(type, K));
+  constexpr int64_t kFactors = sizeof(Factors) / sizeof(uint32_t);
+  if (!is_quantized(type)) return codes;
+  return whole_chunks(quantized_format(type).parts * codes + kFactors * groups_of(type, K));
+}
+constexpr int64_t b_panel_units(PanelType type, int64_t K, int64_t columns) {
+  if (!is_quantized(type)) return whole_chunks(units_of(type, K)) * columns;
+  const QuantizedFormat format = quantized_format(type);
+  const int64_t half_units = format.stored_minimum ? 2 : 1;  // of scales and minimums, in units of 16 bits
+  return (units_of(type, K) * format.bits / 8 * columns) + groups_of(type, K) * half_units * columns / 2;
+}
+
+// How the M rows of A are spread over P panels: evenly, 13 rows are 7 + 6 rather than 12 + 1. The panels of
+// a matrix lie one behind the other.
+struct RowPanels {
+  int64_t M = 0, P = 0;
+
+  int64_t first_row(int64_t p) const { return p * (M / P) + (p < M % P ? p : M % P); }
+  int rows(int64_t p) const { return static_cast<int>(M / P + (p < M % P)); }
+};
+
+}  // namespace coterie
