@@ -24,12 +24,16 @@
 namespace coterie {
 
 struct EngineOptions {
-  std::string dtype = "fp32";             // of the weights: "fp32" or "bf16"
+  std::string dtype = "fp32";             // of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"
+  std::string attention_dtype = "";       // of attention's projections where it differs from dtype
+  std::string head_dtype = "";            // of the head likewise
+  bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)
+  bool mmap = false;                      // map that file instead of reading it: starts at once, runs slower
   int threads = 0;                        // 0: as many as the process may use
   int64_t max_model_len = 0;              // tokens of prompt and output together; 0: the model's own limit
   int64_t max_num_seqs = 256;             // completions that run at once; others wait
   int64_t max_num_batched_tokens = 2048;  // tokens of a step: first one for each decoding completion, then prompts
-  std::string kv_cache_dtype = "auto";    // "auto" (that of the weights), "fp32", "bf16" or "int8"
+  std::string kv_cache_dtype = "auto";    // "auto" (bf16 unless dtype is fp32), "fp32", "bf16" or "int8"
   int64_t num_kv_blocks = 0;              // blocks of 16 tokens; 0: by kv_cache_bytes
   int64_t kv_cache_bytes = 0;             // taken as it is needed; 0: a quarter of the machine's memory, at most what
                                           // max_num_seqs need, at least what one of max_model_len needs

@@ -37,11 +37,12 @@ double negative_log_probability(const float* logits_V, int64_t V, int32_t token)
 
 class EngineImpl : public Engine {
  public:
-  EngineImpl(const StoredModel& model, const EngineOptions& options)
+  EngineImpl(const StoredModel& model, const EngineOptions& options, const std::string& path)
       : config_(model.config()),
         settings_(engine_settings(options, config_)),
         pool_(settings_.threads),
-        weights_(load_weights(config_, model.tensors(), settings_.dtype, pool_)),
+        weights_(load_weights(config_, model.tensors(), settings_.types, pool_,
+                              engine_weight_cache(options, settings_, config_, path))),
         decoder_(config_, weights_, pool_),
         cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits) {}
@@ -335,7 +336,7 @@ class EngineImpl : public Engine {
 
 std::unique_ptr<Engine> Engine::load(const std::string& path, const EngineOptions& options) {
   const StoredModel model(path);
-  auto engine = std::make_unique<EngineImpl>(model, options);
+  auto engine = std::make_unique<EngineImpl>(model, options, path);
   log_info("engine: " + path + ", " + std::to_string(model.config().num_parameters()) + " parameters, " +
            options.dtype);
   return engine;

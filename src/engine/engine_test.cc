@@ -47,7 +47,7 @@ TEST_F(EngineTest, RefusesByFieldAndValue) {
   const auto load = [&](const EngineOptions& options) {
     return invalid_message([&] { Engine::load(directory().string(), options); }, "");
   };
-  EXPECT_EQ(load({.dtype = "fp8"}), "dtype: 'fp8' is not one of fp32, bf16");
+  EXPECT_EQ(load({.dtype = "fp8"}), "dtype: 'fp8' is not one of fp32, bf16, int8, int8a16, int4, int4_64");
   EXPECT_EQ(load({.threads = -1}), "threads: -1 is negative");
   EXPECT_EQ(load({.max_model_len = 97}), "max_model_len: 97 is not in [1, 96], the positions of the model (0: all)");
   EXPECT_EQ(load({.max_num_seqs = 0}), "max_num_seqs: 0 is below 1");
@@ -142,7 +142,7 @@ TEST_F(EngineTest, ThreadsDoNotChangeABit) {
 TEST_F(EngineTest, BatchedSequencesEqualSingleOnes) {
   const StoredModel stored(directory().string());
   NativeThreadPool pool(2);
-  const ModelWeights weights = load_weights(stored.config(), stored.tensors(), DType::kF32, pool);
+  const ModelWeights weights = load_weights(stored.config(), stored.tensors(), WeightTypes{}, pool);
   Decoder decoder(stored.config(), weights, pool);
   KvCache cache(stored.config(), DType::kF32, 16);
   const std::vector<int32_t> a = tokens(37), b = tokens(19, 5);

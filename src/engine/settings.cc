@@ -12,10 +12,8 @@
 namespace coterie {
 namespace {
 
-DType weights_dtype(const std::string& name) {
-  if (name != "fp32" && name != "bf16") throw InvalidArgument("dtype: '" + name + "' is not one of fp32, bf16");
-  return dtype_from_name(name);
-}
+// Models below this many parameters are packed in the time that it takes to look for a file.
+constexpr int64_t kSmallModel = 16'000'000;
 
 DType cache_dtype(const std::string& name, DType weights) {
   if (name == "auto") return weights;
@@ -58,8 +56,8 @@ int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, 
 
 EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config) {
   EngineSettings settings;
-  settings.dtype = weights_dtype(options.dtype);
-  settings.kv_cache_dtype = cache_dtype(options.kv_cache_dtype, settings.dtype);
+  settings.types = weight_types(options.dtype, options.attention_dtype, options.head_dtype);
+  settings.kv_cache_dtype = cache_dtype(options.kv_cache_dtype, settings.types.dtype());
   at_least("threads", options.threads, 0);
   settings.threads = options.threads > 0 ? options.threads : available_cpus();
   settings.max_model_len = model_len(config, options.max_model_len);
@@ -70,6 +68,18 @@ EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& 
   settings.num_kv_blocks = kv_blocks(options, settings, config);
   settings.enable_prefix_caching = options.enable_prefix_caching;
   return settings;
+}
+
+WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config,
+                                const std::string& path) {
+  if (options.mmap && !options.weight_cache) {
+    throw InvalidArgument("mmap: what is mapped is the file of packed weights, which weight_cache turns off");
+  }
+  const bool small = config.num_parameters() < kSmallModel;
+  if (!options.mmap && (small || !options.weight_cache)) return {};
+  WeightCache cache = weight_cache(path, settings.types.description());
+  cache.mapped = options.mmap;
+  return cache;
 }
 
 }  // namespace coterie

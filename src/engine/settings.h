@@ -2,16 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "base/dtype.h"
 #include "coterie/engine.h"
 #include "engine/scheduler.h"
 #include "model/config.h"
+#include "model/weight_store.h"
+#include "model/weight_types.h"
 
 namespace coterie {
 
 struct EngineSettings {
-  DType dtype = DType::kF32;
+  WeightTypes types;
   DType kv_cache_dtype = DType::kF32;
   int threads = 1;
   int64_t max_model_len = 0;
@@ -22,5 +25,9 @@ struct EngineSettings {
 
 // InvalidArgument names the option.
 EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config);
+
+// Where the packed weights of the model at `path` are kept, if anywhere.
+WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config,
+                                const std::string& path);
 
 }  // namespace coterie

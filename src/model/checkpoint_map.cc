@@ -138,6 +138,11 @@ const std::vector<Piece>& LogicalReader::pieces(const std::string& name) const {
   return tensor->forms[form_[tensor - map_.tensors.data()]];
 }
 
+bool LogicalReader::is_mxfp4(const std::string& name) const {
+  return std::ranges::all_of(
+      pieces(name), [&](const Piece& piece) { return source_.find(stored_name(piece.stored))->dtype == "MXFP4"; });
+}
+
 std::optional<Mxfp4Tensor> LogicalReader::read_mxfp4(const std::string& name) const {
   std::optional<Mxfp4Tensor> stored;
   Mxfp4Tensor logical{.cols = pieces(name)[0].cols};

@@ -75,6 +75,7 @@ class LogicalReader {
   // The tensor as fp32, row-major in its logical shape. Safe from any number of threads.
   std::vector<float> read(const std::string& name) const;
 
+  bool is_mxfp4(const std::string& name) const;  // all of the tensor lies in MXFP4
   // The same in the 4 bits of the file, where all of the tensor lies in MXFP4; else nothing. Rows are those of the
   // logical tensor: [E * U, D] of experts' up.
   std::optional<Mxfp4Tensor> read_mxfp4(const std::string& name) const;

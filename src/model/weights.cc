@@ -1,147 +1,238 @@
 #include "model/weights.h"
 
+#include <optional>
 #include <string>
 #include <utility>
+
+#include "base/check.h"
+#include "io/mxfp4.h"
 
 namespace coterie {
 namespace {
 
+// Something that is made when it is first asked for, if anybody asks: whole tensors are, out of files.
+template <typename Value>
+class Lazy {
+ public:
+  explicit Lazy(std::function<Value()> make) : make_(std::move(make)) {}
+  const Value& get() {
+    if (!value_) value_ = make_();
+    return *value_;
+  }
+
+ private:
+  std::function<Value()> make_;
+  std::optional<Value> value_;
+};
+
+// Weights of a file as they are, in the order that panels are packed from.
+QuantizedMatrix from_mxfp4(const Mxfp4Tensor& tensor) {
+  QuantizedMatrix m(PanelType::kMxfp4, tensor.rows, tensor.cols);
+  auto* const out = reinterpret_cast<uint8_t*>(m.codes());
+  const auto code = [&](int64_t k) { return tensor.codes[k / 2] >> 4 * (k % 2) & 15; };
+  for (int64_t k = 0; k < tensor.rows * tensor.cols; k += 8) {
+    for (int64_t j = 0; j < 4; ++j) out[k / 2 + j] = static_cast<uint8_t>(code(k + j) | code(k + 4 + j) << 4);
+  }
+  for (size_t i = 0; i < tensor.scales.size(); ++i) m.scales()[i] = to_bfloat16(mxfp4_scale(tensor.scales[i]) / 2);
+  return m;
+}
+
+// Row-major fp32 values of a matrix with any strides.
+std::vector<float> contiguous(const ConstMatrix& fp32) {
+  const auto* data = static_cast<const float*>(fp32.data);
+  std::vector<float> values(static_cast<size_t>(fp32.rows * fp32.cols));
+  for (int64_t r = 0; r < fp32.rows; ++r) {
+    for (int64_t c = 0; c < fp32.cols; ++c) {
+      values[r * fp32.cols + c] = data[r * fp32.row_stride + c * fp32.col_stride];
+    }
+  }
+  return values;
+}
+
 class WeightLoader {
  public:
-  WeightLoader(const ModelConfig& config, const LogicalReader& reader, DType dtype, ThreadPool& pool)
-      : config_(config), reader_(reader), dtype_(dtype), pool_(pool) {}
+  WeightLoader(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types, WeightStore& store,
+               ThreadPool& pool)
+      : config_(config), reader_(reader), types_(types), store_(store), pool_(pool) {}
+
+  ModelWeights load() const {
+    const int64_t V = config_.vocab_size, D = config_.hidden_size;
+    const std::string embedding_name = "model.embed_tokens.weight";
+    ModelWeights w;
+    w.dtype = types_.dtype();
+    w.embedding_VD = store_.block(embedding_name, V * D * dtype_size(w.dtype), [&](AlignedBuffer memory) {
+      convert_from_float(read(embedding_name).data(), w.dtype, memory.data(), V * D);
+    });
+    w.positions_PD = read_if_there("model.embed_positions.weight");
+    for (int64_t n = 0; n < config_.num_layers(); ++n) w.layers.push_back(layer(n));
+    w.norm = norm("model.norm");
+    Tensor head = tensor(config_.tie_word_embeddings ? embedding_name : "lm_head.weight");
+    w.head = {matrix("lm_head.weight", {types_.head, V, D}, [&] { return row_major(head.get().data(), V, D); }),
+              read_if_there("lm_head.bias")};
+    return w;
+  }
+
+ private:
+  using Tensor = Lazy<std::vector<float>>;
 
   std::vector<float> read(const std::string& name) const { return reader_.read(name); }
   std::vector<float> read_if_there(const std::string& name) const {
     return reader_.has(name) ? reader_.read(name) : std::vector<float>();
   }
+  Tensor tensor(const std::string& name) const {
+    return Tensor([this, name] { return read(name); });
+  }
   NormWeights norm(const std::string& name) const { return {read(name + ".weight"), read_if_there(name + ".bias")}; }
 
-  // Values in the dtype of the matrices; fp32 keeps the vector itself.
-  AlignedBuffer converted(const std::vector<float>& values) const {
-    AlignedBuffer buffer(values.size() * dtype_size(dtype_));
-    convert_from_float(values.data(), dtype_, buffer.data(), values.size());
-    return buffer;
+  // The matrix under this name of the store. values() gives its elements as an fp32 matrix, of any strides.
+  template <typename Values>
+  PackedMatrix matrix(const std::string& name, const PackedShape& shape, const Values& values) const {
+    AlignedBuffer panels =
+        store_.block(name, shape.bytes(), [&](AlignedBuffer memory) { pack(values(), shape, std::move(memory)); });
+    return PackedMatrix(shape, std::move(panels));
   }
 
-  PackedMatrix pack(const std::vector<float>& values, int64_t rows) const {
-    const auto cols = static_cast<int64_t>(values.size()) / rows;
-    if (dtype_ == DType::kF32) return pack_fp32(values, rows);
-    const AlignedBuffer buffer = converted(values);
-    return PackedMatrix(row_major(buffer.data(), dtype_, rows, cols), pool_);
-  }
-  // A block of a matrix of fp32 values, whatever its strides.
-  PackedMatrix pack(const ConstMatrix& fp32) const {
-    const auto* data = static_cast<const float*>(fp32.data);
-    std::vector<float> values(fp32.rows * fp32.cols);
-    for (int64_t r = 0; r < fp32.rows; ++r) {
-      for (int64_t c = 0; c < fp32.cols; ++c) {
-        values[r * fp32.cols + c] = data[r * fp32.row_stride + c * fp32.col_stride];
-      }
+  void pack(const ConstMatrix& fp32, const PackedShape& shape, AlignedBuffer memory) const {
+    if (!is_quantized(shape.type)) {
+      PackedMatrix(shape, fp32, pool_, std::move(memory));
+    } else if (fp32.col_stride == 1) {
+      PackedMatrix(QuantizedMatrix(fp32, shape.type, pool_).view(), pool_, shape.gated, std::move(memory));
+    } else {
+      pack(row_major(contiguous(fp32).data(), fp32.rows, fp32.cols), shape, std::move(memory));
     }
-    return pack(values, fp32.rows);
-  }
-  PackedMatrix pack_fp32(const std::vector<float>& values, int64_t rows) const {
-    return PackedMatrix(row_major(values.data(), rows, static_cast<int64_t>(values.size()) / rows), pool_);
   }
 
-  LinearWeights linear(const std::string& name, int64_t rows) const {
-    return {pack(read(name + ".weight"), rows), read_if_there(name + ".bias")};
+  LinearWeights linear(const std::string& name, PanelType type, int64_t rows, int64_t cols) const {
+    Tensor weight = tensor(name + ".weight");
+    return {matrix(name + ".weight", {type, rows, cols}, [&] { return row_major(weight.get().data(), rows, cols); }),
+            read_if_there(name + ".bias")};
+  }
+  LinearWeights projection(const std::string& name, int64_t rows, int64_t cols) const {
+    return linear(name, types_.attention, rows, cols);
   }
 
   LatentWeights latent(const std::string& name) const {
     const LatentAttention& l = config_.latent;
+    const int64_t D = config_.hidden_size, H = config_.num_heads, head = l.nope_dim + l.v_dim;
     LatentWeights w;
     if (l.q_rank > 0) {
-      w.q_a = linear(name + "q_a_proj", l.q_rank);
+      w.q_a = projection(name + "q_a_proj", l.q_rank, D);
       w.q_a_norm = read(name + "q_a_norm.weight");
-      w.q_b = linear(name + "q_b_proj", config_.num_heads * config_.head_dim);
+      w.q_b = projection(name + "q_b_proj", H * config_.head_dim, l.q_rank);
     }
-    w.kv_a = linear(name + "kv_a_proj", l.kv_rank + l.rope_dim);
+    w.kv_a = projection(name + "kv_a_proj", l.kv_rank + l.rope_dim, D);
     w.kv_a_norm = read(name + "kv_a_norm.weight");
-    const std::vector<float> kv_b = read(name + "kv_b_proj.weight");
-    const int64_t head = l.nope_dim + l.v_dim;
-    const ConstMatrix up = row_major(kv_b.data(), config_.num_heads * head, l.kv_rank);
-    for (int64_t h = 0; h < config_.num_heads; ++h) {
-      w.key_up_H.push_back(pack(up.row_range(h * head, l.nope_dim).transposed()));
-      w.value_up_H.push_back(pack(up.row_range(h * head + l.nope_dim, l.v_dim)));
+    Tensor kv_b = tensor(name + "kv_b_proj.weight");
+    for (int64_t h = 0; h < H; ++h) {
+      const auto rows = [&](int64_t first, int64_t count) {
+        return row_major(kv_b.get().data(), H * head, l.kv_rank).row_range(h * head + first, count);
+      };
+      const std::string of_head = name + "kv_b_proj.weight." + std::to_string(h);
+      w.key_up_H.push_back(matrix(of_head + ".keys", {types_.attention, l.kv_rank, l.nope_dim},
+                                  [&] { return rows(0, l.nope_dim).transposed(); }));
+      w.value_up_H.push_back(matrix(of_head + ".values", {types_.attention, l.v_dim, l.kv_rank},
+                                    [&] { return rows(l.nope_dim, l.v_dim); }));
     }
     return w;
   }
 
   void attention(const std::string& name, LayerWeights& w) const {
+    const int64_t D = config_.hidden_size, d = config_.head_dim;
     if (config_.is_latent()) w.latent = latent(name);
-    if (config_.latent.q_rank == 0) w.q = linear(name + "q_proj", config_.num_heads * config_.head_dim);
+    if (config_.latent.q_rank == 0) w.q = projection(name + "q_proj", config_.num_heads * d, D);
     if (!config_.is_latent()) {
-      w.k = linear(name + "k_proj", config_.num_kv_heads * config_.head_dim);
-      w.v = linear(name + "v_proj", config_.num_kv_heads * config_.head_dim);
+      w.k = projection(name + "k_proj", config_.num_kv_heads * d, D);
+      w.v = projection(name + "v_proj", config_.num_kv_heads * d, D);
     }
     w.q_norm = read_if_there(name + "q_norm.weight");
     w.k_norm = read_if_there(name + "k_norm.weight");
     w.sinks_H = read_if_there(name + "sinks.weight");
-    w.attention_output = linear(name + "o_proj", config_.hidden_size);
+    w.attention_output = projection(name + "o_proj", D, config_.attention_width());
+  }
+
+  // One matrix of every expert; shape is that of one.
+  std::vector<PackedMatrix> matrices_of_experts(const std::string& name, int64_t E, PackedShape shape) const {
+    // Fewer bits than the file's would lose something, more would be no better.
+    if (shape.type != PanelType::kF32 && reader_.is_mxfp4(name)) return mxfp4_experts(name, E, shape);
+    Tensor all = tensor(name);
+    std::vector<PackedMatrix> result;
+    for (int64_t e = 0; e < E; ++e) {
+      result.push_back(matrix(name + "." + std::to_string(e), shape, [&] {
+        return row_major(all.get().data(), E * shape.rows, shape.cols).row_range(e * shape.rows, shape.rows);
+      }));
+    }
+    return result;
+  }
+
+  std::vector<PackedMatrix> mxfp4_experts(const std::string& name, int64_t E, PackedShape shape) const {
+    shape.type = PanelType::kMxfp4;
+    Lazy<QuantizedMatrix> all([&] {
+      const std::optional<Mxfp4Tensor> stored = reader_.read_mxfp4(name);
+      COTERIE_CHECK(stored, name + " does not lie in whole rows");
+      return from_mxfp4(*stored);
+    });
+    std::vector<PackedMatrix> result;
+    for (int64_t e = 0; e < E; ++e) {
+      AlignedBuffer panels = store_.block(name + "." + std::to_string(e), shape.bytes(), [&](AlignedBuffer memory) {
+        const QuantizedView rows = all.get().view().row_range(e * shape.rows, shape.rows);
+        PackedMatrix(rows, pool_, shape.gated, std::move(memory));
+      });
+      result.emplace_back(shape, std::move(panels));
+    }
+    return result;
   }
 
   PackedExperts experts(const std::string& name, int64_t num_experts, int64_t inner) const {
-    const ExpertShape shape = {.num_experts = num_experts,
-                               .hidden_size = config_.hidden_size,
-                               .intermediate_size = inner,
-                               .activation = config_.activation,
-                               .gated = config_.gated_mlp};
-    const std::vector<float> up_bias = read_if_there(name + ".up.bias"), down_bias = read_if_there(name + ".down.bias");
-    const AlignedBuffer up = converted(read(name + ".up.weight")), down = converted(read(name + ".down.weight"));
-    const ExpertWeights weights = {.up_EUD = up.data(),
-                                   .down_EDF = down.data(),
-                                   .up_bias_EU = up_bias.empty() ? nullptr : up_bias.data(),
-                                   .down_bias_ED = down_bias.empty() ? nullptr : down_bias.data(),
-                                   .dtype = dtype_};
-    return PackedExperts(shape, weights, pool_);
+    PackedExperts e;
+    e.shape = {.num_experts = num_experts,
+               .hidden_size = config_.hidden_size,
+               .intermediate_size = inner,
+               .activation = config_.activation,
+               .gated = config_.gated_mlp};
+    const PackedShape up = {types_.experts, e.shape.up_rows(), config_.hidden_size, e.shape.gated};
+    e.up_E = matrices_of_experts(name + ".up.weight", num_experts, up);
+    e.down_E = matrices_of_experts(name + ".down.weight", num_experts, {types_.experts, config_.hidden_size, inner});
+    e.up_bias_EU = read_if_there(name + ".up.bias");
+    e.down_bias_ED = read_if_there(name + ".down.bias");
+    return e;
   }
 
   LayerWeights layer(int64_t n) const {
     const std::string name = "model.layers." + std::to_string(n) + ".";
     const LayerConfig& l = config_.layers[n];
+    const int64_t D = config_.hidden_size;
     LayerWeights w;
     w.input_norm = norm(name + "input_norm");
     attention(name + "attention.", w);
     w.post_attention_norm = norm(name + "post_attention_norm");
     if (l.intermediate_size > 0) w.mlp = experts(name + "mlp", 1, l.intermediate_size);
     if (!l.is_moe()) return w;
-    w.router = {pack_fp32(read(name + "router.weight"), l.router.num_experts), read_if_there(name + "router.bias")};
+    w.router = linear(name + "router", PanelType::kF32, l.router.num_experts, D);
     w.choice_bias_E = read_if_there(name + "router.choice_bias");
     w.experts = experts(name + "experts", l.router.num_experts, l.expert_intermediate_size);
-    const std::vector<float> mix = read_if_there(name + "mix.weight");
-    if (!mix.empty()) {
-      w.mix = {pack_fp32(mix, static_cast<int64_t>(mix.size()) / config_.hidden_size),
-               read_if_there(name + "mix.bias")};
-    }
+    if (l.residual == ResidualKind::kLearned) w.mix = linear(name + "mix", PanelType::kF32, 2, D);
+    if (l.residual == ResidualKind::kSharedGate) w.mix = linear(name + "mix", PanelType::kF32, 1, D);
     return w;
   }
 
-  ModelWeights load() const {
-    ModelWeights w;
-    w.dtype = dtype_;
-    const std::vector<float> embedding = read("model.embed_tokens.weight");
-    w.embedding_VD = converted(embedding);
-    w.positions_PD = read_if_there("model.embed_positions.weight");
-    for (int64_t n = 0; n < config_.num_layers(); ++n) w.layers.push_back(layer(n));
-    w.norm = norm("model.norm");
-    w.head = {pack(config_.tie_word_embeddings ? embedding : read("lm_head.weight"), config_.vocab_size),
-              read_if_there("lm_head.bias")};
-    return w;
-  }
-
- private:
   const ModelConfig& config_;
   const LogicalReader& reader_;
-  DType dtype_;
+  const WeightTypes& types_;
+  WeightStore& store_;
   ThreadPool& pool_;
 };
 
 }  // namespace
 
-ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, DType dtype, ThreadPool& pool) {
-  return WeightLoader(config, reader, dtype, pool).load();
+ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types,
+                          ThreadPool& pool, const WeightCache& cache) {
+  const auto load = [&](WeightStore& store) { return WeightLoader(config, reader, types, store, pool).load(); };
+  std::unique_ptr<WeightStore> store;
+  if (!cache.path.empty()) store = cached_weights(cache, load, pool);
+  if (!store) store = std::make_unique<MemoryStore>();
+  ModelWeights weights = load(*store);
+  weights.store = std::move(store);
+  return weights;
 }
 
 }  // namespace coterie

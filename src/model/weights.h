@@ -1,9 +1,9 @@
-// A model's weights in memory, packed once for the kernels. Matrices have the dtype that was asked
-// for; norms, biases, the router and the residual mix stay fp32, since they are small and decide much.
+// A model's weights in memory, packed once for the kernels, in the types that were asked for.
 // Legend: V vocabulary, P positions, D hidden, H query heads, G KV heads, d head_dim, E experts.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "base/dtype.h"
@@ -12,6 +12,8 @@
 #include "kernels/gemm.h"
 #include "model/checkpoint_map.h"
 #include "model/config.h"
+#include "model/weight_store.h"
+#include "model/weight_types.h"
 #include "moe/experts.h"
 
 namespace coterie {
@@ -55,6 +57,7 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
+  std::unique_ptr<WeightStore> store;  // holds the matrices
   DType dtype = DType::kF32;
   AlignedBuffer embedding_VD;       // of dtype
   std::vector<float> positions_PD;  // learned ones, or empty
@@ -63,7 +66,7 @@ struct ModelWeights {
   LinearWeights head;  // [V, D]
 };
 
-// dtype: kF32 or kBF16.
-ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, DType dtype, ThreadPool& pool);
+ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types,
+                          ThreadPool& pool, const WeightCache& cache = {});
 
 }  // namespace coterie

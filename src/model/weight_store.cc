@@ -1,0 +1,124 @@
+#include "model/weight_store.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "coterie/error.h"
+#include "kernels/kernel_table.h"
+
+namespace coterie {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kSlabBytes = size_t{64} << 20;
+constexpr size_t kAlignment = 64;
+// Raised with every change of what panels look like.
+constexpr int kPanelVersion = 1;
+constexpr std::string_view kSuffix = ".coterie";
+
+// Name, size and time of change of every file that a model may be read from.
+nlohmann::json sources_of(const fs::path& model) {
+  std::vector<fs::path> files;
+  if (fs::is_directory(model)) {
+    for (const fs::directory_entry& entry : fs::directory_iterator(model)) {
+      const std::string extension = entry.path().extension().string();
+      if (entry.is_regular_file() && (extension == ".safetensors" || extension == ".json"))
+        files.push_back(entry.path());
+    }
+    std::ranges::sort(files);
+  } else {
+    files.push_back(model);
+  }
+  nlohmann::json sources = nlohmann::json::array();
+  for (const fs::path& file : files) {
+    sources.push_back(
+        {file.filename().string(), fs::file_size(file), fs::last_write_time(file).time_since_epoch().count()});
+  }
+  return sources;
+}
+
+bool write_file(const WeightCache& cache, const std::function<void(WeightStore&)>& pack) {
+  const std::string own = cache.path + "." + std::to_string(getpid());  // others may be at it, too
+  try {
+    log_info("weights: packing into " + cache.path);
+    WritingStore store(own);
+    pack(store);
+    store.commit(cache.description);
+    fs::rename(own, cache.path);
+    return true;
+  } catch (const ResourceExhausted& error) {
+    log_info(std::string("weights: not kept: ") + error.what());
+  } catch (const InvalidArgument& error) {
+    if (access(fs::path(cache.path).parent_path().c_str(), W_OK) == 0) throw;  // it was the model's fault
+    log_info(std::string("weights: not kept: ") + error.what());
+  }
+  return false;
+}
+
+std::unique_ptr<WeightStore> open_file(const WeightCache& cache, ThreadPool& pool) {
+  std::optional<BlockFile> file = BlockFile::open(cache.path, cache.description);
+  if (!file) return nullptr;
+  if (cache.mapped) {
+    file->map();
+  } else if (!file->read(pool)) {
+    return nullptr;
+  }
+  log_info("weights: from " + cache.path);
+  return std::make_unique<FileStore>(std::move(*file));
+}
+
+}  // namespace
+
+AlignedBuffer MemoryStore::block(const std::string&, size_t bytes, const std::function<void(AlignedBuffer)>& fill) {
+  const size_t padded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (slabs_.empty() || slabs_.back().size() - used_ < padded) {
+    slabs_.emplace_back(std::max(padded, kSlabBytes));
+    used_ = 0;
+  }
+  void* const memory = slabs_.back().as<char>() + used_;
+  used_ += padded;
+  fill(AlignedBuffer::borrowed(memory, bytes));
+  return AlignedBuffer::borrowed(memory, bytes);
+}
+
+AlignedBuffer WritingStore::block(const std::string& name, size_t bytes,
+                                  const std::function<void(AlignedBuffer)>& fill) {
+  scratch_.reserve(bytes);
+  fill(AlignedBuffer::borrowed(scratch_.data(), bytes));
+  writer_.add(name, scratch_.data(), bytes);
+  return AlignedBuffer::borrowed(scratch_.data(), bytes);
+}
+
+AlignedBuffer FileStore::block(const std::string& name, size_t bytes, const std::function<void(AlignedBuffer)>&) {
+  AlignedBuffer found = file_.find(name);
+  COTERIE_CHECK(found.data() && found.size() == bytes, name + " is not in the file of packed weights");
+  return found;
+}
+
+WeightCache weight_cache(const std::string& model_path, const std::string& types) {
+  const fs::path model(model_path);
+  const int width = active_kernels().width;  // what panels depend on
+  std::string name = types;
+  std::ranges::replace(name, ' ', '_');
+  std::erase(name, ',');
+  name += "-w" + std::to_string(width) + std::string(kSuffix);
+  const nlohmann::json description = {
+      {"sources", sources_of(model)}, {"types", types}, {"panel_width", width}, {"panel_version", kPanelVersion}};
+  const bool directory = fs::is_directory(model);
+  return {.path = directory ? (model / ("weights-" + name)).string() : model_path + "-" + name,
+          .description = description.dump()};
+}
+
+std::unique_ptr<WeightStore> cached_weights(const WeightCache& cache, const std::function<void(WeightStore&)>& pack,
+                                            ThreadPool& pool) {
+  if (auto store = open_file(cache, pool)) return store;
+  return write_file(cache, pack) ? open_file(cache, pool) : nullptr;
+}
+
+}  // namespace coterie

@@ -1,0 +1,42 @@
+#include "model/weight_types.h"
+
+#include "coterie/error.h"
+
+namespace coterie {
+namespace {
+
+constexpr std::string_view kNames[kPanelTypes] = {"fp32", "bf16", "int8", "int8a16", "int4", "int4_64", "mxfp4"};
+
+PanelType type_from_name(const std::string& field, const std::string& name) {
+  std::string known;
+  for (int i = 0; i < kPanelTypes; ++i) {
+    const auto type = static_cast<PanelType>(i);
+    if (type == PanelType::kMxfp4) continue;  // what files bring, never what weights are rounded to
+    if (name == kNames[i]) return type;
+    known += (known.empty() ? "" : ", ") + std::string(kNames[i]);
+  }
+  throw InvalidArgument(field + ": '" + name + "' is not one of " + known);
+}
+
+}  // namespace
+
+std::string_view panel_type_name(PanelType type) { return kNames[index_of(type)]; }
+
+std::string WeightTypes::description() const {
+  std::string text(panel_type_name(experts));
+  if (attention != experts) text += ", attention " + std::string(panel_type_name(attention));
+  if (head != experts) text += ", head " + std::string(panel_type_name(head));
+  return text;
+}
+
+WeightTypes weight_types(const std::string& dtype, const std::string& attention_dtype, const std::string& head_dtype) {
+  const PanelType type = type_from_name("dtype", dtype);
+  // What the head rounds, it rounds in every token's logits: activations in 16 bits cost it nothing, since its weights
+  // are what it waits for.
+  const PanelType head = is_quantized(type) ? PanelType::kInt8A16 : type;
+  return {.experts = type,
+          .attention = attention_dtype.empty() ? type : type_from_name("attention_dtype", attention_dtype),
+          .head = head_dtype.empty() ? head : type_from_name("head_dtype", head_dtype)};
+}
+
+}  // namespace coterie

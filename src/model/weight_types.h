@@ -1,0 +1,31 @@
+// In which type a model's matrices are kept. Norms, biases, the router and the residual mix are always fp32: they are
+// small and decide much.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "kernels/panels.h"
+
+namespace coterie {
+
+struct WeightTypes {
+  PanelType experts = PanelType::kF32;    // and MLPs
+  PanelType attention = PanelType::kF32;  // projections
+  PanelType head = PanelType::kF32;
+
+  // Of the embedding, and by default of the KV cache.
+  DType dtype() const { return experts == PanelType::kF32 ? DType::kF32 : DType::kBF16; }
+  // "int4", or "int4, attention int8, head int8" where they differ.
+  std::string description() const;
+};
+
+// "fp32", "bf16", "int8", "int8a16", "int4" (groups of 32), "int4_64" (groups of 64), "mxfp4"; see panels.h.
+std::string_view panel_type_name(PanelType type);
+
+// All of dtype, except where another is named for attention or head (""), and the head int8a16 where dtype is
+// quantized. InvalidArgument "dtype: 'int5' is not one of fp32, bf16, int8, int8a16, int4, int4_64".
+WeightTypes weight_types(const std::string& dtype, const std::string& attention_dtype = "",
+                         const std::string& head_dtype = "");
+
+}  // namespace coterie
