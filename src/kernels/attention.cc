@@ -1,7 +1,7 @@
 // Attention by (block of a sequence's new tokens, heads that share a KV head) tasks. A task walks the keys in runs of
-// kRunKeys at fixed absolute positions, brings each run into fp32 scratch once, and lets every query of its tokens and
-// heads attend to as much of the run as lies in its past. A query thus sees the same runs in the same
-// order however the prompt was cut.
+// kRunKeys at fixed absolute positions, and lets every query of its tokens and heads attend to as much of the run as
+// lies in its past. A query thus sees the same runs in the same order however the prompt was cut. Few queries read a
+// run where it lies in the cache; many bring it into fp32 scratch once. Both compute the same.
 #include "kernels/attention.h"
 
 #include <algorithm>
@@ -24,6 +24,10 @@ constexpr int64_t kRunKeys = 64;
 constexpr int64_t kTokensPerTask = 32;
 constexpr int64_t kHeadsPerTask = 16;
 constexpr int64_t kPadding = 16;  // AttendStep wants multiples of this
+constexpr int64_t kGroupRows = AttendStep::kGroupRows;
+constexpr int64_t kRunGroups = kRunKeys / kGroupRows;
+// Up to here converting every key for each query costs less than writing it to memory and reading it.
+constexpr int64_t kMostInPlace = 4;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -85,18 +89,20 @@ std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks) {
 // arithmetic, with no effect. Rows behind a run may be anything: a query whose window begins within the run reads
 // past its end, and drops what it read.
 struct Scratch {
-  float *keys, *values, *queries, *outs, *scores, *maxima, *sums;
+  float *keys, *values, *key_factors, *value_factors, *queries, *outs, *scores, *maxima, *sums;
 
   static size_t floats(const Call& call) {
     const int64_t queries = kTokensPerTask * call.heads_per_task(), d = call.padded_d(), v = call.padded_v();
-    return static_cast<size_t>((kRunKeys + kPadding) * d + kRunKeys * v + queries * (d + v) + kRunKeys +
+    return static_cast<size_t>((kRunKeys + kPadding) * (d + 2) + kRunKeys * v + queries * (d + v) + kRunKeys +
                                2 * round_up(queries, 16));
   }
   Scratch(float* memory, const Call& call) {
     const int64_t count = kTokensPerTask * call.heads_per_task(), d = call.padded_d(), v = call.padded_v();
     keys = memory;
     values = keys + (kRunKeys + kPadding) * d;
-    queries = values + kRunKeys * v;
+    key_factors = values + kRunKeys * v;
+    value_factors = key_factors + kRunKeys + kPadding;
+    queries = value_factors + kRunKeys + kPadding;
     outs = queries + count * d;
     scores = outs + count * v;
     maxima = scores + kRunKeys;
@@ -130,22 +136,33 @@ void store_cache_row(const float* values, DType dtype, int64_t d, const CacheRow
   }
 }
 
-void load_cache_row(const CacheRow& row, DType dtype, int64_t d, float* values) {
+// `count` rows of one head that lie one behind the other, d numbers each, and zeros up to `padded`. Integers stay as
+// they are; their factors are copied.
+void load_cache_rows(const CacheRow& first, DType dtype, int64_t count, int64_t d, int64_t padded, float* rows,
+                     float* factors) {
   const KernelTable& kernels = active_kernels();
-  if (dtype == DType::kI8) {
-    kernels.dequantize_row(reinterpret_cast<const int8_t*>(row.data), *row.factor, d, values);
-  } else {
-    kernels.convert_row(row.data, dtype, values, DType::kF32, d);
+  if (dtype == DType::kI8) std::copy(first.factor, first.factor + count, factors);
+  const int64_t row_bytes = d * static_cast<int64_t>(dtype_size(dtype));
+  for (int64_t i = 0; i < count; ++i, rows += padded) {
+    const char* data = first.data + i * row_bytes;
+    if (dtype == DType::kI8) {
+      kernels.integers_row(reinterpret_cast<const int8_t*>(data), d, rows);
+    } else {
+      kernels.convert_row(data, dtype, rows, DType::kF32, d);
+    }
+    std::fill(rows + d, rows + padded, 0.0f);
   }
 }
 
 // Positions [first, first + n) of one head, d numbers each, then zero rows up to a multiple of kPadding.
 void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n, int64_t G, int64_t d,
-              float* rows) {
+              float* rows, float* factors) {
   const int64_t padded = round_up(d, kPadding);
-  for (int64_t j = 0; j < n; ++j) {
-    load_cache_row(cache_row(blocks, kv, first + j, g, G, d), kv.dtype, d, rows + j * padded);
-    std::fill(rows + j * padded + d, rows + (j + 1) * padded, 0.0f);
+  for (int64_t j = 0; j < n;) {
+    const int64_t count = std::min(n - j, kv.block_size - (first + j) % kv.block_size);  // to the block's end
+    load_cache_rows(cache_row(blocks, kv, first + j, g, G, d), kv.dtype, count, d, padded, rows + j * padded,
+                    factors + j);
+    j += count;
   }
   std::fill(rows + n * padded, rows + round_up(n, kPadding) * padded, 0.0f);
 }
@@ -177,31 +194,90 @@ int64_t first_visible(const AttentionShape& shape, int64_t position) {
   return shape.window > 0 ? std::max<int64_t>(0, position - shape.window + 1) : 0;
 }
 
-// Every query of the task against the n keys from position `run` on.
-void attend_run(const Call& call, const Task& task, int64_t run, int64_t n, const Scratch& scratch) {
-  const KernelTable& kernels = active_kernels();
+// Where the keys and values of a run are, by groups.
+struct Run {
+  DType dtype = DType::kF32;
+  bool has_factors = false;
+  int64_t value_stride = 0;
+  const void *keys[kRunGroups] = {}, *values[kRunGroups] = {};
+  const float *key_factors[kRunGroups] = {}, *value_factors[kRunGroups] = {};
+};
+
+// May the task's queries read the run at `first` in place? A window that begins within it would cut groups.
+bool lies_in_groups(const Call& call, const Task& task, int64_t first) {
+  const int64_t last = task.position(task.queries() - 1);
+  return task.queries() <= kMostInPlace && task.tokens.chunk->kv.block_size % kGroupRows == 0 &&
+         call.padded_d() == call.shape.d && call.padded_v() == call.shape.v && first_visible(call.shape, last) <= first;
+}
+
+Run run_in_place(const Call& call, const Task& task, int64_t first, int64_t n) {
   const AttentionShape& shape = call.shape;
   const PagedKv& kv = task.tokens.chunk->kv;
-  const int64_t d = call.padded_d(), v = call.padded_v(), value_stride = kv.v_blocks ? v : d;
+  Run run{.dtype = kv.dtype, .has_factors = kv.dtype == DType::kI8, .value_stride = kv.v_blocks ? shape.v : shape.d};
+  for (int64_t j = 0; j < n; j += kGroupRows) {
+    const CacheRow key = cache_row(kv.k_blocks, kv, first + j, task.g, shape.G, shape.d);
+    const CacheRow value = kv.v_blocks ? cache_row(kv.v_blocks, kv, first + j, task.g, shape.G, shape.v) : key;
+    run.keys[j / kGroupRows] = key.data, run.key_factors[j / kGroupRows] = key.factor;
+    run.values[j / kGroupRows] = value.data, run.value_factors[j / kGroupRows] = value.factor;
+  }
+  return run;
+}
+
+// What was loaded into scratch, from its row `skip` on.
+Run run_in_scratch(const Call& call, const PagedKv& kv, int64_t skip, const Scratch& scratch) {
+  const int64_t d = call.padded_d(), v = call.padded_v();
+  Run run{.has_factors = kv.dtype == DType::kI8, .value_stride = kv.v_blocks ? v : d};
   const float* values = kv.v_blocks ? scratch.values : scratch.keys;
-  load_run(kv, kv.k_blocks, task.g, run, n, shape.G, shape.d, scratch.keys);
-  if (kv.v_blocks) load_run(kv, kv.v_blocks, task.g, run, n, shape.G, shape.v, scratch.values);
+  const float* value_factors = kv.v_blocks ? scratch.value_factors : scratch.key_factors;
+  for (int64_t i = 0; i < kRunGroups; ++i) {
+    const int64_t row = skip + i * kGroupRows;
+    run.keys[i] = scratch.keys + row * d, run.key_factors[i] = scratch.key_factors + row;
+    run.values[i] = values + row * run.value_stride, run.value_factors[i] = value_factors + row;
+  }
+  return run;
+}
+
+// Query i of the task against n keys of a run.
+void attend_query(const Call& call, int64_t i, const Run& run, int64_t n, const Scratch& scratch) {
+  const int64_t d = call.padded_d(), v = call.padded_v();
+  active_kernels().attend({.q = scratch.queries + i * d,
+                           .dtype = run.dtype,
+                           .keys = run.keys,
+                           .values = run.values,
+                           .key_factors = run.has_factors ? run.key_factors : nullptr,
+                           .value_factors = run.has_factors ? run.value_factors : nullptr,
+                           .n = n,
+                           .d = d,
+                           .v = v,
+                           .value_stride = run.value_stride,
+                           .scale = call.shape.scale,
+                           .scores = scratch.scores,
+                           .maximum = scratch.maxima + i,
+                           .sum = scratch.sums + i,
+                           .out = scratch.outs + i * v});
+}
+
+// Every query of the task against the n keys from position `first_key` on.
+void attend_run(const Call& call, const Task& task, int64_t first_key, int64_t n, const Scratch& scratch) {
+  const AttentionShape& shape = call.shape;
+  const PagedKv& kv = task.tokens.chunk->kv;
+  const bool in_place = lies_in_groups(call, task, first_key);
+  Run run;
+  if (in_place) {
+    run = run_in_place(call, task, first_key, n);
+  } else {
+    load_run(kv, kv.k_blocks, task.g, first_key, n, shape.G, shape.d, scratch.keys, scratch.key_factors);
+    if (kv.v_blocks) {
+      load_run(kv, kv.v_blocks, task.g, first_key, n, shape.G, shape.v, scratch.values, scratch.value_factors);
+    }
+  }
   for (int64_t i = 0; i < task.queries(); ++i) {
-    const int64_t position = task.position(i), first = std::max<int64_t>(0, first_visible(shape, position) - run);
-    const int64_t visible = std::min(n, position + 1 - run) - first;
+    const int64_t position = task.position(i);
+    const int64_t skip = std::max<int64_t>(0, first_visible(shape, position) - first_key);
+    const int64_t visible = std::min(n, position + 1 - first_key) - skip;
     if (visible <= 0) continue;
-    kernels.attend({.q = scratch.queries + i * d,
-                    .keys = scratch.keys + first * d,
-                    .values = values + first * value_stride,
-                    .n = visible,
-                    .d = d,
-                    .v = v,
-                    .value_stride = value_stride,
-                    .scale = shape.scale,
-                    .scores = scratch.scores,
-                    .maximum = scratch.maxima + i,
-                    .sum = scratch.sums + i,
-                    .out = scratch.outs + i * v});
+    if (!in_place) run = run_in_scratch(call, kv, skip, scratch);
+    attend_query(call, i, run, visible, scratch);
   }
 }
 

@@ -119,14 +119,21 @@ TEST(Attention, WindowsSinksAndValuesInKeys) {
   });
 }
 
-// The same bits however the prompt is cut, and with any number of threads.
+// The same bits however the prompt is cut, and with any number of threads. Keys of 48 numbers in blocks of 16 or 32 are
+// read where they lie by single tokens, and brought into scratch by many; others always are.
 TEST(Attention, ChunksAndThreadsDoNotMatter) {
   NativeThreadPool one(1), two(2), three(3);
   for_each_isa([&] {
     for (const Shape& shape :
          {Shape{140, 6, 2, 40, 16}, Shape{140, 6, 2, 40, 16, DType::kBF16}, Shape{140, 6, 2, 40, 16, DType::kI8},
           Shape{140, 6, 2, 40, 16, DType::kF32, /*window=*/37, /*sinks=*/true},
-          Shape{140, 34, 1, 40, 16, DType::kF32, 0, false, /*values_in_keys=*/24}}) {
+          Shape{140, 34, 1, 40, 16, DType::kF32, 0, false, /*values_in_keys=*/24}, Shape{140, 6, 2, 48, 16},
+          Shape{140, 6, 2, 48, 16, DType::kBF16}, Shape{140, 6, 2, 48, 16, DType::kI8}, Shape{140, 6, 2, 48, 8},
+          Shape{140, 6, 6, 144, 32}, Shape{140, 6, 6, 144, 32, DType::kBF16}, Shape{140, 6, 6, 144, 32, DType::kI8},
+          Shape{140, 6, 2, 48, 16, DType::kI8, /*window=*/37, /*sinks=*/true},
+          Shape{140, 6, 2, 48, 16, DType::kBF16, /*window=*/64, /*sinks=*/true},
+          Shape{140, 4, 1, 48, 16, DType::kBF16, 0, false, /*values_in_keys=*/32},
+          Shape{140, 4, 1, 48, 16, DType::kI8, 0, false, /*values_in_keys=*/32}}) {
       std::mt19937 random(9);
       Sequence whole(shape, random);
       const std::vector<float> expected = whole.run_chunk(0, shape.S, one);
@@ -176,7 +183,7 @@ TEST(Attention, SequencesInOneCallDoNotMatterToEachOther) {
   for_each_isa([&] {
     for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
       std::mt19937 random(12);
-      const int64_t lengths[] = {70, 1, 129, 20}, last[] = {1, 1, 65, 20}, H = 6, G = 2, d = 24;
+      const int64_t lengths[] = {70, 1, 129, 20}, last[] = {1, 1, 65, 20}, H = 6, G = 2, d = 32;
       std::vector<Sequence> sequences;
       for (const int64_t S : lengths) sequences.emplace_back(Shape{S, H, G, d, 16, dtype}, random);
       std::vector<float> expected, q, k, v;

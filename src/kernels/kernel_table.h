@@ -70,11 +70,17 @@ struct TileStore {
   bool stream = false;  // C is so large that it would push everything else out of the caches
 };
 
-// One query against n consecutive keys. d and v are multiples of 16: what was added to queries and keys is zero.
+// One query against n consecutive keys, which come in groups of rows, as do the values. Elements are fp32, or what a
+// KV cache holds. d and v are multiples of 16: what was added to queries and keys is zero.
 struct AttendStep {
-  const float* q = nullptr;       // [d]
-  const float* keys = nullptr;    // [n rounded up to 16][d]
-  const float* values = nullptr;  // [n][v], rows value_stride apart
+  static constexpr int64_t kGroupRows = 16;
+
+  const float* q = nullptr;                     // [d]
+  DType dtype = DType::kF32;                    // of keys and values: kF32, kBF16 or kI8
+  const void* const* keys = nullptr;            // groups [kGroupRows][d]; the last one may be read to its end
+  const void* const* values = nullptr;          // groups [kGroupRows][v], rows value_stride elements apart
+  const float* const* key_factors = nullptr;    // groups [kGroupRows], of the keys' elements; null: ones
+  const float* const* value_factors = nullptr;  // the same of the values
   int64_t n = 0;
   int64_t d = 0;
   int64_t v = 0;
@@ -211,7 +217,7 @@ struct KernelTable {
   void (*convert_row)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n);
   // out = in / factor, rounded to the nearest integer; returns the factor, the largest |in| / 127 (0 for zeros).
   float (*quantize_row)(const float* in, int64_t n, int8_t* out);
-  void (*dequantize_row)(const int8_t* in, float factor, int64_t n, float* out);  // out = factor * in
+  void (*integers_row)(const int8_t* in, int64_t n, float* out);  // out = in
   void (*scale_row)(const void* in, DType in_dtype, float scale, void* out, DType out_dtype, int64_t n);
   void (*add_row)(const void* in, DType dtype, float* sum, int64_t n);  // sum += in
   float (*dot_row)(const void* a, DType a_dtype, const float* b, int64_t n);

@@ -60,7 +60,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.adamw_row = adamw_row;
   table.convert_row = convert_row;
   table.quantize_row = quantize_row;
-  table.dequantize_row = dequantize_row;
+  table.integers_row = integers_row;
   table.scale_row = scale_row;
   table.add_row = add_row;
   table.dot_row = dot_row;

@@ -22,6 +22,9 @@ constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4, kPanelRowsQuantized = 4;
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 COTERIE_INLINE VF root(VF a) { return _mm256_sqrt_ps(a); }
+COTERIE_INLINE VF load_bytes(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 
 // To the nearest whole number, ties to even.
 COTERIE_INLINE VI nearest(VF v) { return reinterpret_cast<VI>(_mm256_cvtps_epi32(v)); }

@@ -47,6 +47,10 @@ COTERIE_INLINE VU load_halves(const uint16_t* p) {
   return reinterpret_cast<VU>(
       _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
+COTERIE_INLINE VF load_bytes(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return __builtin_convertvector(reinterpret_cast<VI>(_mm512_maskz_cvtepi8_epi32(0xffff, bytes)), VF);
+}
 // Stores the upper halves.
 COTERIE_INLINE __m256i upper_halves(VU v) {
   return _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v >> 16));

@@ -22,6 +22,11 @@ COTERIE_INLINE VF root(VF a) {
   for (int lane = 0; lane < kWidth; ++lane) a[lane] = std::sqrt(a[lane]);
   return a;
 }
+COTERIE_INLINE VF load_bytes(const int8_t* p) {
+  VF v;
+  for (int lane = 0; lane < kWidth; ++lane) v[lane] = p[lane];
+  return v;
+}
 
 // To the nearest whole number, ties to even.
 COTERIE_INLINE VI nearest(VF v) { return reinterpret_cast<VI>(_mm_cvtps_epi32(v)); }

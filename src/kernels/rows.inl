@@ -32,7 +32,6 @@ void convert_row(const void* in, DType in_dtype, void* out, DType out_dtype, int
 }
 
 typedef int8_t VB __attribute__((vector_size(kWidth)));
-
 float quantize_row(const float* in, int64_t n, int8_t* out) {
   VF largest = {};
   for (int64_t i = 0; i < n; i += kWidth) {
@@ -45,23 +44,16 @@ float quantize_row(const float* in, int64_t n, int8_t* out) {
   for (int64_t i = 0; i < n; i += kWidth) {
     const int64_t m = lanes_left(i, n);
     const VF rounded = (load_floats(in, i, m) * inverse + bias) - bias;
-    const VB bytes = __builtin_convertvector(rounded, VB);
+    const VB bytes = __builtin_convertvector(__builtin_convertvector(rounded, VI), VB);
     __builtin_memcpy(out + i, &bytes, static_cast<size_t>(m));
   }
   return factor;
 }
 
-void dequantize_row(const int8_t* in, float factor, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const int64_t m = lanes_left(i, n);
-    VB bytes = {};
-    if (m == kWidth) {
-      __builtin_memcpy(&bytes, in + i, kWidth);
-    } else {
-      __builtin_memcpy(&bytes, in + i, static_cast<size_t>(m));
-    }
-    store_floats(out, i, m, __builtin_convertvector(bytes, VF) * factor);
-  }
+void integers_row(const int8_t* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, load_bytes(in + i));
+  for (; i < n; ++i) out[i] = in[i];
 }
 
 void scale_row(const void* in, DType in_dtype, float scale, void* out, DType out_dtype, int64_t n) {

@@ -1,6 +1,6 @@
 // The small vector type that all kernels are written in. Included inside an ISA's target region and
-// anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_part, store_part,
-// stream_floats and multiply_add_bf16, which cannot be said in GCC's vector language.
+// anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_bytes, load_part,
+// store_part, stream_floats and multiply_add_bf16, which cannot be said in GCC's vector language.
 //
 // Everything is always_inline: a function that stayed out of line could be merged with the baseline's.
 
@@ -10,6 +10,7 @@ typedef float VF __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VI __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VU __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VH __attribute__((vector_size(kVectorBytes / 2)));
+typedef int8_t VB __attribute__((vector_size(kVectorBytes / 4)));
 // The same in memory: any alignment, any effective type.
 typedef float VFMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 typedef uint32_t VUMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
