@@ -262,6 +262,7 @@ BENCHMARK(BM_Attention)
     ->Args({512, 512, 8, 8, 128, 0})
     ->Args({1, 2048, 16, 16, 64, 1})
     ->Args({1, 2048, 16, 4, 64, 1})
+    ->Args({1, 2048, 16, 2, 64, 1})
     ->Unit(benchmark::kMicrosecond)
     ->UseRealTime();
 

@@ -61,6 +61,8 @@ def test_streams_add_up(llm: LLM, alone: list) -> None:
 def test_a_closed_stream_leaves_nothing_behind(llm: LLM) -> None:
     stream = llm.stream(PROMPTS, PARAMS)
     next(stream)
+    with pytest.raises(InvalidArgument, match="a stream of this LLM is not at its end"):
+        llm.generate("x")
     stream.close()
     stats = llm.stats
     assert (stats["num_running"], stats["num_waiting"]) == (0, 0)
@@ -113,6 +115,19 @@ def test_async_cancellation_and_errors(llm: LLM, alone: list) -> None:
             await engine.generate(PROMPTS[0])
 
     asyncio.run(run())
+
+
+def test_the_interpreter_may_end_while_the_engine_runs(smollm2: Path) -> None:
+    code = (
+        "import asyncio, sys\n"
+        "from coterie import AsyncEngine, SamplingParams\n"
+        "engine = AsyncEngine(sys.argv[1])\n"
+        "async def run():\n"
+        "    return await anext(engine.stream('x', SamplingParams(max_tokens=400, ignore_eos=True)))\n"
+        "print(len(asyncio.run(run()).token_ids))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(smollm2)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 SCHEMA = {

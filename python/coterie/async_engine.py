@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import atexit
 import queue
 import threading
 from collections.abc import AsyncGenerator
@@ -40,8 +41,10 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[_Caller | None] = queue.SimpleQueue()
         self._callers: dict[int, _Caller] = {}  # by request, of the engine's thread
         self._stopped: str | None = None
+        self._stats = self.llm.stats
         self._thread = threading.Thread(target=self._run, name="coterie-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread must not be in the engine while the interpreter ends
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -50,8 +53,8 @@ class AsyncEngine:
 
     @property
     def stats(self) -> dict[str, int]:
-        """As of LLM, read while steps run: numbers may be those of two steps."""
-        return self.llm.stats
+        """As of LLM, behind the last step."""
+        return self._stats
 
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
@@ -97,6 +100,7 @@ class AsyncEngine:
         """Ends all requests and the thread; nothing happens when it has ended already."""
         self._commands.put(None)
         self._thread.join()
+        atexit.unregister(self.close)
 
     async def __aenter__(self) -> "AsyncEngine":
         return self
@@ -119,6 +123,7 @@ class AsyncEngine:
     def _take_commands(self) -> bool:
         """Waits for one when there is nothing else to do. False: it is time to end."""
         while True:
+            self._stats = self.llm.stats
             try:
                 caller = self._commands.get(block=not self._requests.has_unfinished)
             except queue.Empty:

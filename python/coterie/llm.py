@@ -149,6 +149,8 @@ class LLM:
         outputs: list[RequestOutput],
     ) -> Iterator[CompletionDelta]:
         """Fills `outputs`, one for each prompt, and shows them grow."""
+        if self.requests.has_unfinished:
+            raise InvalidArgument("prompts: a stream of this LLM is not at its end; close it, or use AsyncEngine")
         all_prompts = [prompts] if is_single_prompt(prompts) else list(prompts)
         all_params = _params_of(all_prompts, sampling_params)
         prepared = [

@@ -72,11 +72,11 @@ class EngineImpl : public Engine {
     if (chunks.empty()) return {};
     const float* hidden_TD = run_model(chunks);
     std::vector<Choice> choices = choices_of(chunks);
-    std::vector<float> logits_CV = choice_logits(choices, hidden_TD);
+    const std::span<float> logits_CV = choice_logits(choices, hidden_TD);
     fill_masks(choices);
     gather_prompt_logprobs(chunks, hidden_TD);
     pool_.run(static_cast<int64_t>(choices.size()), [&](int64_t c, int) {
-      choose(choices[c], std::span(logits_CV).subspan(c * config_.vocab_size, config_.vocab_size));
+      choose(choices[c], logits_CV.subspan(c * config_.vocab_size, config_.vocab_size));
     });
     for (const ScheduledChunk& chunk : chunks) chunk.sequence->computed(chunk.num_tokens);
     std::vector<StepOutput> outputs;
@@ -213,16 +213,17 @@ class EngineImpl : public Engine {
     return choices;
   }
 
-  std::vector<float> choice_logits(const std::vector<Choice>& choices, const float* hidden_TD) const {
-    const int64_t D = config_.hidden_size;
-    std::vector<float> hidden_CD, logits_CV(choices.size() * config_.vocab_size);
-    for (const Choice& choice : choices) {
-      hidden_CD.insert(hidden_CD.end(), hidden_TD + choice.row * D, hidden_TD + (choice.row + 1) * D);
+  // Valid until the next step.
+  std::span<float> choice_logits(const std::vector<Choice>& choices, const float* hidden_TD) {
+    const int64_t C = static_cast<int64_t>(choices.size()), D = config_.hidden_size, V = config_.vocab_size;
+    hidden_CD_.reserve(C * D * sizeof(float));
+    logits_CV_.reserve(C * V * sizeof(float));
+    for (int64_t c = 0; c < C; ++c) {
+      const float* hidden_D = hidden_TD + choices[c].row * D;
+      std::copy(hidden_D, hidden_D + D, hidden_CD_.as<float>() + c * D);
     }
-    if (!choices.empty()) {
-      decoder_.logits(hidden_CD.data(), static_cast<int64_t>(choices.size()), logits_CV.data());
-    }
-    return logits_CV;
+    if (C > 0) decoder_.logits(hidden_CD_.as<float>(), C, logits_CV_.as<float>());
+    return {logits_CV_.as<float>(), static_cast<size_t>(C * V)};
   }
 
   void fill_masks(std::vector<Choice>& choices) const {
@@ -330,6 +331,7 @@ class EngineImpl : public Engine {
   KvCache cache_;
   Scheduler scheduler_;
   RequestId last_id_ = 0;
+  AlignedBuffer hidden_CD_, logits_CV_;  // of a step's choices; kept, since fresh memory costs more than filling it
 };
 
 }  // namespace

@@ -27,7 +27,7 @@ constexpr int64_t kPadding = 16;  // AttendStep wants multiples of this
 constexpr int64_t kGroupRows = AttendStep::kGroupRows;
 constexpr int64_t kRunGroups = kRunKeys / kGroupRows;
 // Up to here converting every key for each query costs less than writing it to memory and reading it.
-constexpr int64_t kMostInPlace = 4;
+constexpr int64_t kMostInPlace = 16;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
