@@ -28,8 +28,8 @@ from coterie.gguf_tokenizer import tokenizer_from_gguf
 Shape = tuple[int, ...]
 SHARD_BYTES = 1_000_000_000
 BF16_BYTES = 2
-# Of queries and of keys: with ones attention would be a mean over all positions, the next token follow from the last one
-# alone, and greedy text go round in circles of two tokens, which keep reading the same experts.
+# Of the norms of queries and keys: with ones attention would be a mean over all positions, the next token follow from
+# the last one alone, and greedy text go round in circles of two tokens, which keep reading the same experts.
 SHARPNESS = 2.0
 NO_TOKENS_BUT_BYTES = 512  # a smaller vocabulary has no room for the special tokens and all 256 bytes
 
@@ -83,8 +83,8 @@ def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
 
 
 def random_tensor(name: str, shape: Shape, seed: int) -> np.ndarray:
-    """bf16 bits. Norms are near one; a row of a matrix keeps the size of what it multiplies, and so does the embedding, so
-    that activations and routing are spread as in a trained model. Norms of queries and keys are larger."""
+    """bf16 bits. Norms are near one, and a product with a row of a matrix keeps the size of what is multiplied, so that
+    activations and routing are spread as in a trained model."""
     key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little")
     values = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
     if len(shape) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from infer_worker import Tokens, serve
 
@@ -10,13 +11,21 @@ from coterie import LLM, SamplingParams, __version__
 
 
 class Coterie:
-    def __init__(self, model: str, dtype: str, threads: int, batch: int, length: int) -> None:
-        self.llm = LLM(model, dtype=dtype, threads=threads, max_model_len=length)
+    def __init__(self, model: str, dtype: str, threads: int, batch: int, length: int, **options: Any) -> None:
+        self.llm = LLM(model, dtype=dtype, threads=threads, max_model_len=length, **options)
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Tokens:
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
         result = Tokens(len(prompts))
-        for sequence, prompt in enumerate(prompts):  # one after another
+        if not hasattr(self.llm, "stream"):
+            return self._one_after_another(prompts, params, result)
+        for sequence, delta in self.llm.stream(prompts, params):
+            for token in delta.token_ids:
+                result.add(sequence, token)
+        return result
+
+    def _one_after_another(self, prompts: list[list[int]], params: SamplingParams, result: Tokens) -> Tokens:
+        for sequence, prompt in enumerate(prompts):
             begin = time.perf_counter() - result.start
             output = self.llm.generate([prompt], params)[0]
             first, ids = begin + output.prefill_seconds, output.outputs[0].token_ids
@@ -26,7 +35,7 @@ class Coterie:
         return result
 
 
-def load(**arguments: object) -> tuple[Coterie, str]:
+def load(**arguments: Any) -> tuple[Coterie, str]:
     return Coterie(**arguments), f"coterie {__version__}"
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,12 @@ def write_bf16(model: Path, out: Path) -> None:
     add_config(writer, config)
     add_tokenizer(writer, model, config["vocab_size"])
     pending = list(tensors_of(source, config["num_hidden_layers"], config["num_experts"]))
-    for name, parts, shape, fp32 in pending:
-        dtype, width = (np.float32, 4) if fp32 else (np.uint16, 2)
-        kind = None if fp32 else GGMLQuantizationType.BF16
-        stored = shape if fp32 else [*shape[:-1], 2 * shape[-1]]  # of bf16 the writer wants bytes
-        writer.add_tensor_info(name, stored, np.dtype(dtype if fp32 else np.uint8), width * math.prod(shape), kind)
+    for name, _, shape, fp32 in pending:
+        if fp32:
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * math.prod(shape))
+        else:  # of what numpy has no type for, the writer wants the shape in bytes
+            in_bytes, kind = [*shape[:-1], 2 * shape[-1]], GGMLQuantizationType.BF16
+            writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -115,7 +117,7 @@ def add_tokenizer(writer: GGUFWriter, model: Path, vocabulary: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def tensors_of(source: Safetensors, layers: int, experts: int):  # noqa: ANN201
+def tensors_of(source: Safetensors, layers: int, experts: int) -> Iterator[tuple[str, list[str], list[int], bool]]:
     """Name in GGUF, names of its parts (the experts of a matrix), shape, and whether it is fp32 there."""
     for ours, theirs in OF_MODEL.items():
         yield f"{theirs}.weight", [f"{ours}.weight"], source.tensors[f"{ours}.weight"][1], ours == "model.norm"
