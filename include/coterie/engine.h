@@ -38,6 +38,7 @@ struct EngineOptions {
   int64_t kv_cache_bytes = 0;             // taken as it is needed; 0: a quarter of the machine's memory, at most what
                                           // max_num_seqs need, at least what one of max_model_len needs
   bool enable_prefix_caching = true;      // compute what requests begin with in common only once
+  std::string load_format = "auto";       // "dummy": read config.json alone; the weights are random numbers
 };
 
 // How the next token is chosen. The defaults are greedy. Applied in this order: token_mask, min_tokens, logit_bias,

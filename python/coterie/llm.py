@@ -53,7 +53,7 @@ class LLM:
         Tokens of prompt and continuation together; 0 is the model's own limit.
     engine_options
         max_num_seqs, max_num_batched_tokens, kv_cache_dtype ("auto", "fp32", "bf16", "int8"), num_kv_blocks,
-        kv_cache_bytes and enable_prefix_caching, as include/coterie/engine.h has them.
+        kv_cache_bytes, enable_prefix_caching and load_format, as include/coterie/engine.h has them.
     """
 
     def __init__(

@@ -37,7 +37,8 @@ std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& 
                                     int64_t max_model_len, int64_t max_num_seqs, int64_t max_num_batched_tokens,
                                     const std::string& kv_cache_dtype, int64_t num_kv_blocks, int64_t kv_cache_bytes,
                                     bool enable_prefix_caching, const std::string& attention_dtype,
-                                    const std::string& head_dtype, bool weight_cache, bool mmap) {
+                                    const std::string& head_dtype, bool weight_cache, bool mmap,
+                                    const std::string& load_format) {
   nb::gil_scoped_release release;
   return Engine::load(path, {.dtype = dtype,
                              .attention_dtype = attention_dtype,
@@ -51,7 +52,8 @@ std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& 
                              .kv_cache_dtype = kv_cache_dtype,
                              .num_kv_blocks = num_kv_blocks,
                              .kv_cache_bytes = kv_cache_bytes,
-                             .enable_prefix_caching = enable_prefix_caching});
+                             .enable_prefix_caching = enable_prefix_caching,
+                             .load_format = load_format});
 }
 
 // function(index, generated, allowed) with views that live as long as the call. The engine lets go of a mask on
@@ -170,7 +172,8 @@ void bind_engine(nb::module_& m) {
            "max_num_batched_tokens"_a = defaults.max_num_batched_tokens, "kv_cache_dtype"_a = defaults.kv_cache_dtype,
            "num_kv_blocks"_a = defaults.num_kv_blocks, "kv_cache_bytes"_a = defaults.kv_cache_bytes,
            "enable_prefix_caching"_a = defaults.enable_prefix_caching, "attention_dtype"_a = defaults.attention_dtype,
-           "head_dtype"_a = defaults.head_dtype, "weight_cache"_a = defaults.weight_cache, "mmap"_a = defaults.mmap)
+           "head_dtype"_a = defaults.head_dtype, "weight_cache"_a = defaults.weight_cache, "mmap"_a = defaults.mmap,
+           "load_format"_a = defaults.load_format)
       .def("add_request", &add_request, "token_ids"_a, "sampling"_a, "priority"_a = 0, "token_mask"_a = nb::none())
       .def("abort", &Engine::abort, "request_id"_a, "index"_a = nb::none(), no_gil)
       .def("step", &Engine::step, no_gil)

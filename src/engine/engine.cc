@@ -337,7 +337,7 @@ class EngineImpl : public Engine {
 }  // namespace
 
 std::unique_ptr<Engine> Engine::load(const std::string& path, const EngineOptions& options) {
-  const StoredModel model(path);
+  const StoredModel model(path, load_format(options.load_format));
   auto engine = std::make_unique<EngineImpl>(model, options, path);
   log_info("engine: " + path + ", " + std::to_string(model.config().num_parameters()) + " parameters, " +
            options.dtype);

@@ -35,6 +35,16 @@ class EngineTest : public TemporaryDirectoryTest {
   std::unique_ptr<Engine> engine_;
 };
 
+TEST_F(EngineTest, RunsWithoutWeightsOfAFile) {
+  std::filesystem::remove(directory() / "model.safetensors");
+  const auto answer = [&] {
+    return Engine::load(directory().string(), {.load_format = "dummy"})->generate({tokens(9), {.max_new_tokens = 8}});
+  };
+  const std::vector<int32_t> first = answer().completions[0].token_ids;
+  EXPECT_EQ(first.size(), 8);
+  EXPECT_EQ(answer().completions[0].token_ids, first);
+}
+
 TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(refusal({{}, {}}), "prompt_token_ids: empty");
   EXPECT_EQ(refusal({{1, 61}, {}}), "prompt_token_ids[1]: 61 is not in [0, 61), the vocabulary");
@@ -54,6 +64,7 @@ TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(load({.max_num_batched_tokens = -5}), "max_num_batched_tokens: -5 is below 1");
   EXPECT_EQ(load({.kv_cache_dtype = "fp8"}), "kv_cache_dtype: 'fp8' is not one of auto, fp32, bf16, int8");
   EXPECT_EQ(load({.num_kv_blocks = -1}), "num_kv_blocks: -1 is negative");
+  EXPECT_EQ(load({.load_format = "pt"}), "load_format: 'pt' is not one of auto, dummy");
   EXPECT_EQ(load({.kv_cache_bytes = 1000}), "kv_cache_bytes: 1000 is less than a block (10240)");
   EXPECT_EQ(invalid_message([] { Engine::load("/nowhere"); }, ""), "/nowhere: no such file or directory");
 }

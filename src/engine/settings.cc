@@ -54,6 +54,12 @@ int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, 
 
 }  // namespace
 
+LoadFormat load_format(const std::string& name) {
+  if (name == "auto") return LoadFormat::kAuto;
+  if (name == "dummy") return LoadFormat::kDummy;
+  throw InvalidArgument("load_format: '" + name + "' is not one of auto, dummy");
+}
+
 EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config) {
   EngineSettings settings;
   settings.types = weight_types(options.dtype, options.attention_dtype, options.head_dtype);
@@ -75,6 +81,7 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
   if (options.mmap && !options.weight_cache) {
     throw InvalidArgument("mmap: what is mapped is the file of packed weights, which weight_cache turns off");
   }
+  if (load_format(options.load_format) == LoadFormat::kDummy) return {};
   const bool small = config.num_parameters() < kSmallModel;
   if (!options.mmap && (small || !options.weight_cache)) return {};
   WeightCache cache = weight_cache(path, settings.types.description());

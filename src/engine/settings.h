@@ -8,6 +8,7 @@
 #include "coterie/engine.h"
 #include "engine/scheduler.h"
 #include "model/config.h"
+#include "model/stored_model.h"
 #include "model/weight_store.h"
 #include "model/weight_types.h"
 
@@ -24,6 +25,7 @@ struct EngineSettings {
 };
 
 // InvalidArgument names the option.
+LoadFormat load_format(const std::string& name);
 EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config);
 
 // Where the packed weights of the model at `path` are kept, if anywhere.

@@ -14,6 +14,7 @@
 #include "model/architectures.h"
 #include "model/config_reader.h"
 #include "model/gguf_model.h"
+#include "model/random_source.h"
 
 namespace coterie {
 namespace {
@@ -68,8 +69,14 @@ ModelConfig read_model_config(const std::string& path) {
 
 bool StoredModel::all_bf16() const { return all_bf16_; }
 
-StoredModel::StoredModel(const std::string& path) {
-  if (is_gguf_path(path)) {
+StoredModel::StoredModel(const std::string& path, LoadFormat format) {
+  if (format == LoadFormat::kDummy) {
+    if (is_gguf_path(path))
+      throw InvalidArgument("load_format: 'dummy' needs a directory with a config.json, not " + path);
+    config_ = config_of_directory(path);
+    file_ =
+        std::make_unique<RandomSource>(path, architecture_named(config_.architecture, path).checkpoint_map(config_));
+  } else if (is_gguf_path(path)) {
     auto file = std::make_unique<GgufSource>(path);
     config_ = config_from_gguf(*file);
     view_ = std::make_unique<GgufLlamaSource>(*file, config_);

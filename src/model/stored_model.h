@@ -12,9 +12,12 @@
 
 namespace coterie {
 
+// kDummy: a directory's config.json alone is read, and weights are random numbers (random_source.h).
+enum class LoadFormat { kAuto, kDummy };
+
 class StoredModel {
  public:
-  explicit StoredModel(const std::string& path);
+  explicit StoredModel(const std::string& path, LoadFormat format = LoadFormat::kAuto);
 
   const ModelConfig& config() const { return config_; }
   const LogicalReader& tensors() const { return *reader_; }
