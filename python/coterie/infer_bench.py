@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -128,8 +128,13 @@ class Model:
 
     def prompts(self, seed: int, number: int, tokens: int) -> list[list[int]]:
         """Random ones; no two begin alike, so that nobody's prefix cache helps."""
-        generator = random.Random(seed)
-        return [[generator.randrange(self.first_id, self.last_id) for _ in range(tokens)] for _ in range(number)]
+        return random_prompts(seed, number, tokens, self.first_id, self.last_id)
+
+
+def random_prompts(seed: int, number: int, tokens: int, first_id: int, last_id: int) -> list[list[int]]:
+    """[number][tokens] of ids from first_id up to below last_id."""
+    generator = random.Random(seed)
+    return [[generator.randrange(first_id, last_id) for _ in range(tokens)] for _ in range(number)]
 
 
 @dataclass
@@ -178,7 +183,7 @@ class Contestant:
 
 
 def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settings) -> list[Contestant]:
-    """Ours and the peers that have weights of as many bits, each with its variants.
+    """Ours and the peers that have weights of as many bits, each with its variants. Makes the files that they need.
 
     Raises
     ------
@@ -228,14 +233,18 @@ def _contestant(
     options: dict[str, Any],
     mmap: dict[str, Any] | None,
 ) -> Contestant:
-    system = peer if peer in PEERS or peer == OURS else "llama_cpp"
+    system = peer if peer in PEERS or peer == OURS else "llama_cpp"  # llama_cpp_q4_k_m
     load = {"model": path, "dtype": dtype, "threads": settings.threads, "options": options}
     load |= {"batch": max(settings.batches), "length": settings.length}
-    environment = {"PYTHONPATH": str(ROOT / "python")} if system == OURS else {}
-    command = [interpreter(system), str(ROOT / "benches" / "peers" / f"infer_{system}.py")]
     cache = max(settings.batches) * settings.length * model.cache_elements * 2
     memory = MEMORY_FACTOR[system] * model.parameters * bits / 8 + cache
-    return Contestant(peer, variant, System(peer, command, environment), load, mmap, bits, memory)
+    return Contestant(peer, variant, program(system), load, mmap, bits, memory)
+
+
+def program(system: str) -> System:
+    """That serves with a system."""
+    environment = {"PYTHONPATH": str(ROOT / "python")} if system == OURS else {}
+    return System(system, [interpreter(system), str(ROOT / "benches" / "peers" / f"infer_{system}.py")], environment)
 
 
 def interpreter(system: str) -> str:
@@ -284,12 +293,18 @@ def gguf_file(model: Model, kind: str) -> Path:
 
 def run(
     model: Model,
-    dtypes: Sequence[str],
-    peers: Sequence[str],
+    field_of: Mapping[str, Sequence[Contestant]],
     settings: Settings,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Measure a row for each of `dtypes`.
+    """Measure a row for each dtype.
+
+    Parameters
+    ----------
+    field_of
+        By dtype, from `contestants`.
+    progress
+        Is told what happens next.
 
     Returns
     -------
@@ -298,7 +313,6 @@ def run(
     """
     from coterie import _engine
 
-    field_of = {dtype: contestants(model, dtype, peers, settings) for dtype in dtypes}
     limits = _engine.Limits(settings.threads, READ_BYTES)
     rows = []
     for dtype, all_of_row in field_of.items():

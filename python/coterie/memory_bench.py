@@ -56,16 +56,23 @@ class Subject:
         return _train.MemoryCase(config, dtype, ranks, degrees, self.reduce_bucket_size, self.passes)
 
 
-def _gpt(
-    layers: int, hidden: int, heads: int, vocabulary: int, sequence: int, experts: Sequence[int]
+def gpt(
+    layers: int,
+    hidden: int,
+    heads: int,
+    vocabulary: int,
+    sequence: int,
+    experts: Sequence[int],
+    residual: str = "none",
 ) -> dict[str, Any]:
-    """GPT-2's architecture; `experts` of every second layer, or none."""
+    """config.json of GPT-2's architecture; `experts` of every second layer, or none, and what stands beside them."""
     model = configuration.ModelSection(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=4 * hidden,
         num_experts=[experts[i // 2] if experts and i % 2 else 0 for i in range(layers)],
+        residual=residual,
         vocab_size=vocabulary,
         norm_type="layer_norm",
         position_embedding_type="learned",
@@ -83,9 +90,9 @@ DEFAULT = "42m-moe"
 # ones are beside a model of billions. The others are only counted: Megatron-Turing NLG, and the trillion of
 # DeepSpeed-MoE's models, a base of 24B with 128 experts in every second layer.
 SHAPES = {
-    DEFAULT: lambda: Subject(DEFAULT, _gpt(24, 256, 4, 1024, 256, [4] * 10 + [8] * 2), reduce_bucket_size=65_536),
-    "530b-dense": lambda: Subject("530b-dense", _gpt(105, 20480, 128, 50257, 2048, [])),
-    "1t-moe": lambda: Subject("1t-moe", _gpt(30, 8192, 64, 50257, 2048, [128] * 15)),
+    DEFAULT: lambda: Subject(DEFAULT, gpt(24, 256, 4, 1024, 256, [4] * 10 + [8] * 2), reduce_bucket_size=65_536),
+    "530b-dense": lambda: Subject("530b-dense", gpt(105, 20480, 128, 50257, 2048, [])),
+    "1t-moe": lambda: Subject("1t-moe", gpt(30, 8192, 64, 50257, 2048, [128] * 15)),
 }
 
 

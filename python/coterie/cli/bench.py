@@ -15,11 +15,12 @@ from rich.table import Column, Table
 
 from coterie import bench as benches
 from coterie import comm_bench, memory_bench
-from coterie.cli.bench_infer import infer
+from coterie.cli.bench_infer import dense_vs_moe, infer
 from coterie.cli.console import JsonOption, human_bytes, human_count, notes, print_json, results
 
 bench = typer.Typer(help="Measure our layers against their peers, side by side in one run.", no_args_is_help=True)
 bench.command()(infer)
+bench.command()(dense_vs_moe)
 
 Sizes = str  # "8,32": typer has no lists in one option
 TokensOption = Annotated[Sizes, typer.Option(help="Tokens in a step.")]

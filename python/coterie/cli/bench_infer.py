@@ -10,9 +10,12 @@ from rich import box
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from coterie import dense_vs_moe as comparison
 from coterie import infer_bench
 from coterie.bench import BenchError
 from coterie.cli.console import JsonOption, human_bytes, human_count, notes, print_json, results
+
+_COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 
 
 def infer(
@@ -34,21 +37,63 @@ def infer(
 ) -> None:
     """Serving: seconds to the first token of a new process, prefill, decoding of one sequence and of many, memory."""
     settings = infer_bench.Settings(prompt, generate, _batches(batch), context or None, threads, rounds)
-    dtypes, names = _dtypes(dtype), [peer for peer in peers.split(",") if peer]
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=notes, transient=True) as bars:
+    names = [peer for peer in peers.split(",") if peer]
+    opened = infer_bench.Model.open(model, cache)
+    field = {one: infer_bench.contestants(opened, one, names, settings) for one in _dtypes(dtype)}
+    with Progress(*_COLUMNS, console=notes, transient=True) as bars:
         bar = bars.add_task("")
-        measured = infer_bench.run(
-            infer_bench.Model.open(model, cache),
-            dtypes,
-            names,
-            settings,
-            lambda what: bars.update(bar, description=what),
-        )
+        measured = infer_bench.run(opened, field, settings, lambda what: bars.update(bar, description=what))
     if json:
         print_json(measured)
     else:
         _print(measured)
+
+
+def dense_vs_moe(
+    models: Annotated[str, typer.Option(help="The first is what the others are compared with.")] = ",".join(
+        comparison.SHAPES
+    ),
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(infer_bench.WEIGHT_BITS)}.")] = "int4",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 32,
+    generate: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 64,
+    batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,32",
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every model.")] = 3,
+    json: JsonOption = False,
+) -> None:
+    """Latency per token and memory of models of equal quality: 1.3 billion dense parameters, and 350 million with
+    experts as DeepSpeed-MoE has them. Weights are random, made in memory."""
+    if len(_dtypes(dtype)) != 1:
+        raise BenchError(f"--dtype: one of them, not {dtype!r}")
+    subjects = comparison.subjects([name for name in models.split(",") if name], dtype)
+    settings = comparison.Settings(prompt, generate, _batches(batch), threads, rounds)
+    with Progress(*_COLUMNS, console=notes, transient=True) as bars:
+        bar = bars.add_task("")
+        measured = comparison.run(subjects, settings, lambda what: bars.update(bar, description=what))
+    if json:
+        print_json(measured)
+    else:
+        _print_models(measured)
+
+
+def _print_models(measured: dict[str, Any]) -> None:
+    machine, models = measured["machine"], measured["models"]
+    results.print(f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, load {machine['load_1min']:.1f}")
+    results.print(f"{measured['dtype']}, {measured['read_gb_per_s']:.0f} GB/s; ms for a token of each sequence")
+    batches = list(dict.fromkeys(batch for model in models for batch in model["ms_per_token"]))
+    names = ["weights", "active", *(name for batch in batches for name in (f"batch {batch}", "faster")), "memory"]
+    columns = (Column(name, justify="right", min_width=max(7, len(name)), no_wrap=True) for name in names)
+    widest = max(len(model["name"]) for model in models)
+    table = Table(Column("model", min_width=widest, no_wrap=True), *columns, box=box.SIMPLE, padding=0)
+    for model in models:
+        cells = [human_count(model["parameters"]), human_count(model["active_parameters"])]
+        for batch in batches:
+            cells += [_number(model["ms_per_token"].get(batch)), *_ratios(model["speedup"].get(batch), {})]
+        table.add_row(model["name"], *cells, human_bytes(model["rss_bytes"]) if model["rss_bytes"] else "-")
+    results.print(table)
+    for model in models:
+        if "reason" in model:
+            results.print(f"{model['name']}: {model['reason']}")
 
 
 def _dtypes(text: str) -> list[str]:
