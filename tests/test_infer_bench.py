@@ -92,10 +92,12 @@ def contestant(peer: str, variant: str, gigabytes: float, **rates: float) -> inf
     return made
 
 
-def test_groups_hold_ours_and_what_fits_beside_it():
-    ours, *others = (contestant(name, "", size) for name, size in (("coterie", 4), ("a", 4), ("b", 9), ("c", 30)))
+def test_groups_hold_ours_and_what_fits_beside():
+    ours, *others = (
+        contestant(name, "", size) for name, size in (("coterie", 4), ("a", 4), ("b", 9), ("c", 30), ("d", 2))
+    )
     names = [[one.peer for one in group] for group in infer_bench.groups([ours, *others], 18)]
-    assert names == [["coterie", "a", "b"], ["coterie", "c"]]
+    assert names == [["coterie", "a", "b"], ["coterie", "d"], ["c"]]
 
 
 def test_a_peer_is_taken_at_its_best_variant_of_each_test(model: Path):

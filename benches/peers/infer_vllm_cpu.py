@@ -15,7 +15,7 @@ from infer_worker import Tokens, serve  # noqa: E402
 
 class VllmCpu:
     def __init__(
-        self, model: str, dtype: str, threads: int, batch: int, length: int, zentorch: bool = False, cache_gb: int = 3
+        self, model: str, dtype: str, threads: int, batch: int, length: int, zentorch: bool = False, cache_gb: int = 2
     ) -> None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cache_gb)
         if not zentorch:

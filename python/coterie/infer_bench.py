@@ -36,7 +36,7 @@ WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.5}
 GGUF_TYPES = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_m")}
 EQUAL_BITS = {"q8_0": "int8", "q4_0": "int4"}
 # Resident bytes over those of the weights: what is packed anew stands beside what was read, caches come on top.
-MEMORY_FACTOR = {OURS: 1.4, "llama_cpp": 1.5, "transformers": 2.8, "vllm_cpu": 4.2}
+MEMORY_FACTOR = {OURS: 1.4, "llama_cpp": 1.4, "transformers": 2.8, "vllm_cpu": 2.0, "vllm_cpu zentorch": 3.6}
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _contestant(
     load = {"model": path, "dtype": dtype, "threads": settings.threads, "options": options}
     load |= {"batch": max(settings.batches), "length": settings.length}
     cache = max(settings.batches) * settings.length * model.cache_elements * 2
-    memory = MEMORY_FACTOR[system] * model.parameters * bits / 8 + cache
+    memory = MEMORY_FACTOR.get(f"{system} {variant}", MEMORY_FACTOR[system]) * model.parameters * bits / 8 + cache
     return Contestant(peer, variant, program(system), load, mmap, bits, memory)
 
 
@@ -372,16 +372,21 @@ def _measure(
 
 
 def groups(all_of_row: Sequence[Contestant], memory_bytes: float) -> Iterable[list[Contestant]]:
-    """Ours with as many others as fit into memory at once, until all have had their turn."""
+    """Ours with as many others as fit into memory at once, until all have had their turn; what does not fit beside ours
+    is alone."""
     ours, others = all_of_row[0], list(all_of_row[1:])
-    group, free = [ours], memory_bytes - ours.memory_bytes
+    beside = memory_bytes - ours.memory_bytes
+    group, free = [ours], beside
     for contestant in others:
-        if contestant.memory_bytes > free and len(group) > 1:
+        if contestant.memory_bytes > beside:
+            continue
+        if contestant.memory_bytes > free:
             yield group
-            group, free = [ours], memory_bytes - ours.memory_bytes
+            group, free = [ours], beside
         group.append(contestant)
         free -= contestant.memory_bytes
     yield group
+    yield from ([contestant] for contestant in others if contestant.memory_bytes > beside)
 
 
 def _start(model: Model, contestant: Contestant, settings: Settings, stack: ExitStack) -> Worker | None:
@@ -462,7 +467,11 @@ def _worth_repeating(contestant: Contestant, test: str, all_of_row: Sequence[Con
 def _note_memory(contestant: Contestant, worker: Worker) -> None:
     if contestant.reason:
         return
-    answer = worker.ask("memory")
+    try:
+        answer = worker.ask("memory")
+    except BenchError as error:
+        _give_up(contestant, worker, error)
+        return
     contestant.rss_bytes = max(contestant.rss_bytes, answer["rss_bytes"])
     contestant.peak_bytes = max(contestant.peak_bytes, answer["peak_bytes"])
 
