@@ -36,7 +36,7 @@ WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.5}
 GGUF_TYPES = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_m")}
 EQUAL_BITS = {"q8_0": "int8", "q4_0": "int4"}
 # Resident bytes over those of the weights: what is packed anew stands beside what was read, caches come on top.
-MEMORY_FACTOR = {OURS: 1.4, "llama_cpp": 1.4, "transformers": 2.8, "vllm_cpu": 2.0, "vllm_cpu zentorch": 3.6}
+MEMORY_FACTOR = {OURS: 1.4, "llama_cpp": 1.4, "transformers": 2.8, "vllm_cpu": 3.6}
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _contestant(
     load = {"model": path, "dtype": dtype, "threads": settings.threads, "options": options}
     load |= {"batch": max(settings.batches), "length": settings.length}
     cache = max(settings.batches) * settings.length * model.cache_elements * 2
-    memory = MEMORY_FACTOR.get(f"{system} {variant}", MEMORY_FACTOR[system]) * model.parameters * bits / 8 + cache
+    memory = MEMORY_FACTOR[system] * model.parameters * bits / 8 + cache
     return Contestant(peer, variant, program(system), load, mmap, bits, memory)
 
 
