@@ -29,8 +29,9 @@ Shape = tuple[int, ...]
 SHARD_BYTES = 1_000_000_000
 BF16_BYTES = 2
 # Of the norms of queries and keys: with ones attention would be a mean over all positions, the next token follow from
-# the last one alone, and greedy text go round in circles of two tokens, which keep reading the same experts.
-SHARPNESS = 2.0
+# the last one alone, and greedy text go round in circles of two tokens, which keep reading the same experts. With much
+# larger ones rounding would decide the next token, since what attention is off by would grow from layer to layer.
+SHARPNESS = 1.6
 NO_TOKENS_BUT_BYTES = 512  # a smaller vocabulary has no room for the special tokens and all 256 bytes
 
 
