@@ -1,5 +1,6 @@
 #include "io/ggml_type.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "base/dtype.h"
@@ -51,30 +52,74 @@ void q4_1(const std::byte* block, float* out) {
   }
 }
 
+uint32_t load_bits(const std::byte* source) {
+  uint32_t bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return bits;
+}
+
+// q of element i of 32: 4 bits as in Q4_0, and bit i of `high` above them.
+int five_bits(const std::byte* nibbles, uint32_t high, int i) {
+  const int low = i < 16 ? low_nibble(nibbles[i]) : high_nibble(nibbles[i - 16]);
+  return low | static_cast<int>(high >> i & 1) << 4;
+}
+
+// 32 elements: d, 32 fifth bits, 16 bytes of nibbles.  x = d (q - 16)
+void q5_0(const std::byte* block, float* out) {
+  const float d = load_half(block);
+  const uint32_t high = load_bits(block + 2);
+  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(five_bits(block + 6, high, i) - 16);
+}
+
+// As Q5_0 with a minimum: d, m, fifth bits, nibbles.  x = d q + m
+void q5_1(const std::byte* block, float* out) {
+  const float d = load_half(block);
+  const float m = load_half(block + 2);
+  const uint32_t high = load_bits(block + 4);
+  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(five_bits(block + 8, high, i)) + m;
+}
+
 // 256 elements in 8 groups of 32, each with a 6-bit scale s and minimum n: d, m, 12 bytes of s and n,
 // 128 bytes of nibbles.  x = (d s) q - (m n)
 // Bytes 0-3 hold s of groups 0-3 in their lower 6 bits, bytes 4-7 n of the same groups; bytes 8-11
 // hold the lower 4 bits of s (low nibble) and n (high nibble) of groups 4-7, whose upper 2 bits are
 // the upper 2 bits of bytes 0-3 and 4-7. Of each 32 bytes of nibbles, the low ones are an even
 // group, the high ones the odd group after it.
-void q4_k(const std::byte* block, float* out) {
+int six_bits(const std::byte* packed, int group, int first) {
+  if (group < 4) return std::to_integer<int>(packed[first + group] & std::byte{63});
+  const std::byte low = packed[4 + group];
+  return (first == 0 ? low_nibble(low) : high_nibble(low)) | std::to_integer<int>(packed[first + group - 4] >> 6) << 4;
+}
+
+// fifth: for Q5_K, 32 bytes whose bit g is the fifth of group g's elements; else null.
+void k_groups(const std::byte* block, const std::byte* fifth, const std::byte* nibbles, float* out) {
   const float d = load_half(block);
   const float m = load_half(block + 2);
-  const std::byte* packed = block + 4;
-  const std::byte* nibbles = block + 16;
-  const auto six_bits = [&](int group, int first) {
-    if (group < 4) return std::to_integer<int>(packed[first + group] & std::byte{63});
-    const std::byte low = packed[4 + group];
-    return (first == 0 ? low_nibble(low) : high_nibble(low)) | std::to_integer<int>(packed[first + group - 4] >> 6)
-                                                                   << 4;
-  };
   for (int group = 0; group < 8; ++group) {
-    const float scale = d * static_cast<float>(six_bits(group, 0));
-    const float minimum = m * static_cast<float>(six_bits(group, 4));
+    const float scale = d * static_cast<float>(six_bits(block + 4, group, 0));
+    const float minimum = m * static_cast<float>(six_bits(block + 4, group, 4));
     for (int i = 0; i < 32; ++i) {
       const std::byte b = nibbles[group / 2 * 32 + i];
-      *out++ = scale * static_cast<float>(group % 2 == 0 ? low_nibble(b) : high_nibble(b)) - minimum;
+      int q = group % 2 == 0 ? low_nibble(b) : high_nibble(b);
+      if (fifth) q |= std::to_integer<int>(fifth[i] >> group & std::byte{1}) << 4;
+      *out++ = scale * static_cast<float>(q) - minimum;
     }
+  }
+}
+
+void q4_k(const std::byte* block, float* out) { k_groups(block, nullptr, block + 16, out); }
+
+// As Q4_K with a fifth bit: d, m, 12 bytes of s and n, 32 bytes of fifth bits, 128 bytes of nibbles.
+void q5_k(const std::byte* block, float* out) { k_groups(block, block + 16, block + 48, out); }
+
+// 32 elements: an exponent e, 16 bytes; byte i holds the codes of elements i (low nibble) and i + 16.
+// x = 2^(e - 128) v, v being twice the code's value, so that it is whole
+void mxfp4(const std::byte* block, float* out) {
+  constexpr float kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  const float d = std::ldexp(1.0f, std::to_integer<int>(block[0]) - 128);
+  for (int i = 0; i < 16; ++i) {
+    out[i] = d * kTwice[low_nibble(block[1 + i])];
+    out[i + 16] = d * kTwice[high_nibble(block[1 + i])];
   }
 }
 
@@ -112,13 +157,13 @@ constexpr GgmlType kTypes[] = {
     {1, "F16", 1, 2, convert<DType::kF16>},
     {2, "Q4_0", 32, 18, each<q4_0, 32, 18>},
     {3, "Q4_1", 32, 20, each<q4_1, 32, 20>},
-    {6, "Q5_0", 32, 22},
-    {7, "Q5_1", 32, 24},
+    {6, "Q5_0", 32, 22, each<q5_0, 32, 22>},
+    {7, "Q5_1", 32, 24, each<q5_1, 32, 24>},
     {8, "Q8_0", 32, 34, each<q8_0, 32, 34>},
     {10, "Q2_K", 256, 84},
     {11, "Q3_K", 256, 110},
     {12, "Q4_K", 256, 144, each<q4_k, 256, 144>},
-    {13, "Q5_K", 256, 176},
+    {13, "Q5_K", 256, 176, each<q5_k, 256, 176>},
     {14, "Q6_K", 256, 210, each<q6_k, 256, 210>},
     {16, "IQ2_XXS", 256, 66},
     {17, "IQ2_XS", 256, 74},
@@ -137,7 +182,7 @@ constexpr GgmlType kTypes[] = {
     {30, "BF16", 1, 2, convert<DType::kBF16>},
     {34, "TQ1_0", 256, 54},
     {35, "TQ2_0", 256, 66},
-    {39, "MXFP4", 32, 17},
+    {39, "MXFP4", 32, 17, each<mxfp4, 32, 17>},
     {40, "NVFP4", 64, 36},
     {41, "Q1_0", 128, 18},
 };

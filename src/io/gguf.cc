@@ -11,6 +11,7 @@
 #include "base/memory.h"
 #include "coterie/error.h"
 #include "io/ggml_type.h"
+#include "io/mxfp4.h"
 #include "io/printable.h"
 
 namespace coterie {
@@ -342,11 +343,32 @@ void GgufSource::read(const std::string& name, float* out) const {
   const auto [type, offset] = state_->placements[found->second];
   if (!type->dequantize) {
     throw InvalidArgument(path() + ": tensor " + printable(name) + ": type: " + type->name +
-                          " is not one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K");
+                          " is not one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, MXFP4");
   }
   const std::byte* blocks = state_->file.bytes().data() + state_->data_start + offset;
   const int64_t num_elements = state_->tensors[found->second].num_elements();
   type->dequantize(blocks, num_elements / type->block_elements, out);
+}
+
+// ggml keeps scale and codes together, and halves of a block in the nibbles of a byte.
+std::optional<Mxfp4Tensor> GgufSource::mxfp4(const std::string& name) const {
+  const StoredTensor* stored = find(name);
+  if (!stored || stored->dtype != "MXFP4") return std::nullopt;
+  const auto [type, offset] = state_->placements[state_->tensor_index.at(name)];
+  const std::byte* block = state_->file.bytes().data() + state_->data_start + offset;
+  Mxfp4Tensor tensor{.rows = 0, .cols = stored->shape.back()};
+  tensor.rows = tensor.cols == 0 ? 0 : stored->num_elements() / tensor.cols;
+  const int64_t num_blocks = stored->num_elements() / kMxfp4Block;
+  tensor.codes.reserve(static_cast<size_t>(num_blocks * kMxfp4Block / 2));
+  for (int64_t b = 0; b < num_blocks; ++b, block += type->block_bytes) {
+    tensor.scales.push_back(std::to_integer<uint8_t>(block[0]));
+    const auto code = [&](int i) {
+      const auto byte = std::to_integer<int>(block[1 + i % 16]);
+      return i < 16 ? byte & 15 : byte >> 4;
+    };
+    for (int i = 0; i < kMxfp4Block; i += 2) tensor.codes.push_back(static_cast<uint8_t>(code(i) | code(i + 1) << 4));
+  }
+  return tensor;
 }
 
 }  // namespace coterie
