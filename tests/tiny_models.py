@@ -311,11 +311,11 @@ BUILDERS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     "granite_moe": (granite_moe, 0),
     "phimoe": (phimoe, 4),
     "glm4_moe": (glm4_moe, 0),
-    "gpt_oss": (gpt_oss, 0),
+    "gpt_oss": (gpt_oss, 1),
     "deepseek_v2": (deepseek_v2, 0),
-    "deepseek_v2_greedy": (deepseek_v2_greedy, 0),
-    "deepseek_v3": (deepseek_v3, 0),
-    "deepseek_v3_half_split": (deepseek_v3_half_split, 0),
+    "deepseek_v2_greedy": (deepseek_v2_greedy, 2),
+    "deepseek_v3": (deepseek_v3, 2),
+    "deepseek_v3_half_split": (deepseek_v3_half_split, 1),
     "mixtral": (mixtral, 2),
     "olmoe": (olmoe, 6),
     "qwen2_moe": (qwen2_moe, 7),
@@ -348,6 +348,13 @@ def seeded(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
 def build(name: str) -> PreTrainedModel:
     """The tiny model of that name."""
     return seeded(*BUILDERS[name])
+
+
+def changed(name: str, **changes: object) -> PreTrainedModel:
+    """The tiny model of that name with other values in its configuration."""
+    model = build(name)
+    config = type(model.config).from_dict({**model.config.to_dict(), **changes})
+    return seeded(lambda: type(model)(config), BUILDERS[name][1])
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:

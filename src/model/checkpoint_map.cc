@@ -118,7 +118,7 @@ void LogicalReader::check_surplus() const {
 }
 
 bool LogicalReader::is_of_ignored_layer(const std::string& name) const {
-  const std::string layers = "model.layers.";
+  const std::string& layers = map_.layer_prefix;
   if (map_.first_ignored_layer < 0 || !name.starts_with(layers)) return false;
   int64_t layer = 0;
   const auto [end, error] = std::from_chars(name.data() + layers.size(), name.data() + name.size(), layer);

@@ -38,11 +38,12 @@ struct MappedTensor {
 };
 
 struct CheckpointMap {
-  std::vector<MappedTensor> tensors;          // in the order of logical_tensors()
-  std::string base_prefix;                    // "transformer.": files of the model without its head leave it out
-  std::vector<std::string> ignored_suffixes;  // stored buffers that are no weights
-  std::string ignored_prefix;                 // what else is none; empty: nothing
-  int64_t first_ignored_layer = -1;           // "model.layers.N." from this N on are of no use either; -1: none
+  std::vector<MappedTensor> tensors;           // in the order of logical_tensors()
+  std::string base_prefix;                     // "transformer.": files of the model without its head leave it out
+  std::vector<std::string> ignored_suffixes;   // stored buffers that are no weights
+  std::string ignored_prefix;                  // what else is none; empty: nothing
+  std::string layer_prefix = "model.layers.";  // before the number of a layer
+  int64_t first_ignored_layer = -1;            // tensors of layers from this number on are of no use either; -1: none
 };
 
 // A logical name taken apart: "model.layers.3.mlp.up.weight" is layer 3, "mlp.up", "weight".

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <random>
 
 #include "coterie/error.h"
+#include "io/mxfp4.h"
 #include "model/architectures.h"
 #include "model/test_model.h"
 
@@ -17,6 +19,14 @@ class MemorySource : public TensorSource {
   void put(const std::string& name, std::vector<int64_t> shape, std::vector<float> values) {
     tensors_.push_back({name, std::move(shape), "F32", 4 * values.size()});
     values_[name] = std::move(values);
+  }
+  void put_mxfp4(const std::string& name, const Mxfp4Tensor& tensor, std::vector<float> decoded) {
+    mxfp4_[name] = tensor;
+    values_[name] = std::move(decoded);
+  }
+  std::optional<Mxfp4Tensor> mxfp4(const std::string& name) const override {
+    const auto found = mxfp4_.find(name);
+    return found == mxfp4_.end() ? std::nullopt : std::optional(found->second);
   }
   void remove(const std::string& name) {
     std::erase_if(tensors_, [&](const StoredTensor& t) { return t.name == name; });
@@ -43,6 +53,7 @@ class MemorySource : public TensorSource {
   std::string path_ = "FILE";
   std::vector<StoredTensor> tensors_;
   std::map<std::string, std::vector<float>> values_;
+  std::map<std::string, Mxfp4Tensor> mxfp4_;
 };
 
 ModelConfig config_of(const std::string& json) { return ModelConfig::from_json(json, "config.json"); }
@@ -86,6 +97,18 @@ TEST(CheckpointMap, EveryFormOfEveryArchitectureReadsBackWhatWasWritten) {
       R"({"model_type": "qwen2_moe", "vocab_size": 5, "hidden_size": 4, "num_attention_heads": 2,
           "num_key_value_heads": 2, "num_hidden_layers": 2, "decoder_sparse_step": 2, "intermediate_size": 3,
           "moe_intermediate_size": 2, "shared_expert_intermediate_size": 5, "num_experts": 3, "num_experts_per_tok": 1})",
+      R"({"model_type": "granitemoe", "vocab_size": 5, "hidden_size": 4, "num_attention_heads": 2,
+          "num_hidden_layers": 1, "intermediate_size": 3, "num_local_experts": 3, "num_experts_per_tok": 1})",
+      R"({"model_type": "phimoe", "vocab_size": 5, "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1,
+          "num_key_value_heads": 2, "intermediate_size": 3, "num_local_experts": 3, "lm_head_bias": true})",
+      R"({"model_type": "gpt_oss", "vocab_size": 5, "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1,
+          "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 3, "num_local_experts": 3,
+          "num_experts_per_tok": 1})",
+      R"({"model_type": "deepseek_v3", "vocab_size": 5, "hidden_size": 4, "num_attention_heads": 2,
+          "num_key_value_heads": 2, "num_hidden_layers": 2, "first_k_dense_replace": 1, "intermediate_size": 3,
+          "moe_intermediate_size": 2, "n_routed_experts": 4, "num_experts_per_tok": 1, "n_group": 2, "topk_group": 1,
+          "kv_lora_rank": 3, "q_lora_rank": 5, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3,
+          "attention_bias": true})",
       R"({"model_type": "qwen3_moe", "vocab_size": 5, "hidden_size": 4, "num_attention_heads": 4, "head_dim": 2,
           "num_hidden_layers": 1, "moe_intermediate_size": 2, "num_experts": 3, "num_experts_per_tok": 1})"};
   for (const char* json : configs) {
@@ -116,6 +139,37 @@ TEST(CheckpointMap, PlacesFusedAttentionAndExperts) {
   experts.source.read("model.layers.0.block_sparse_moe.experts.1.w3.weight", w3.data());
   const std::vector<float>& up = experts.logical.at("model.layers.0.experts.up.weight");  // [2, 6, 4]
   for (int64_t i = 0; i < 12; ++i) EXPECT_EQ(w3[i], up[1 * 24 + 12 + i]);
+}
+
+// gpt-oss's gate and up rows alternate; their 4 bits come out in the order of the logical tensor.
+TEST(CheckpointMap, FourBitsComeOutInLogicalOrder) {
+  const ModelConfig config = config_of(
+      R"({"model_type": "gpt_oss", "vocab_size": 5, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1,
+          "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 32, "num_local_experts": 2,
+          "num_experts_per_tok": 1})");
+  Filled file(kGptOssArchitecture.checkpoint_map(config), /*last_form=*/true);
+  const std::string blocks = "model.layers.0.mlp.experts.gate_up_proj_blocks";
+  Mxfp4Tensor stored{.rows = 2 * 64, .cols = 64};
+  std::mt19937 random(3);
+  for (int64_t i = 0; i < 2 * 64 * 32; ++i) stored.codes.push_back(static_cast<uint8_t>(random()));
+  for (int64_t i = 0; i < 2 * 64 * 2; ++i) stored.scales.push_back(static_cast<uint8_t>(120 + random() % 10));
+  std::vector<float> decoded(2 * 64 * 64);
+  decode_mxfp4(std::as_bytes(std::span(stored.codes)), std::as_bytes(std::span(stored.scales)), decoded.data());
+  file.source.put_mxfp4(blocks, stored, decoded);
+
+  const LogicalReader reader(file.source, kGptOssArchitecture.checkpoint_map(config));
+  const std::string up = "model.layers.0.experts.up.weight";
+  const std::optional<Mxfp4Tensor> logical = reader.read_mxfp4(up);
+  ASSERT_TRUE(logical);
+  EXPECT_EQ(logical->rows, 2 * 64);
+  EXPECT_EQ(logical->cols, 64);
+  std::vector<float> values(2 * 64 * 64);
+  decode_mxfp4(std::as_bytes(std::span(logical->codes)), std::as_bytes(std::span(logical->scales)), values.data());
+  EXPECT_EQ(values, reader.read(up));
+  // Row 3 of expert 1's up matrix is row 7 of what lies there.
+  EXPECT_TRUE(std::equal(values.begin() + (64 + 32 + 3) * 64, values.begin() + (64 + 32 + 4) * 64,
+                         decoded.begin() + (64 + 7) * 64));
+  EXPECT_FALSE(reader.read_mxfp4("model.norm.weight"));
 }
 
 TEST(CheckpointMap, ReadsFilesOfTheBareModel) {

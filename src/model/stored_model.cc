@@ -70,32 +70,33 @@ ModelConfig read_model_config(const std::string& path) {
 bool StoredModel::all_bf16() const { return all_bf16_; }
 
 StoredModel::StoredModel(const std::string& path, LoadFormat format) {
+  CheckpointMap map;
   if (format == LoadFormat::kDummy) {
     if (is_gguf_path(path))
       throw InvalidArgument("load_format: 'dummy' needs a directory with a config.json, not " + path);
     config_ = config_of_directory(path);
-    file_ =
-        std::make_unique<RandomSource>(path, architecture_named(config_.architecture, path).checkpoint_map(config_));
+    map = architecture_named(config_.architecture, path).checkpoint_map(config_);
+    file_ = std::make_unique<RandomSource>(path, map);
   } else if (is_gguf_path(path)) {
     auto file = std::make_unique<GgufSource>(path);
     config_ = config_from_gguf(*file);
-    view_ = std::make_unique<GgufLlamaSource>(*file, config_);
+    map = map_of_gguf(*file, config_);
     file_ = std::move(file);
   } else if (CheckpointSource::is_checkpoint(path)) {
     auto file = std::make_unique<CheckpointSource>(path);
     config_ = config_of_checkpoint(*file);
     all_bf16_ = file->state().value("dtype", nlohmann::json()) == "bf16";  // the weights lie as fp32 masters
+    map = architecture_named(config_.architecture, path).checkpoint_map(config_);
+    map.ignored_prefix = "optimizer.";
     file_ = std::move(file);
   } else {
     config_ = config_of_directory(path);
+    map = architecture_named(config_.architecture, path).checkpoint_map(config_);
     auto file = std::make_unique<SafetensorsSource>(path);
     view_ = std::make_unique<Mxfp4Source>(*file);
     file_ = std::move(file);
   }
   all_bf16_ |= all_of_bf16(*file_);
-  const Architecture& architecture = architecture_named(config_.architecture, path);
-  CheckpointMap map = architecture.checkpoint_map(config_);
-  if (CheckpointSource::is_checkpoint(path)) map.ignored_prefix = "optimizer.";
   reader_ = std::make_unique<LogicalReader>(view_ ? *view_ : *file_, std::move(map));
 }
 

@@ -27,7 +27,7 @@ class StoredModel {
   ModelConfig config_;
   bool all_bf16_ = false;
   std::unique_ptr<TensorSource> file_;
-  std::unique_ptr<TensorSource> view_;  // of the file: GGUF under other names, pairs of MXFP4 as one; or none
+  std::unique_ptr<TensorSource> view_;  // of the file, with pairs of MXFP4 as one; or none
   std::unique_ptr<LogicalReader> reader_;
 };
 

@@ -1,0 +1,283 @@
+// config_from_gguf: what a file's metadata and the names of its tensors say of the model.
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+
+#include "model/gguf_metadata.h"
+#include "model/gguf_model.h"
+
+namespace coterie {
+namespace {
+
+void read_moe_of_mixtral(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_qwen2moe(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_qwen3moe(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_olmoe(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_granitemoe(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_phimoe(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_glm4moe(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_deepseek2(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+void read_gpt_oss(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+
+// What llama.cpp knows of an architecture without being told by its files.
+struct GgufArchitecture {
+  const char* name;
+  const char* dense;  // of transformers, when the file has no experts; null: it always has
+  const char* experts;
+  QkNorm qk_norm;  // where there are tensors for one
+  // What is special, and how its router works: num_experts, top_k and expert_intermediate_size are there.
+  void (*read)(const GgufMetadata& metadata, ModelConfig& config, LayerConfig& moe);
+};
+constexpr GgufArchitecture kArchitectures[] = {
+    {"llama", "LlamaForCausalLM", "MixtralForCausalLM", QkNorm::kNone, read_moe_of_mixtral},
+    {"qwen2", "Qwen2ForCausalLM", nullptr, QkNorm::kNone, nullptr},
+    {"qwen3", "Qwen3ForCausalLM", nullptr, QkNorm::kHead, nullptr},
+    {"qwen2moe", nullptr, "Qwen2MoeForCausalLM", QkNorm::kNone, read_qwen2moe},
+    {"qwen3moe", nullptr, "Qwen3MoeForCausalLM", QkNorm::kHead, read_qwen3moe},
+    {"olmoe", nullptr, "OlmoeForCausalLM", QkNorm::kFull, read_olmoe},
+    {"granitemoe", nullptr, "GraniteMoeForCausalLM", QkNorm::kNone, read_granitemoe},
+    {"phimoe", nullptr, "PhimoeForCausalLM", QkNorm::kNone, read_phimoe},
+    {"glm4moe", nullptr, "Glm4MoeForCausalLM", QkNorm::kHead, read_glm4moe},
+    {"deepseek2", nullptr, "DeepseekV2ForCausalLM", QkNorm::kNone, read_deepseek2},
+    {"gpt-oss", nullptr, "GptOssForCausalLM", QkNorm::kNone, read_gpt_oss},
+};
+
+const GgufArchitecture& architecture_of(const GgufSource& file) {
+  const GgufMetadata general(file, "general");
+  const std::string name = general.text("architecture").value_or("");
+  std::string known;
+  for (const GgufArchitecture& architecture : kArchitectures) {
+    if (name == architecture.name) return architecture;
+    known += (known.empty() ? "" : ", ") + std::string(architecture.name);
+  }
+  general.fail("architecture", printable(name) + " is not supported (supported: " + known + ")");
+}
+
+void read_rope_scaling(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
+  for (const char* name : {"/rope_freqs.weight", "/rope_factors_long.weight", "/rope_factors_short.weight"}) {
+    if (file.find(name + 1)) metadata.fail(name, "rotary positions with factors of their own are not supported");
+  }
+  const std::string type = metadata.text("rope.scaling.type").value_or("none");
+  const double factor = metadata.number("rope.scaling.factor").value_or(1.0);
+  const std::optional<int64_t> original = metadata.integer("rope.scaling.original_context_length");
+  metadata.ignore("rope.scaling.finetuned");
+  const double log_multiplier = metadata.number("rope.scaling.yarn_log_multiplier").value_or(0.0);
+  if (type != "none" && type != "linear" && type != "yarn") {
+    metadata.fail("rope.scaling.type", printable(type) + " is not supported (supported: none, linear, yarn)");
+  }
+  if (factor < 1.0) metadata.fail("rope.scaling.factor", std::to_string(factor) + " is below 1");
+  if (type == "none") {
+    if (factor != 1.0) metadata.fail("rope.scaling.factor", "is given without rope.scaling.type");
+    return;
+  }
+  c.rope_scaling.factor = factor;
+  c.rope_scaling.kind = type == "yarn" ? RopeScalingKind::kYarn : RopeScalingKind::kLinear;
+  if (type == "linear") return;
+  c.rope_scaling.original_context = original.value_or(c.max_position_embeddings);
+  c.rope_scaling.beta_fast = metadata.number("rope.scaling.yarn_beta_fast").value_or(c.rope_scaling.beta_fast);
+  c.rope_scaling.beta_slow = metadata.number("rope.scaling.yarn_beta_slow").value_or(c.rope_scaling.beta_slow);
+  c.rope_scaling.mscale = c.rope_scaling.mscale_all_dim = log_multiplier / 0.1;
+}
+
+void read_heads(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
+  c.num_heads = metadata.required_integer("attention.head_count");
+  c.num_kv_heads = metadata.integer("attention.head_count_kv").value_or(c.num_heads);
+  const std::optional<int64_t> key_length = metadata.integer("attention.key_length");
+  if (c.num_heads < 1 || (!key_length && c.hidden_size % c.num_heads != 0)) {
+    metadata.fail("attention.head_count", std::to_string(c.num_heads) + " does not divide embedding_length (" +
+                                              std::to_string(c.hidden_size) + ")");
+  }
+  c.head_dim = key_length.value_or(c.hidden_size / c.num_heads);
+  c.rope_theta = metadata.number("rope.freq_base").value_or(10000.0);
+  c.attention_bias = file.find("blk.0.attn_q.bias") || file.find("blk.0.attn_kv_a_mqa.bias");
+  c.attention_output_bias = file.find("blk.0.attn_output.bias") != nullptr;
+}
+
+// Heads are turned as a whole, and values are as wide as keys, unless an architecture has read these itself.
+void check_widths(const GgufMetadata& metadata, const ModelConfig& c) {
+  if (c.is_latent()) return;
+  metadata.only("attention.value_length", c.head_dim);
+  metadata.only("rope.dimension_count", c.num_rotary_dims());
+}
+
+void read_norms(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
+  c.norm = file.find("output_norm.bias") ? NormKind::kLayerNorm : NormKind::kRmsNorm;
+  const std::optional<double> eps = metadata.number("attention.layer_norm_rms_epsilon");
+  if (!eps) metadata.fail("attention.layer_norm_rms_epsilon", "is missing");
+  c.norm_eps = static_cast<float>(*eps);
+}
+
+void read_tokens(const GgufMetadata& metadata, ModelConfig& config) {
+  config.bos_token_id = metadata.integer("/tokenizer.ggml.bos_token_id").value_or(-1);
+  // A chat model ends its turn with a token of its own where it has one.
+  for (const char* key : {"/tokenizer.ggml.eos_token_id", "/tokenizer.ggml.eot_token_id"}) {
+    const std::optional<int64_t> id = metadata.integer(key);
+    const bool known = config.eos_token_ids.size() == 1 && config.eos_token_ids[0] == id;
+    if (id && !known) config.eos_token_ids.push_back(*id);
+  }
+}
+
+int64_t read_vocab_size(const GgufSource& file, const GgufMetadata& metadata) {
+  const StoredTensor* embeddings = file.find("token_embd.weight");
+  if (!embeddings || embeddings->shape.size() != 2) metadata.fail("/token_embd.weight", "is missing or not a matrix");
+  metadata.only("vocab_size", embeddings->shape[0]);
+  return embeddings->shape[0];
+}
+
+// Without the layers that predict further tokens, which we don't use.
+int64_t read_num_layers(const GgufSource& file, const GgufMetadata& metadata) {
+  const int64_t blocks = metadata.required_integer("block_count");
+  if (blocks < 1 || blocks > static_cast<int64_t>(file.tensors().size())) {  // before anything of that size
+    metadata.fail("block_count", std::to_string(blocks) + " layers do not fit the file's " +
+                                     std::to_string(file.tensors().size()) + " tensors");
+  }
+  const int64_t predicting = metadata.integer("nextn_predict_layers").value_or(0);
+  if (predicting < 0 || predicting >= blocks) {
+    metadata.fail("nextn_predict_layers", std::to_string(predicting) + " of " + std::to_string(blocks) + " layers");
+  }
+  return blocks - predicting;
+}
+
+LayerConfig read_moe_sizes(const GgufMetadata& metadata, int64_t feed_forward) {
+  LayerConfig moe;
+  moe.router.num_experts = metadata.integer("expert_count").value_or(0);
+  moe.router.top_k = metadata.integer("expert_used_count").value_or(0);
+  moe.expert_intermediate_size = metadata.integer("expert_feed_forward_length").value_or(feed_forward);
+  return moe;
+}
+
+void read_layers(const GgufSource& file, const GgufMetadata& metadata, const GgufArchitecture& architecture,
+                 ModelConfig& c) {
+  const int64_t num_layers = read_num_layers(file, metadata);
+  LayerConfig dense;
+  dense.intermediate_size = metadata.integer("feed_forward_length").value_or(0);
+  LayerConfig moe = read_moe_sizes(metadata, dense.intermediate_size);
+  const bool has_experts = architecture.experts && (!architecture.dense || moe.is_moe());
+  if (!has_experts) {
+    metadata.only("expert_count", 0);
+    moe = {};
+  }
+  c.architecture = has_experts ? architecture.experts : architecture.dense;
+  if (has_experts) architecture.read(metadata, c, moe);
+  const int64_t num_dense = has_experts ? metadata.integer("leading_dense_block_count").value_or(0) : num_layers;
+  if (num_dense < 0 || num_dense > num_layers) {
+    metadata.fail("leading_dense_block_count", std::to_string(num_dense) + " of " + std::to_string(num_layers));
+  }
+  c.layers.assign(static_cast<size_t>(num_layers), moe);
+  std::fill_n(c.layers.begin(), num_dense, dense);
+}
+
+void read_moe_of_mixtral(const GgufMetadata&, ModelConfig&, LayerConfig& moe) { moe.router.normalize = true; }
+
+void read_qwen2moe(const GgufMetadata& metadata, ModelConfig&, LayerConfig& moe) {
+  moe.residual = ResidualKind::kSharedGate;
+  moe.intermediate_size = metadata.required_integer("expert_shared_feed_forward_length");
+}
+
+void read_qwen3moe(const GgufMetadata&, ModelConfig&, LayerConfig& moe) { moe.router.normalize = true; }
+
+void read_olmoe(const GgufMetadata& metadata, ModelConfig& c, LayerConfig&) {
+  c.clip_qkv = static_cast<float>(metadata.number("attention.clamp_kqv").value_or(0.0));
+}
+
+void read_granitemoe(const GgufMetadata& metadata, ModelConfig& c, LayerConfig& moe) {
+  moe.router.normalize = true;
+  c.embedding_multiplier = static_cast<float>(metadata.number("embedding_scale").value_or(1.0));
+  c.attention_multiplier = static_cast<float>(metadata.number("attention.scale").value_or(0.0));
+  c.residual_multiplier = static_cast<float>(metadata.number("residual_scale").value_or(1.0));
+  c.logits_scaling = static_cast<float>(metadata.number("logit_scale").value_or(1.0));
+  metadata.only("expert_shared_feed_forward_length", 0);
+}
+
+void read_phimoe(const GgufMetadata& metadata, ModelConfig& c, LayerConfig& moe) {
+  moe.router.score_function = ScoreFunction::kSparsemixer;
+  const int64_t window = metadata.integer("attention.sliding_window").value_or(0);
+  if (window > 0 && window < c.max_position_embeddings) moe.window = window;
+}
+
+// DeepSeek's routers, which others have as well.
+void read_gated_experts(const GgufMetadata& metadata, int64_t default_gate, LayerConfig& moe) {
+  constexpr int64_t kSoftmax = 1, kSigmoid = 2;
+  const int64_t gate = metadata.integer("expert_gating_func").value_or(default_gate);
+  if (gate != kSoftmax && gate != kSigmoid) {
+    metadata.fail("expert_gating_func", std::to_string(gate) + " is not supported (supported: 1, 2)");
+  }
+  RouterConfig& router = moe.router;
+  const bool sigmoid = gate == kSigmoid;
+  router.score_function = sigmoid ? ScoreFunction::kSigmoid : ScoreFunction::kSoftmax;
+  router.group_score = sigmoid ? GroupScore::kTopTwo : GroupScore::kMax;
+  router.choice_bias = sigmoid;
+  router.normalize = metadata.boolean("expert_weights_norm").value_or(false);
+  router.routed_scaling = static_cast<float>(metadata.number("expert_weights_scale").value_or(1.0));
+  router.num_groups = metadata.integer("expert_group_count").value_or(1);
+  router.top_k_groups = metadata.integer("expert_group_used_count").value_or(1);
+  const int64_t shared = metadata.integer("expert_shared_count").value_or(0);
+  if (shared < 0 || shared > 1 << 16) metadata.fail("expert_shared_count", std::to_string(shared) + " of them");
+  moe.intermediate_size = shared * std::clamp<int64_t>(moe.expert_intermediate_size, 0, 1 << 24);
+  moe.residual = shared > 0 ? ResidualKind::kSum : ResidualKind::kNone;
+}
+
+void read_glm4moe(const GgufMetadata& metadata, ModelConfig& c, LayerConfig& moe) {
+  const int64_t turned = metadata.integer("rope.dimension_count").value_or(c.head_dim);
+  if (turned != c.head_dim) c.rotary_dim = turned;
+  read_gated_experts(metadata, 2, moe);
+}
+
+// Files from before the cache of latent vectors say key_length of whole keys, later ones of what is cached.
+void read_deepseek2(const GgufMetadata& metadata, ModelConfig& c, LayerConfig& moe) {
+  LatentAttention& l = c.latent;
+  l.kv_rank = metadata.required_integer("attention.kv_lora_rank");
+  l.q_rank = metadata.integer("attention.q_lora_rank").value_or(0);
+  l.rope_dim = metadata.required_integer("rope.dimension_count");
+  const int64_t key = metadata.required_integer("attention.key_length");
+  const int64_t value = metadata.required_integer("attention.value_length");
+  c.head_dim = metadata.integer("attention.key_length_mla").value_or(key);
+  l.v_dim = metadata.integer("attention.value_length_mla").value_or(value);
+  l.nope_dim = c.head_dim - l.rope_dim;
+  l.norm_eps = c.norm_eps;
+  c.num_kv_heads = c.num_heads;
+  c.rope_interleaved = true;
+  if (c.rope_scaling.mscale_all_dim != 0) {
+    const double mscale = yarn_mscale(c.rope_scaling.factor, c.rope_scaling.mscale_all_dim);
+    c.attention_multiplier = static_cast<float>(mscale * mscale / std::sqrt(static_cast<double>(c.head_dim)));
+  }
+  read_gated_experts(metadata, 1, moe);
+  if (moe.router.choice_bias) c.architecture = "DeepseekV3ForCausalLM";
+}
+
+void read_gpt_oss(const GgufMetadata& metadata, ModelConfig& c, LayerConfig& moe) {
+  c.activation = Activation::kClampedSwiglu;
+  c.attention_sinks = c.mlp_bias = true;
+  c.rope_scaling.truncate = false;
+  moe.router.normalize = moe.router.logit_bias = true;
+  moe.window = metadata.required_integer("attention.sliding_window");  // of every second layer
+}
+
+}  // namespace
+
+ModelConfig config_from_gguf(const GgufSource& file) {
+  const GgufArchitecture& architecture = architecture_of(file);
+  const GgufMetadata metadata(file, architecture.name);
+  ModelConfig c;
+  c.vocab_size = read_vocab_size(file, metadata);
+  c.hidden_size = metadata.required_integer("embedding_length");
+  c.max_position_embeddings = metadata.required_integer("context_length");
+  read_norms(file, metadata, c);
+  read_heads(file, metadata, c);
+  read_rope_scaling(file, metadata, c);
+  if (file.find("blk.0.attn_q_norm.weight")) c.qk_norm = architecture.qk_norm;
+  c.mlp_bias = file.find("blk.0.ffn_down.bias") != nullptr;
+  c.tie_word_embeddings = file.find("output.weight") == nullptr;
+  c.lm_head_bias = file.find("output.bias") != nullptr;
+  read_tokens(metadata, c);
+  read_layers(file, metadata, architecture, c);
+  if (c.attention_sinks) {
+    for (size_t n = 1; n < c.layers.size(); n += 2) c.layers[n].window = 0;
+  }
+  check_widths(metadata, c);
+  metadata.refuse_unknown();
+  c.validate(file.path());
+  return c;
+}
+
+}  // namespace coterie
