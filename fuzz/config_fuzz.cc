@@ -4,6 +4,7 @@
 #include "coterie/error.h"
 #include "fuzz_target.h"
 #include "model/architectures.h"
+#include "model/test_model.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using coterie::ModelConfig;
@@ -32,5 +33,7 @@ std::vector<std::string> seeds() {
     config.layers[1].expert_intermediate_size = 4;
     files.push_back(architecture->write_config(config).dump());
   }
+  files.push_back(coterie::windowed_config().to_json());
+  files.push_back(coterie::latent_config().to_json());
   return files;
 }

@@ -19,6 +19,7 @@ TOLERANCE = 1e-4  # as in test_parity.py
 FILES = {
     "llama": "llama",
     "llama_biased_untied": "llama",
+    "llama3": "llama",
     "mixtral": "llama",
     "qwen2_plain": "qwen2",
     "qwen3": "qwen3",
@@ -37,6 +38,10 @@ FILES = {
 
 def build(name: str) -> PreTrainedModel:
     """A tiny model of what its GGUF files can say."""
+    if name == "llama3":
+        rope = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "original_max_position_embeddings": 64}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        return tiny_models.seeded(lambda: tiny_models.llama_scaled(rope), seed=1)
     if name == "qwen2_plain":  # no windows
         return tiny_models.changed("qwen2", use_sliding_window=False, layer_types=None)
     if name == "qwen2_moe_sparse":  # a MoE in every layer, weights not normalised
@@ -193,6 +198,11 @@ def write_model(path: Path, arch: str, model: PreTrainedModel) -> Path:
             stored = names.get_name(part, try_suffixes=(".weight", ".bias"))
             assert stored, f"gguf-py knows no {part}"
             writer.add_tensor(stored, np.ascontiguousarray(values, dtype=np.float32))
+    rope = model.config.rope_parameters
+    if rope["rope_type"] == "llama3":  # by how much each frequency is lower than without scaling
+        stretched = model.model.rotary_emb.inv_freq.double().numpy()
+        plain = rope["rope_theta"] ** -np.linspace(0, 1, len(stretched), endpoint=False)
+        writer.add_tensor("rope_freqs.weight", (plain / stretched).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

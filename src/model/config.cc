@@ -52,6 +52,12 @@ class Validator {
     const std::string field = c.rotary_dim != 0 ? "rotary_dim" : c.is_latent() ? "qk_rope_head_dim" : "head_dim";
     if (dims % 2 != 0) fail(field, std::to_string(dims) + " is odd, rotary positions need pairs");
     number("rope_theta", c.rope_theta);
+    const std::vector<double>& factors = c.rope_scaling.factors;
+    const int64_t wanted = c.rope_scaling.kind == RopeScalingKind::kFactors ? dims / 2 : 0;
+    if (static_cast<int64_t>(factors.size()) != wanted) {
+      fail("rope_scaling.factors", std::to_string(factors.size()) + " numbers, not " + std::to_string(wanted));
+    }
+    for (const double factor : factors) number("rope_scaling.factors", factor);
     if (c.rope_scaling.kind == RopeScalingKind::kYarn && c.rope_theta <= 1) {
       fail("rope_theta", Json(c.rope_theta).dump() + " is not above 1, as yarn needs it");
     }

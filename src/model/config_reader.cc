@@ -93,6 +93,18 @@ std::vector<int64_t> ConfigReader::integers(const std::string& key) const {
   return result;
 }
 
+std::vector<double> ConfigReader::numbers(const std::string& key) const {
+  std::vector<double> result;
+  if (!has(key)) return result;
+  const nlohmann::json& list = value(key);
+  if (!list.is_array()) fail(key, shown(list) + " is not a list");
+  for (const nlohmann::json& v : list) {
+    if (!v.is_number()) fail(key, shown(v) + " is not a number");
+    result.push_back(v.get<double>());
+  }
+  return result;
+}
+
 ConfigReader ConfigReader::object(const std::string& key) const {
   return ConfigReader(value(key), source_, prefix_ + key + ".");
 }

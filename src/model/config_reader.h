@@ -29,6 +29,7 @@ class ConfigReader {
   std::string text(const std::string& key) const;
   std::string text(const std::string& key, const std::string& fallback) const;
   std::vector<int64_t> integers(const std::string& key) const;  // a list; empty when absent or null
+  std::vector<double> numbers(const std::string& key) const;    // likewise
   const nlohmann::json& value(const std::string& key) const;    // InvalidArgument when absent or null
   ConfigReader object(const std::string& key) const;
 

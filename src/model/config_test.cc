@@ -42,6 +42,10 @@ TEST(ModelConfig, RefusesOneLineNamingFileFieldAndValue) {
   EXPECT_EQ(refusal(ours(dense, R"(, "norm_type": "batch")")),
             "config.json: norm_type: 'batch' is not one of rms_norm, layer_norm");
   EXPECT_EQ(refusal(ours(dense, R"(, "head_dim": 5)")), "config.json: head_dim: 5 is odd, rotary positions need pairs");
+  EXPECT_EQ(refusal(ours(dense, R"(, "rope_scaling": {"rope_type": "factors", "factors": [1, 2, 3]})")),
+            "config.json: rope_scaling.factors: 3 numbers, not 2");
+  EXPECT_EQ(refusal(ours(dense, R"(, "rope_scaling": {"rope_type": "factors", "factors": [1, 0]})")),
+            "config.json: rope_scaling.factors: 0.0 is not positive");
   EXPECT_EQ(refusal(ours(dense, R"(, "num_key_value_heads": 2)")),
             "config.json: num_key_value_heads: 2 does not divide num_attention_heads (3)");
   EXPECT_EQ(refusal(ours(dense, R"(, "num_hidden_layers": 2)")),

@@ -53,9 +53,25 @@ const GgufArchitecture& architecture_of(const GgufSource& file) {
   general.fail("architecture", printable(name) + " is not supported (supported: " + known + ")");
 }
 
+constexpr const char* kRopeFactors = "rope_freqs.weight";
+
+// Llama 3's scaling lies in a tensor of factors.
+void read_rope_factors(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
+  const StoredTensor* stored = file.find(kRopeFactors);
+  if (!stored) return;
+  if (stored->num_elements() != c.head_dim / 2) {
+    metadata.fail("/rope_freqs.weight",
+                  std::to_string(stored->num_elements()) + " factors, not " + std::to_string(c.head_dim / 2));
+  }
+  std::vector<float> factors(static_cast<size_t>(stored->num_elements()));
+  file.read(kRopeFactors, factors.data());
+  c.rope_scaling.kind = RopeScalingKind::kFactors;
+  c.rope_scaling.factors.assign(factors.begin(), factors.end());
+}
+
 void read_rope_scaling(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
-  for (const char* name : {"/rope_freqs.weight", "/rope_factors_long.weight", "/rope_factors_short.weight"}) {
-    if (file.find(name + 1)) metadata.fail(name, "rotary positions with factors of their own are not supported");
+  for (const char* name : {"/rope_factors_long.weight", "/rope_factors_short.weight"}) {
+    if (file.find(name + 1)) metadata.fail(name, "rotary positions with factors by length are not supported");
   }
   const std::string type = metadata.text("rope.scaling.type").value_or("none");
   const double factor = metadata.number("rope.scaling.factor").value_or(1.0);
@@ -68,7 +84,11 @@ void read_rope_scaling(const GgufSource& file, const GgufMetadata& metadata, Mod
   if (factor < 1.0) metadata.fail("rope.scaling.factor", std::to_string(factor) + " is below 1");
   if (type == "none") {
     if (factor != 1.0) metadata.fail("rope.scaling.factor", "is given without rope.scaling.type");
+    read_rope_factors(file, metadata, c);
     return;
+  }
+  if (file.find(kRopeFactors)) {
+    metadata.fail("/rope_freqs.weight", "does not go with rope.scaling.type " + printable(type));
   }
   c.rope_scaling.factor = factor;
   c.rope_scaling.kind = type == "yarn" ? RopeScalingKind::kYarn : RopeScalingKind::kLinear;

@@ -199,7 +199,7 @@ TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
       {text("llama.rope.scaling.type", "longrope"),
        ": llama.rope.scaling.type: 'longrope' is not supported (supported: none, linear, yarn)"},
       {real("llama.rope.scaling.factor", 2.0f), ": llama.rope.scaling.factor: is given without rope.scaling.type"},
-      {good_values(), ": rope_freqs.weight: rotary positions with factors of their own are not supported", llama3},
+      {good_values(), ": rope_freqs.weight: 2 factors, not 3", llama3},
       {with("llama.expert_count", 8), ": layers[0].top_k: 0 is not in [1, 8], the number of experts"},
       {with("llama.logit_scale", 8), ": 'llama.logit_scale': is not supported"},
       {with("llama.block_count", 1u << 31), ": llama.block_count: 2147483648 layers do not fit the file's 20 tensors"},

@@ -6,15 +6,13 @@
 namespace coterie {
 namespace {
 
-constexpr std::pair<const char*, RopeScalingKind> kTypes[] = {{"default", RopeScalingKind::kNone},
-                                                              {"linear", RopeScalingKind::kLinear},
-                                                              {"dynamic", RopeScalingKind::kDynamic},
-                                                              {"llama3", RopeScalingKind::kLlama3},
-                                                              {"yarn", RopeScalingKind::kYarn}};
+constexpr std::pair<const char*, RopeScalingKind> kTypes[] = {
+    {"default", RopeScalingKind::kNone},  {"linear", RopeScalingKind::kLinear}, {"dynamic", RopeScalingKind::kDynamic},
+    {"llama3", RopeScalingKind::kLlama3}, {"yarn", RopeScalingKind::kYarn},     {"factors", RopeScalingKind::kFactors}};
 
 RopeScalingKind kind_of(const ConfigReader& rope, const std::string& type) {
   for (const auto& [name, kind] : kTypes) {
-    if (type == name) return kind;
+    if (type == name) return kind;  // "factors" is of our own files alone
   }
   rope.fail(rope.has("rope_type") ? "rope_type" : "type",
             "'" + type + "' is not supported (supported: default, linear, dynamic, llama3, yarn)");
@@ -75,6 +73,10 @@ RopeScaling read_rope_scaling(const ConfigReader& rope, const std::string& type,
   rope.ignore("rope_type");
   rope.ignore("type");
   if (s.kind == RopeScalingKind::kNone) return s;
+  if (s.kind == RopeScalingKind::kFactors) {
+    s.factors = rope.numbers("factors");
+    return s;
+  }
   const bool by_original = s.kind == RopeScalingKind::kLlama3 || s.kind == RopeScalingKind::kYarn;
   if (s.kind != RopeScalingKind::kLinear) {
     s.original_context = rope.integer("original_max_position_embeddings", max_positions);
@@ -121,6 +123,10 @@ void read_rope(const ConfigReader& json, const RopeDefaults& defaults, int64_t h
 Json rope_scaling_json(const RopeScaling& s) {
   Json json = {{"rope_type", name_of(s.kind)}};
   if (s.kind == RopeScalingKind::kNone) return json;
+  if (s.kind == RopeScalingKind::kFactors) {
+    json["factors"] = s.factors;
+    return json;
+  }
   json["factor"] = s.factor;
   if (s.kind == RopeScalingKind::kLlama3 || s.kind == RopeScalingKind::kYarn) {
     json["original_max_position_embeddings"] = s.original_context;

@@ -82,6 +82,7 @@ int64_t RopeScaling::context(int64_t max_positions) const {
     case RopeScalingKind::kYarn:
       return stretched(original_context);
     case RopeScalingKind::kLlama3:  // its files say the positions after the stretch
+    case RopeScalingKind::kFactors:
     case RopeScalingKind::kNone:
       break;
   }
@@ -100,6 +101,9 @@ std::vector<float> rope_frequencies(const RopeScaling& scaling, double theta, in
       break;
     case RopeScalingKind::kYarn:
       stretch_as_yarn(scaling, theta, rotary_dim, frequencies);
+      break;
+    case RopeScalingKind::kFactors:
+      for (size_t i = 0; i < frequencies.size(); ++i) frequencies[i] /= static_cast<float>(scaling.factors[i]);
       break;
     case RopeScalingKind::kDynamic:
     case RopeScalingKind::kNone:

@@ -8,7 +8,8 @@
 
 namespace coterie {
 
-enum class RopeScalingKind { kNone, kLinear, kDynamic, kLlama3, kYarn };
+// kFactors: every frequency is divided by a factor of its own, as GGUF files have Llama 3's scaling.
+enum class RopeScalingKind { kNone, kLinear, kDynamic, kLlama3, kYarn, kFactors };
 
 struct RopeScaling {
   RopeScalingKind kind = RopeScalingKind::kNone;
@@ -25,6 +26,7 @@ struct RopeScaling {
   double attention_factor = 0.0;  // of queries and keys each; 0: by factor, and by the two below when both are given
   double mscale = 0.0;
   double mscale_all_dim = 0.0;
+  std::vector<double> factors = {};  // kFactors, [rotary_dim / 2]
 
   // What cosines and sines are multiplied by.
   double angle_factor() const;

@@ -202,6 +202,15 @@ TEST_F(TrainerTest, RefusesWhatDoesNotFit) {
   ModelConfig small = tiny_config();
   small.vocab_size = 60;
   EXPECT_THROW(Trainer(small, settings("bad")), InvalidArgument);
+  ModelConfig windowed = tiny_config();
+  windowed.layers.back().window = 3;
+  const std::string field = "layers[" + std::to_string(windowed.layers.size() - 1) + "].window";
+  try {
+    Trainer(windowed, settings("bad"));
+    FAIL();
+  } catch (const InvalidArgument& error) {
+    EXPECT_EQ(std::string(error.what()), "model: " + field + ": 3 is not trained");
+  }
 }
 
 }  // namespace
