@@ -28,7 +28,10 @@ struct EngineOptions {
   std::string attention_dtype = "";       // of attention's projections where it differs from dtype
   std::string head_dtype = "";            // of the head likewise
   bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)
-  bool mmap = false;                      // map that file instead of reading it: starts at once, runs slower
+  bool mmap = false;                      // map that file instead of reading it: starts at once, runs slower; for
+                                          // models larger than memory, too
+  int64_t expert_cache_bytes = 0;         // with mmap, memory for the experts that are chosen most; 0: a quarter of the
+                                          // machine's, -1: none
   int threads = 0;                        // 0: as many as the process may use
   int64_t max_model_len = 0;              // tokens of prompt and output together; 0: the model's own limit
   int64_t max_num_seqs = 256;             // completions that run at once; others wait
@@ -128,6 +131,9 @@ struct EngineStats {
   int64_t num_kv_blocks = 0;
   int64_t num_free_kv_blocks = 0;  // those that nobody uses; the prefix cache may still know their contents
   int64_t num_preemptions = 0;     // completions that gave up their blocks, and computed them again later
+  // With mmap: experts that fit into memory of our own, and that are there; uses of an expert by a forward pass, and
+  // those that found it there.
+  int64_t expert_cache_capacity = 0, experts_held = 0, expert_uses = 0, expert_hits = 0;
 };
 
 class Engine {

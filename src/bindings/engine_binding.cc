@@ -38,13 +38,14 @@ std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& 
                                     const std::string& kv_cache_dtype, int64_t num_kv_blocks, int64_t kv_cache_bytes,
                                     bool enable_prefix_caching, const std::string& attention_dtype,
                                     const std::string& head_dtype, bool weight_cache, bool mmap,
-                                    const std::string& load_format) {
+                                    const std::string& load_format, int64_t expert_cache_bytes) {
   nb::gil_scoped_release release;
   return Engine::load(path, {.dtype = dtype,
                              .attention_dtype = attention_dtype,
                              .head_dtype = head_dtype,
                              .weight_cache = weight_cache,
                              .mmap = mmap,
+                             .expert_cache_bytes = expert_cache_bytes,
                              .threads = threads,
                              .max_model_len = max_model_len,
                              .max_num_seqs = max_num_seqs,
@@ -111,6 +112,10 @@ nb::dict stats(const Engine& engine) {
   result["num_kv_blocks"] = stats.num_kv_blocks;
   result["num_free_kv_blocks"] = stats.num_free_kv_blocks;
   result["num_preemptions"] = stats.num_preemptions;
+  result["expert_cache_capacity"] = stats.expert_cache_capacity;
+  result["experts_held"] = stats.experts_held;
+  result["expert_uses"] = stats.expert_uses;
+  result["expert_hits"] = stats.expert_hits;
   return result;
 }
 
@@ -173,7 +178,7 @@ void bind_engine(nb::module_& m) {
            "num_kv_blocks"_a = defaults.num_kv_blocks, "kv_cache_bytes"_a = defaults.kv_cache_bytes,
            "enable_prefix_caching"_a = defaults.enable_prefix_caching, "attention_dtype"_a = defaults.attention_dtype,
            "head_dtype"_a = defaults.head_dtype, "weight_cache"_a = defaults.weight_cache, "mmap"_a = defaults.mmap,
-           "load_format"_a = defaults.load_format)
+           "load_format"_a = defaults.load_format, "expert_cache_bytes"_a = defaults.expert_cache_bytes)
       .def("add_request", &add_request, "token_ids"_a, "sampling"_a, "priority"_a = 0, "token_mask"_a = nb::none())
       .def("abort", &Engine::abort, "request_id"_a, "index"_a = nb::none(), no_gil)
       .def("step", &Engine::step, no_gil)

@@ -43,7 +43,8 @@ class EngineImpl : public Engine {
         pool_(settings_.threads),
         weights_(load_weights(config_, model.tensors(), settings_.types, pool_,
                               engine_weight_cache(options, settings_, config_, path))),
-        decoder_(config_, weights_, pool_),
+        expert_cache_(make_expert_cache(options, weights_)),
+        decoder_(config_, weights_, pool_, expert_cache_.get()),
         cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits) {}
 
@@ -145,8 +146,13 @@ class EngineImpl : public Engine {
   int64_t vocab_size() const override { return config_.vocab_size; }
   int64_t max_model_len() const override { return settings_.max_model_len; }
   EngineStats stats() const override {
-    return {scheduler_.num_running(), scheduler_.num_waiting(), cache_.num_blocks(), cache_.num_free(),
-            scheduler_.num_preemptions()};
+    EngineStats stats = {scheduler_.num_running(), scheduler_.num_waiting(), cache_.num_blocks(), cache_.num_free(),
+                         scheduler_.num_preemptions()};
+    if (!expert_cache_) return stats;
+    const ExpertCache::Stats experts = expert_cache_->stats();
+    stats.expert_cache_capacity = experts.capacity, stats.experts_held = experts.held;
+    stats.expert_uses = experts.uses, stats.expert_hits = experts.hits;
+    return stats;
   }
   std::string config_json() const override { return config_.to_json(); }
 
@@ -327,6 +333,7 @@ class EngineImpl : public Engine {
   EngineSettings settings_;
   NativeThreadPool pool_;
   ModelWeights weights_;
+  std::unique_ptr<ExpertCache> expert_cache_;  // or null
   Decoder decoder_;
   KvCache cache_;
   Scheduler scheduler_;

@@ -45,6 +45,23 @@ TEST_F(EngineTest, RunsWithoutWeightsOfAFile) {
   EXPECT_EQ(answer().completions[0].token_ids, first);
 }
 
+// Mapped, with room for two experts, for all, and for none: the same logits again and again while experts come and go.
+TEST_F(EngineTest, MappedWeightsGiveTheSameWhateverExpertsAreHeld) {
+  const std::vector<int32_t> ids = tokens(40);
+  const std::vector<float> expected = Engine::load(directory().string(), {.dtype = "int8"})->logits(ids);
+  for (const int64_t bytes : {8000, 0, -1}) {
+    const auto engine =
+        Engine::load(directory().string(), {.dtype = "int8", .mmap = true, .expert_cache_bytes = bytes});
+    for (int i = 0; i < 5; ++i) EXPECT_EQ(engine->logits(ids), expected);
+    const EngineStats stats = engine->stats();
+    if (bytes < 0) continue;
+    EXPECT_GT(stats.experts_held, 0);
+    EXPECT_LE(stats.experts_held, stats.expert_cache_capacity);
+    EXPECT_GT(stats.expert_hits, 0);
+    EXPECT_GE(stats.expert_uses, stats.expert_hits);
+  }
+}
+
 TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(refusal({{}, {}}), "prompt_token_ids: empty");
   EXPECT_EQ(refusal({{1, 61}, {}}), "prompt_token_ids[1]: 61 is not in [0, 61), the vocabulary");

@@ -37,6 +37,8 @@ int64_t model_len(const ModelConfig& config, int64_t wanted) {
   return wanted > 0 ? wanted : most;
 }
 
+int64_t quarter_of_memory() { return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE) / 4; }
+
 int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config) {
   at_least("num_kv_blocks", options.num_kv_blocks, 0);
   at_least("kv_cache_bytes", options.kv_cache_bytes, 0);
@@ -48,8 +50,7 @@ int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, 
                           std::to_string(block_bytes) + ")");
   }
   const int64_t of_one = KvCache::blocks_for(settings.max_model_len);
-  const int64_t memory = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
-  return std::max(of_one, std::min(settings.limits.max_num_seqs * of_one, memory / 4 / block_bytes));
+  return std::max(of_one, std::min(settings.limits.max_num_seqs * of_one, quarter_of_memory() / block_bytes));
 }
 
 }  // namespace
@@ -87,6 +88,13 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
   WeightCache cache = weight_cache(path, settings.types.description());
   cache.mapped = options.mmap;
   return cache;
+}
+
+std::unique_ptr<ExpertCache> make_expert_cache(const EngineOptions& options, ModelWeights& weights) {
+  at_least("expert_cache_bytes", options.expert_cache_bytes, -1);
+  if (!options.mmap || options.expert_cache_bytes < 0) return nullptr;
+  const int64_t bytes = options.expert_cache_bytes > 0 ? options.expert_cache_bytes : quarter_of_memory();
+  return std::make_unique<ExpertCache>(weights, static_cast<size_t>(bytes));
 }
 
 }  // namespace coterie

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "base/dtype.h"
 #include "coterie/engine.h"
 #include "engine/scheduler.h"
 #include "model/config.h"
+#include "model/expert_cache.h"
 #include "model/stored_model.h"
 #include "model/weight_store.h"
 #include "model/weight_types.h"
@@ -31,5 +33,8 @@ EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& 
 // Where the packed weights of the model at `path` are kept, if anywhere.
 WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config,
                                 const std::string& path);
+
+// Of weights that are mapped; null where they are not, or none is wanted.
+std::unique_ptr<ExpertCache> make_expert_cache(const EngineOptions& options, ModelWeights& weights);
 
 }  // namespace coterie

@@ -24,10 +24,11 @@ int64_t most_experts(const ModelConfig& config) {
 
 }  // namespace
 
-Decoder::Decoder(const ModelConfig& config, const ModelWeights& weights, ThreadPool& pool)
+Decoder::Decoder(const ModelConfig& config, const ModelWeights& weights, ThreadPool& pool, ExpertCache* expert_cache)
     : config_(config),
       weights_(weights),
       pool_(pool),
+      expert_cache_(expert_cache),
       rotary_(config, pool),
       self_attention_(config, pool),
       latent_attention_(config, pool) {}
@@ -115,7 +116,9 @@ void Decoder::feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* exper
   const RouteOptions options{.choice_bias_E = w.choice_bias_E.empty() ? nullptr : w.choice_bias_E.data()};
   const Routing routing = route(dropless, logits_TE, T, options, pool_);
   if (expert_ids) expert_ids->insert(expert_ids->end(), routing.expert_ids_TK.begin(), routing.expert_ids_TK.end());
-  experts_forward(w.experts, make_dispatch(routing), normed_TD, experts_TD, pool_);
+  const Dispatch dispatch = make_dispatch(routing);
+  if (expert_cache_) expert_cache_->use(layer, dispatch.offset_E1);
+  experts_forward(w.experts, dispatch, normed_TD, experts_TD, pool_);
   add_mixture(w, l.residual, T);
 }
 

@@ -10,6 +10,7 @@
 #include "base/thread_pool.h"
 #include "model/batch.h"
 #include "model/config.h"
+#include "model/expert_cache.h"
 #include "model/latent_attention.h"
 #include "model/rotary.h"
 #include "model/self_attention.h"
@@ -23,7 +24,9 @@ using RoutingTrace = std::vector<std::vector<int32_t>>;
 // Holds the buffers of one forward pass, so one thread at a time may use a Decoder.
 class Decoder {
  public:
-  Decoder(const ModelConfig& config, const ModelWeights& weights, ThreadPool& pool);  // all must outlive it
+  // All must outlive it. expert_cache: of the weights, or null.
+  Decoder(const ModelConfig& config, const ModelWeights& weights, ThreadPool& pool,
+          ExpertCache* expert_cache = nullptr);
 
   // The final hidden states [T, D], normalised, valid until the next call. Token ids and positions must be
   // in range. Routing is dropless: a capacity is a matter of training.
@@ -44,6 +47,7 @@ class Decoder {
   const ModelConfig& config_;
   const ModelWeights& weights_;
   ThreadPool& pool_;
+  ExpertCache* expert_cache_;
   Rotary rotary_;
   SelfAttention self_attention_;
   LatentAttentionLayer latent_attention_;
