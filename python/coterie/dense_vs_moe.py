@@ -154,7 +154,8 @@ def _start(
     (directory / "config.json").write_text(json.dumps(subject.config))
     worker = stack.enter_context(Worker(infer_bench.program(OURS), settings.threads))
     load = {"model": str(directory), "dtype": subject.dtype, "threads": settings.threads}
-    load |= {"batch": max(settings.batches), "length": settings.length, "options": {"load_format": "dummy"}}
+    load |= {"batch": max(settings.batches), "length": settings.length}
+    load["options"] = {"load_format": "dummy", "weight_cache": False}  # nothing is written
     try:
         worker.ask("load", **load)
         worker.ask("generate", prompts=_prompts(1, settings.prompt, -1), tokens=2)  # untimed
