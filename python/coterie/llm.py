@@ -46,14 +46,14 @@ class LLM:
     model
         A Hugging Face directory, a .gguf file, or a directory that holds exactly one.
     dtype
-        Of the weights: "fp32" or "bf16".
+        Of the weights: "fp32", "bf16", "int8", "int4" or "int4_64".
     threads
         0 is as many as the process may use.
     max_model_len
         Tokens of prompt and continuation together; 0 is the model's own limit.
     engine_options
-        max_num_seqs, max_num_batched_tokens, kv_cache_dtype ("auto", "fp32", "bf16", "int8"), num_kv_blocks,
-        kv_cache_bytes, enable_prefix_caching and load_format, as include/coterie/engine.h has them.
+        attention_dtype, head_dtype, weight_cache, mmap, load_format, max_num_seqs, max_num_batched_tokens,
+        kv_cache_dtype, num_kv_blocks, kv_cache_bytes and enable_prefix_caching, as include/coterie/engine.h has them.
     """
 
     def __init__(

@@ -31,6 +31,10 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     dtype: options.DType = "bf16",
+    attention_dtype: options.AttentionDType = "",
+    head_dtype: options.HeadDType = "",
+    weight_cache: options.WeightCache = True,
+    mmap: options.Mmap = False,
     kv_cache_dtype: options.KvCacheDType = "auto",
     threads: options.Threads = 0,
     max_model_len: options.MaxModelLen = 0,
@@ -53,7 +57,16 @@ def chat(
         stop=stop or [],
     )
     llm = LLM(
-        model, dtype=dtype, threads=threads, max_model_len=max_model_len, kv_cache_dtype=kv_cache_dtype, max_num_seqs=1
+        model,
+        dtype=dtype,
+        attention_dtype=attention_dtype,
+        head_dtype=head_dtype,
+        weight_cache=weight_cache,
+        mmap=mmap,
+        threads=threads,
+        max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=1,
     )
     llm.chat_prompts([{"role": "user", "content": "x"}])  # a model without a chat template is refused at once
     Conversation(llm, params, system).run()

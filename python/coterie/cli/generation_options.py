@@ -26,8 +26,16 @@ FrequencyPenalty = Annotated[float, typer.Option(help="The same, with every time
 Seed = Annotated[int | None, typer.Option(help="Equal seeds give equal text; left out, one is drawn.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 
-DType = Annotated[str, typer.Option(help="Of the weights: fp32 or bf16.")]
-KvCacheDType = Annotated[str, typer.Option(help="Of the KV cache: auto (that of the weights), fp32, bf16 or int8.")]
+DType = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, int8, int4 or int4_64.")]
+AttentionDType = Annotated[str, typer.Option(help="Of attention's projections, where it differs from --dtype.")]
+HeadDType = Annotated[str, typer.Option(help="Of the head, where it differs from --dtype.")]
+WeightCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep packed weights in a file beside the model, for the next start.")
+]
+Mmap = Annotated[bool, typer.Option("--mmap", help="Map that file instead of reading it: starts at once, runs slower.")]
+KvCacheDType = Annotated[
+    str, typer.Option(help="Of the KV cache: auto (bf16, with fp32 weights fp32), fp32, bf16 or int8.")
+]
 Threads = Annotated[int, typer.Option(help="0: as many as the process may use.")]
 MaxModelLen = Annotated[int, typer.Option(help="Tokens of prompt and text together; 0: the model's own limit.")]
 
