@@ -220,6 +220,15 @@ float tile_peak(int64_t steps) {
   return sums[0];
 }
 
+}  // namespace
+}  // namespace coterie
+
+#pragma GCC pop_options
+
+namespace coterie {
+namespace {
+
+// What follows runs before main, on any CPU: it must not use the instructions of the functions above.
 template <int... kIndex>
 void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
   ((table.multiply[1][kIndex] = multiply_tiles<kIndex + 1>), ...);
@@ -250,5 +259,3 @@ bool may_use_tiles() {
 }
 
 }  // namespace coterie
-
-#pragma GCC pop_options
