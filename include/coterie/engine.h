@@ -131,6 +131,8 @@ struct EngineStats {
   int64_t num_kv_blocks = 0;
   int64_t num_free_kv_blocks = 0;  // those that nobody uses; the prefix cache may still know their contents
   int64_t num_preemptions = 0;     // completions that gave up their blocks, and computed them again later
+  // Weights that were packed before are used where they are mapped until a copy in huge pages is complete.
+  bool weights_settled = true;
   // With mmap: experts that fit into memory of our own, and that are there; uses of an expert by a forward pass, and
   // those that found it there.
   int64_t expert_cache_capacity = 0, experts_held = 0, expert_uses = 0, expert_hits = 0;

@@ -31,8 +31,9 @@ FIRST_PROMPT = 8  # tokens; it is the start that counts
 PREFILLS = 3  # in a turn
 WORTH_REPEATING = 0.85  # of a peer's best variant; slower ones run a test in the first round alone
 MEMORY_SHARE = 0.85  # of what is available, for the systems of a group
-# Bits of a weight in memory, scales included. Of the types of GGUF: the file's size over the number of its weights.
-WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.5}
+# Bits of a weight in memory, scales included; of int4 with a head in int8. Of the types of GGUF: the file's size over
+# the number of its weights.
+WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.25, "int4": 5.5}
 GGUF_TYPES = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_m")}
 EQUAL_BITS = {"q8_0": "int8", "q4_0": "int4"}
 # Resident bytes over those of the weights: what is packed anew stands beside what was read, caches come on top.

@@ -112,6 +112,7 @@ nb::dict stats(const Engine& engine) {
   result["num_kv_blocks"] = stats.num_kv_blocks;
   result["num_free_kv_blocks"] = stats.num_free_kv_blocks;
   result["num_preemptions"] = stats.num_preemptions;
+  result["weights_settled"] = stats.weights_settled;
   result["expert_cache_capacity"] = stats.expert_cache_capacity;
   result["experts_held"] = stats.experts_held;
   result["expert_uses"] = stats.expert_uses;

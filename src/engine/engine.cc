@@ -44,6 +44,7 @@ class EngineImpl : public Engine {
         weights_(load_weights(config_, model.tensors(), settings_.types, pool_,
                               engine_weight_cache(options, settings_, config_, path))),
         expert_cache_(make_expert_cache(options, weights_)),
+        weight_mover_(make_weight_mover(options, weights_)),
         decoder_(config_, weights_, pool_, expert_cache_.get()),
         cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits) {}
@@ -71,6 +72,7 @@ class EngineImpl : public Engine {
   std::vector<StepOutput> step() override {
     const std::vector<ScheduledChunk> chunks = scheduler_.schedule();
     if (chunks.empty()) return {};
+    move_weights();
     const float* hidden_TD = run_model(chunks);
     std::vector<Choice> choices = choices_of(chunks);
     const std::span<float> logits_CV = choice_logits(choices, hidden_TD);
@@ -148,6 +150,7 @@ class EngineImpl : public Engine {
   EngineStats stats() const override {
     EngineStats stats = {scheduler_.num_running(), scheduler_.num_waiting(), cache_.num_blocks(), cache_.num_free(),
                          scheduler_.num_preemptions()};
+    stats.weights_settled = !weight_mover_;
     if (!expert_cache_) return stats;
     const ExpertCache::Stats experts = expert_cache_->stats();
     stats.expert_cache_capacity = experts.capacity, stats.experts_held = experts.held;
@@ -157,6 +160,10 @@ class EngineImpl : public Engine {
   std::string config_json() const override { return config_.to_json(); }
 
  private:
+  void move_weights() {
+    if (weight_mover_ && weight_mover_->move_if_ready()) weight_mover_.reset();
+  }
+
   void check_tokens(const std::string& field, const std::vector<int32_t>& ids, int64_t most) const {
     if (ids.empty()) throw InvalidArgument(field + ": empty");
     if (static_cast<int64_t>(ids.size()) > most) {
@@ -313,6 +320,7 @@ class EngineImpl : public Engine {
   template <typename Visit>
   void run(const std::vector<int32_t>& token_ids, RoutingTrace* trace, const Visit& visit) {
     check_tokens("token_ids", token_ids, settings_.max_model_len);
+    move_weights();
     const auto num_tokens = static_cast<int64_t>(token_ids.size());
     if (KvCache::blocks_for(num_tokens) > cache_.num_blocks()) {
       throw InvalidArgument("token_ids: " + std::to_string(num_tokens) + " tokens need " +
@@ -334,6 +342,7 @@ class EngineImpl : public Engine {
   NativeThreadPool pool_;
   ModelWeights weights_;
   std::unique_ptr<ExpertCache> expert_cache_;  // or null
+  std::unique_ptr<WeightMover> weight_mover_;  // null when all are where they stay
   Decoder decoder_;
   KvCache cache_;
   Scheduler scheduler_;

@@ -86,7 +86,7 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
   const bool small = config.num_parameters() < kSmallModel;
   if (!options.mmap && (small || !options.weight_cache)) return {};
   WeightCache cache = weight_cache(path, settings.types.description());
-  cache.mapped = options.mmap;
+  cache.verified = !options.mmap;
   return cache;
 }
 
@@ -95,6 +95,11 @@ std::unique_ptr<ExpertCache> make_expert_cache(const EngineOptions& options, Mod
   if (!options.mmap || options.expert_cache_bytes < 0) return nullptr;
   const int64_t bytes = options.expert_cache_bytes > 0 ? options.expert_cache_bytes : quarter_of_memory();
   return std::make_unique<ExpertCache>(weights, static_cast<size_t>(bytes));
+}
+
+std::unique_ptr<WeightMover> make_weight_mover(const EngineOptions& options, ModelWeights& weights) {
+  const bool from_file = dynamic_cast<FileStore*>(weights.store.get()) != nullptr;
+  return from_file && !options.mmap ? std::make_unique<WeightMover>(weights) : nullptr;
 }
 
 }  // namespace coterie

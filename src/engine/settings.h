@@ -11,6 +11,7 @@
 #include "model/config.h"
 #include "model/expert_cache.h"
 #include "model/stored_model.h"
+#include "model/weight_mover.h"
 #include "model/weight_store.h"
 #include "model/weight_types.h"
 
@@ -36,5 +37,8 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
 
 // Of weights that are mapped; null where they are not, or none is wanted.
 std::unique_ptr<ExpertCache> make_expert_cache(const EngineOptions& options, ModelWeights& weights);
+
+// Of weights that came from a file and are to leave it; else null.
+std::unique_ptr<WeightMover> make_weight_mover(const EngineOptions& options, ModelWeights& weights);
 
 }  // namespace coterie

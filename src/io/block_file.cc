@@ -9,39 +9,23 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <fstream>
+#include <utility>
 
-#include "base/check.h"
 #include "coterie/error.h"
 #include "io/json.h"
 
 namespace coterie {
-namespace {
 
-constexpr char kMagic[] = "COTERIEB";
-constexpr size_t kMagicBytes = 8, kAlignment = 64;
-constexpr int kVersion = 1;
-
-struct Trailer {
-  uint64_t index_bytes = 0, index_hash = 0;
-};
-
-uint64_t hash_of(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
-
-nlohmann::json block_json(const Block& b) { return {b.name, b.offset, b.bytes, b.hash}; }
-Block block_of(const nlohmann::json& j) {
-  return {j.at(0).get<std::string>(), j.at(1).get<size_t>(), j.at(2).get<size_t>(), j.at(3).get<uint64_t>()};
-}
-
-class Descriptor {
+class ReadableFile {
  public:
-  explicit Descriptor(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
-  ~Descriptor() {
+  explicit ReadableFile(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {}
+  ~ReadableFile() {
     if (fd_ >= 0) close(fd_);
   }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
+  ReadableFile(const ReadableFile&) = delete;
+  ReadableFile& operator=(const ReadableFile&) = delete;
 
+  const std::string& path() const { return path_; }
   bool is_open() const { return fd_ >= 0; }
   size_t size() const { return static_cast<size_t>(std::max<off_t>(0, lseek(fd_, 0, SEEK_END))); }
   bool read(void* out, size_t bytes, size_t offset) const {
@@ -57,11 +41,30 @@ class Descriptor {
   }
 
  private:
+  std::string path_;
   int fd_;
 };
 
+namespace {
+
+constexpr char kMagic[] = "COTERIEB";
+constexpr size_t kMagicBytes = 8, kAlignment = 64;
+constexpr int kVersion = 1;
+constexpr size_t kPiece = size_t{8} << 20;  // of a copy
+
+struct Trailer {
+  uint64_t index_bytes = 0, index_hash = 0;
+};
+
+uint64_t hash_of(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
+
+nlohmann::json block_json(const Block& b) { return {b.name, b.offset, b.bytes, b.hash}; }
+Block block_of(const nlohmann::json& j) {
+  return {j.at(0).get<std::string>(), j.at(1).get<size_t>(), j.at(2).get<size_t>(), j.at(3).get<uint64_t>()};
+}
+
 // The index of a file, or null when it is damaged.
-nlohmann::json read_index(const Descriptor& file, size_t& index_offset) {
+nlohmann::json read_index(const ReadableFile& file, size_t& index_offset) {
   char magic[kMagicBytes];
   Trailer trailer;
   const size_t size = file.size();
@@ -108,12 +111,12 @@ void BlockFileWriter::commit(const std::string& description) {
 }
 
 std::optional<BlockFile> BlockFile::open(const std::string& path, const std::string& description) {
-  const Descriptor file(path);
-  if (!file.is_open()) return std::nullopt;
-  BlockFile result(path);
+  BlockFile result;
+  result.file_ = std::make_shared<const ReadableFile>(path);
+  if (!result.file_->is_open()) return std::nullopt;
   try {
     size_t index_offset = 0;
-    const nlohmann::json index = read_index(file, index_offset);
+    const nlohmann::json index = read_index(*result.file_, index_offset);
     if (!index.is_object() || index.at("version") != kVersion || index.at("description") != description) return {};
     for (const nlohmann::json& entry : index.at("blocks")) {
       const Block block = block_of(entry);
@@ -124,33 +127,45 @@ std::optional<BlockFile> BlockFile::open(const std::string& path, const std::str
   } catch (const nlohmann::json::exception&) {
     return {};
   }
+  result.mapped_.emplace(path);
   return result;
 }
 
-bool BlockFile::read(ThreadPool& pool) {
-  const Descriptor file(path_);
-  memory_ = AlignedBuffer(end_);
+bool BlockFile::verify(ThreadPool& pool) const {
   std::vector<const Block*> blocks;
   for (const auto& [name, block] : blocks_) blocks.push_back(&block);
   std::ranges::sort(blocks, {}, [](const Block* block) { return block->offset; });
-  std::atomic<bool> whole = file.is_open();
+  std::atomic<bool> whole = true;
   pool.run(static_cast<int64_t>(blocks.size()), [&](int64_t i, int) {
-    char* const data = memory_.as<char>() + blocks[i]->offset;
-    const bool read = file.is_open() && file.read(data, blocks[i]->bytes, blocks[i]->offset);
-    if (!read || hash_of(data, blocks[i]->bytes) != blocks[i]->hash) whole = false;
+    if (hash_of(start() + blocks[i]->offset, blocks[i]->bytes) != blocks[i]->hash) whole = false;
   });
   return whole;
 }
 
-void BlockFile::map() { mapped_.emplace(path_); }
+AlignedBuffer BlockFile::copy(const std::atomic<bool>& stop) const {
+  AlignedBuffer memory(end_);
+  for (size_t offset = 0; offset < end_; offset += kPiece) {
+    if (stop) return {};
+    if (!file_->read(memory.as<char>() + offset, std::min(kPiece, end_ - offset), offset)) {
+      throw CorruptFile(file_->path() + ": cannot be read any more");
+    }
+  }
+  return memory;
+}
+
+void BlockFile::use(AlignedBuffer copy) {
+  copy_ = std::move(copy);
+  mapped_.reset();
+}
+
+const char* BlockFile::start() const {
+  return mapped_ ? reinterpret_cast<const char*>(mapped_->bytes().data()) : copy_.as<char>();
+}
 
 AlignedBuffer BlockFile::find(const std::string& name) const {
-  COTERIE_CHECK(mapped_ || memory_.data() || end_ == 0, "the file is neither read nor mapped");
   const auto found = blocks_.find(name);
   if (found == blocks_.end()) return {};
-  const void* start = mapped_ ? static_cast<const void*>(mapped_->bytes().data()) : memory_.data();
-  const char* data = static_cast<const char*>(start) + found->second.offset;
-  return AlignedBuffer::borrowed(const_cast<char*>(data), found->second.bytes);
+  return AlignedBuffer::borrowed(const_cast<char*>(start()) + found->second.offset, found->second.bytes);
 }
 
 }  // namespace coterie

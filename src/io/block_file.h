@@ -1,4 +1,4 @@
-// A file of named blocks of bytes: what is made once from other files and kept beside them, to be read or mapped whole.
+// A file of named blocks of bytes: what is made once from other files and kept beside them.
 //
 //   "COTERIEB" | blocks, each from a multiple of 64 bytes on | index (JSON) | u64 bytes of the index | u64 its hash
 //
@@ -7,8 +7,10 @@
 // missing, foreign or damaged makes it anew.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -25,6 +27,8 @@ struct Block {
   uint64_t hash = 0;
 };
 
+class ReadableFile;
+
 class BlockFileWriter {
  public:
   explicit BlockFileWriter(const std::string& path);  // throws as AtomicFile does
@@ -40,28 +44,32 @@ class BlockFileWriter {
   std::vector<Block> blocks_;
 };
 
-// Opened: the index is read and whole. Blocks may be used when read() or map() has been called.
+// Opened: the index is read and whole, and the blocks are mapped where they lie.
 class BlockFile {
  public:
   // Nothing when there is no such file, it has another description or version, or its index is damaged.
   static std::optional<BlockFile> open(const std::string& path, const std::string& description);
 
-  // Reads everything into memory in huge pages, all threads together, and compares the hashes. False: a block is
-  // damaged.
-  bool read(ThreadPool& pool);
-  void map();  // blocks lie in the mapped file; nothing is read, and no hash compared
+  bool verify(ThreadPool& pool) const;  // compares the hashes of all blocks, which reads them; false: one is damaged
+
+  // A copy of the file in huge pages, which costs as much again as the reading; ends early, with nothing, when `stop`
+  // is set. Any thread. CorruptFile when it cannot be read any more.
+  AlignedBuffer copy(const std::atomic<bool>& stop) const;
+  // Blocks lie in such a copy from now on. What find() gave before is void.
+  void use(AlignedBuffer copy);
+  const char* start() const;  // where the file's first byte is: of the map, or of the copy
 
   // The block in memory; data() is null when there is none of that name. It must not outlive the file.
   AlignedBuffer find(const std::string& name) const;
 
  private:
-  explicit BlockFile(const std::string& path) : path_(path) {}
+  BlockFile() = default;
 
-  std::string path_;
+  std::shared_ptr<const ReadableFile> file_;  // stays open: another may take its name
   std::map<std::string, Block> blocks_;
   size_t end_ = 0;  // of the last block
-  AlignedBuffer memory_;
   std::optional<MappedFile> mapped_;
+  AlignedBuffer copy_;  // when mapped_ is empty
 };
 
 }  // namespace coterie

@@ -46,12 +46,12 @@ TEST_F(BlockFileTest, GivesBackWhatWasWritten) {
   const std::string path = (directory() / "x.blocks").string();
   write_two(path);
   NativeThreadPool pool(2);
-  auto read = BlockFile::open(path, "numbers"), mapped = BlockFile::open(path, "numbers");
-  ASSERT_TRUE(read && mapped);
-  ASSERT_TRUE(read->read(pool));
-  expect_two(*read);
-  mapped->map();
-  expect_two(*mapped);
+  auto file = BlockFile::open(path, "numbers");
+  ASSERT_TRUE(file && file->verify(pool));
+  expect_two(*file);
+  EXPECT_EQ(file->copy(/*stop=*/true).data(), nullptr);
+  file->use(file->copy(/*stop=*/false));
+  expect_two(*file);
 }
 
 TEST_F(BlockFileTest, IsNotThereWhenItIsAnotherOrDamaged) {
@@ -70,7 +70,7 @@ TEST_F(BlockFileTest, IsNotThereWhenItIsAnotherOrDamaged) {
     damaged[at] ^= 0x20;
     std::ofstream(path, std::ios::binary) << damaged;
     auto file = BlockFile::open(path, "numbers");
-    ASSERT_FALSE(file && file->read(pool)) << at;
+    ASSERT_FALSE(file && file->verify(pool)) << at;
   }
   for (const size_t size : {size_t{0}, size_t{7}, size_t{20}, whole.size() - 1}) {
     std::ofstream(path, std::ios::binary) << whole.substr(0, size);

@@ -22,7 +22,7 @@ COTERIE_INLINE void load_codes(const uint32_t* b, VU (&codes)[2][2]) {
 }
 
 // What is asked for lies so many bytes ahead: B comes from memory for the first panel of A, which is far.
-constexpr int64_t kCodesAhead = 3072;
+constexpr int64_t kCodesAhead = 4096;
 
 // dots += `units` units of one chunk of A, a multiple of 2.
 template <PanelType kType, int kLines>

@@ -30,6 +30,10 @@ PackedMatrix::PackedMatrix(const PackedShape& shape, AlignedBuffer panels)
   COTERIE_CHECK(panels_.size() == shape.bytes(), "the panels are not of this shape");
 }
 
+void PackedMatrix::point_to(const void* panels) {
+  panels_ = AlignedBuffer::borrowed(const_cast<void*>(panels), panels_.size());
+}
+
 PackedMatrix::PackedMatrix(const ConstMatrix& b, ThreadPool& pool, bool gated)
     : PackedMatrix({panel_type(b.dtype), b.rows, b.cols, gated}, b, pool) {}
 

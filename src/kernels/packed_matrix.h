@@ -36,6 +36,9 @@ class PackedMatrix {
   // Panels of the active ISA that are there already.
   PackedMatrix(const PackedShape& shape, AlignedBuffer panels);
 
+  // The same panels have moved there; their memory belongs to somebody else.
+  void point_to(const void* panels);
+
   const PackedShape& shape() const { return shape_; }
   int64_t rows() const { return shape_.rows; }
   int64_t cols() const { return shape_.cols; }

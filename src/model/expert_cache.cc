@@ -28,10 +28,6 @@ void will_need(const void* data, size_t bytes) {
 
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-PackedMatrix viewed(const PackedMatrix& matrix, const void* panels) {
-  return PackedMatrix(matrix.shape(), AlignedBuffer::borrowed(const_cast<void*>(panels), matrix.bytes()));
-}
-
 }  // namespace
 
 ExpertCache::ExpertCache(ModelWeights& weights, size_t bytes) {
@@ -119,8 +115,8 @@ void ExpertCache::hold(Expert& expert, int64_t slot) {
   char* const down = up + padded(expert.up->bytes());
   std::memcpy(up, expert.up_file, expert.up->bytes());
   std::memcpy(down, expert.down_file, expert.down->bytes());
-  *expert.up = viewed(*expert.up, up);
-  *expert.down = viewed(*expert.down, down);
+  expert.up->point_to(up);
+  expert.down->point_to(down);
   expert.slot = slot;
   slots_[slot] = &expert;
 }
@@ -128,8 +124,8 @@ void ExpertCache::hold(Expert& expert, int64_t slot) {
 void ExpertCache::release(Expert& expert) {
   slots_[expert.slot] = nullptr;
   expert.slot = -1;
-  *expert.up = viewed(*expert.up, expert.up_file);
-  *expert.down = viewed(*expert.down, expert.down_file);
+  expert.up->point_to(expert.up_file);
+  expert.down->point_to(expert.down_file);
 }
 
 }  // namespace coterie

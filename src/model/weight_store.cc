@@ -63,12 +63,7 @@ bool write_file(const WeightCache& cache, const std::function<void(WeightStore&)
 
 std::unique_ptr<WeightStore> open_file(const WeightCache& cache, ThreadPool& pool) {
   std::optional<BlockFile> file = BlockFile::open(cache.path, cache.description);
-  if (!file) return nullptr;
-  if (cache.mapped) {
-    file->map();
-  } else if (!file->read(pool)) {
-    return nullptr;
-  }
+  if (!file || (cache.verified && !file->verify(pool))) return nullptr;
   log_info("weights: from " + cache.path);
   return std::make_unique<FileStore>(std::move(*file));
 }

@@ -51,6 +51,7 @@ class WritingStore : public WeightStore {
 class FileStore : public WeightStore {
  public:
   explicit FileStore(BlockFile file) : file_(std::move(file)) {}
+  BlockFile& file() { return file_; }
   AlignedBuffer block(const std::string& name, size_t bytes, const std::function<void(AlignedBuffer)>& fill) override;
   bool has(const std::string& name) const override { return file_.find(name).data() != nullptr; }
 
@@ -62,14 +63,14 @@ class FileStore : public WeightStore {
 struct WeightCache {
   std::string path;         // empty: none
   std::string description;  // of what is in it, and of the files that it was made from
-  bool mapped = false;      // use the file where it lies instead of reading it into huge pages
+  bool verified = true;     // compare the hashes of its blocks, which reads all of it
 };
 
 // Beside the model at `model_path` (a directory or a file): one file for each combination of types and layout of
 // panels.
 WeightCache weight_cache(const std::string& model_path, const std::string& types);
 
-// The file as a store, made by `pack` when it is missing, stale or damaged. Null when it cannot be written.
+// The file, mapped, as a store; made by `pack` when it is missing, stale or damaged. Null when it cannot be written.
 std::unique_ptr<WeightStore> cached_weights(const WeightCache& cache, const std::function<void(WeightStore&)>& pack,
                                             ThreadPool& pool);
 

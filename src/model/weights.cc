@@ -224,6 +224,20 @@ class WeightLoader {
 
 }  // namespace
 
+void visit_matrices(ModelWeights& weights, const std::function<void(PackedMatrix&)>& visit) {
+  for (LayerWeights& w : weights.layers) {
+    for (LinearWeights* linear :
+         {&w.q, &w.k, &w.v, &w.attention_output, &w.latent.q_a, &w.latent.q_b, &w.latent.kv_a, &w.router, &w.mix}) {
+      visit(linear->weight_NK);
+    }
+    for (auto* matrices :
+         {&w.latent.key_up_H, &w.latent.value_up_H, &w.mlp.up_E, &w.mlp.down_E, &w.experts.up_E, &w.experts.down_E}) {
+      for (PackedMatrix& matrix : *matrices) visit(matrix);
+    }
+  }
+  visit(weights.head.weight_NK);
+}
+
 ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types,
                           ThreadPool& pool, const WeightCache& cache) {
   const auto load = [&](WeightStore& store) { return WeightLoader(config, reader, types, store, pool).load(); };

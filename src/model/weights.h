@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -65,6 +66,9 @@ struct ModelWeights {
   NormWeights norm;
   LinearWeights head;  // [V, D]
 };
+
+// Calls visit(PackedMatrix&) for every matrix.
+void visit_matrices(ModelWeights& weights, const std::function<void(PackedMatrix&)>& visit);
 
 ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types,
                           ThreadPool& pool, const WeightCache& cache = {});

@@ -1,0 +1,40 @@
+#include "model/weight_mover.h"
+
+#include <utility>
+
+namespace coterie {
+
+WeightMover::WeightMover(ModelWeights& weights)
+    : weights_(weights), file_(dynamic_cast<FileStore&>(*weights.store).file()), thread_([this] { copy(); }) {}
+
+WeightMover::~WeightMover() {
+  stop_ = true;
+  if (thread_.joinable()) thread_.join();
+}
+
+void WeightMover::copy() {
+  try {
+    copy_ = file_.copy(stop_);
+  } catch (...) {
+    error_ = std::current_exception();
+  }
+  ready_ = true;
+}
+
+bool WeightMover::move_if_ready() {
+  if (!ready_) return false;
+  thread_.join();
+  if (error_) std::rethrow_exception(error_);
+  // The copy is the file byte by byte.
+  const char *const from = file_.start(), *const to = copy_.as<char>();
+  const auto moved = [&](const void* data) { return to + (static_cast<const char*>(data) - from); };
+  visit_matrices(weights_, [&](PackedMatrix& matrix) {
+    if (matrix.data()) matrix.point_to(moved(matrix.data()));
+  });
+  const AlignedBuffer& embedding = weights_.embedding_VD;
+  weights_.embedding_VD = AlignedBuffer::borrowed(const_cast<char*>(moved(embedding.data())), embedding.size());
+  file_.use(std::move(copy_));
+  return true;
+}
+
+}  // namespace coterie

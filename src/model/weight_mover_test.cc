@@ -1,0 +1,49 @@
+#include "model/weight_mover.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "io/test_files.h"
+#include "model/stored_model.h"
+#include "model/test_model.h"
+
+namespace coterie {
+namespace {
+
+class WeightMoverTest : public TemporaryDirectoryTest {};
+
+std::vector<std::string> panels_of(ModelWeights& weights) {
+  std::vector<std::string> panels;
+  visit_matrices(weights, [&](PackedMatrix& m) { panels.emplace_back(static_cast<const char*>(m.data()), m.bytes()); });
+  panels.emplace_back(weights.embedding_VD.as<char>(), weights.embedding_VD.size());
+  return panels;
+}
+
+TEST_F(WeightMoverTest, WeightsAreTheSameInTheirNewPlace) {
+  NativeThreadPool pool(2);
+  for (const ModelConfig& config : {small_config(), latent_config()}) {
+    const std::string path = (directory() / std::to_string(config.is_latent())).string();
+    write_random_model(path, config);
+    const StoredModel model(path);
+    const WeightTypes types = weight_types("int8");
+    ModelWeights packed = load_weights(config, model.tensors(), types, pool);
+    ModelWeights weights = load_weights(config, model.tensors(), types, pool, weight_cache(path, types.description()));
+    const void* const mapped = weights.head.weight_NK.data();
+    EXPECT_EQ(panels_of(weights), panels_of(packed));
+    {
+      WeightMover never(weights);
+    }  // stopped before it is done: nothing happens
+    WeightMover mover(weights);
+    while (!mover.move_if_ready()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    EXPECT_NE(weights.head.weight_NK.data(), mapped);
+    EXPECT_EQ(panels_of(weights), panels_of(packed));
+  }
+}
+
+}  // namespace
+}  // namespace coterie
