@@ -1,9 +1,11 @@
 #include "model/weight_mover.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -43,6 +45,21 @@ TEST_F(WeightMoverTest, WeightsAreTheSameInTheirNewPlace) {
     EXPECT_NE(weights.head.weight_NK.data(), mapped);
     EXPECT_EQ(panels_of(weights), panels_of(packed));
   }
+}
+
+TEST_F(WeightMoverTest, LeavesNothingOfProcessesThatWereKilled) {
+  NativeThreadPool pool(1);
+  write_random_model(directory(), small_config());
+  const StoredModel model(directory().string());
+  const WeightTypes types = weight_types("int4");
+  const WeightCache cache = weight_cache(directory().string(), types.description());
+  const std::string prefix = std::filesystem::path(cache.path).filename().string() + ".";
+  write(prefix + "999999999.tmp", "half a file");
+  write(prefix + std::to_string(getppid()) + ".tmp", "a living process is at it");
+  load_weights(small_config(), model.tensors(), types, pool, cache);
+  EXPECT_FALSE(std::filesystem::exists(directory() / (prefix + "999999999.tmp")));
+  EXPECT_TRUE(std::filesystem::exists(directory() / (prefix + std::to_string(getppid()) + ".tmp")));
+  EXPECT_TRUE(std::filesystem::exists(cache.path));
 }
 
 }  // namespace

@@ -1,8 +1,11 @@
 #include "model/weight_store.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
@@ -43,10 +46,23 @@ nlohmann::json sources_of(const fs::path& model) {
   return sources;
 }
 
+// What a process that was killed left of a file in the making. Names: PATH.PID.tmp.
+void remove_leftovers(const fs::path& path) {
+  const std::string prefix = path.filename().string() + ".";
+  for (const fs::directory_entry& entry : fs::directory_iterator(path.parent_path())) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(prefix) || !name.ends_with(".tmp")) continue;
+    const int pid = std::atoi(name.c_str() + prefix.size());
+    std::error_code ignored;
+    if (pid > 0 && kill(pid, 0) != 0 && errno == ESRCH) fs::remove(entry.path(), ignored);
+  }
+}
+
 bool write_file(const WeightCache& cache, const std::function<void(WeightStore&)>& pack) {
   const std::string own = cache.path + "." + std::to_string(getpid());  // others may be at it, too
   try {
     log_info("weights: packing into " + cache.path);
+    remove_leftovers(fs::absolute(cache.path));
     WritingStore store(own);
     pack(store);
     store.commit(cache.description);
