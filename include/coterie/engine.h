@@ -24,7 +24,8 @@
 namespace coterie {
 
 struct EngineOptions {
-  std::string dtype = "fp32";             // of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"
+  std::string dtype = "auto";             // of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"; "auto": as
+                                          // the file has them where it has bf16 alone or was quantized, else fp32
   std::string attention_dtype = "";       // of attention's projections where it differs from dtype
   std::string head_dtype = "";            // of the head likewise
   bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)

@@ -164,7 +164,13 @@ def read_tokens(data_dir: Path, split: str) -> Any:
 
 
 def copy_tokenizer(source_dir: Path, out_dir: Path) -> None:
-    """Puts the tokenizer's files of a data or model directory beside an exported model, where there are any."""
+    """Puts the tokenizer's files of a data or model directory beside an exported model, where there are any; those of a
+    .gguf file are made of what it holds."""
+    if source_dir.is_file():
+        from coterie.tokenizer import ChatTokenizer
+
+        ChatTokenizer.load(source_dir).save(out_dir)
+        return
     for name in (*TOKENIZER_FILES, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
         if (source_dir / name).is_file() and source_dir.resolve() != out_dir.resolve():
             shutil.copyfile(source_dir / name, out_dir / name)

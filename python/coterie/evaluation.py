@@ -22,9 +22,10 @@ def evaluate(
     *,
     sequence_length: int = 0,
     eval_tokens: int = 0,
-    dtype: str = "fp32",
+    dtype: str = "auto",
     threads: int = 0,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    **engine_options: Any,
 ) -> dict[str, Any]:
     """Loss of `model` on the validation split of a packed data directory.
 
@@ -38,8 +39,8 @@ def evaluate(
         Tokens per window; 0: as many as the model has positions.
     eval_tokens : int
         Tokens to predict, rounded down to whole windows, one at least; 0: all.
-    dtype, threads
-        Of the engine.
+    dtype, threads, engine_options
+        Of the engine, as for LLM.
     progress : callable
         Wraps the iteration over the windows.
 
@@ -56,7 +57,7 @@ def evaluate(
         raise DataError(f"{name}: must not be negative ({value})")
     meta = read_meta(data_dir)
     ids = read_tokens(data_dir, "valid")
-    engine = _engine.Engine(model, dtype=dtype, threads=threads)
+    engine = _engine.Engine(model, dtype=dtype, threads=threads, **engine_options)
     if meta["vocab_size"] > engine.vocab_size:
         message = f"vocab_size: {meta['vocab_size']} exceeds the model's, {engine.vocab_size}"
         raise DataError(f"{data_dir}: {message}: was the data made with the model's tokenizer?")

@@ -46,7 +46,8 @@ class LLM:
     model
         A Hugging Face directory, a .gguf file, or a directory that holds exactly one.
     dtype
-        Of the weights: "fp32", "bf16", "int8", "int4" or "int4_64".
+        Of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"; "auto": as the file has them where it has bf16
+        alone or `coterie quantize` wrote it, else "fp32".
     threads
         0 is as many as the process may use.
     max_model_len
@@ -57,7 +58,7 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path, dtype: str = "fp32", threads: int = 0, max_model_len: int = 0, **engine_options: Any
+        self, model: str | Path, dtype: str = "auto", threads: int = 0, max_model_len: int = 0, **engine_options: Any
     ) -> None:
         self.path = resolve_model(model)
         self._engine = _engine.Engine(

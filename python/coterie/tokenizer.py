@@ -80,6 +80,15 @@ class ChatTokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return cls(backend, str(directory), template, special)
 
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `load` reads again."""
+        self.backend.save(str(directory / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with the BOS token where the model is used to one."""
         return self.backend.encode(text).ids

@@ -10,6 +10,7 @@
 #include <set>
 #include <string>
 
+#include "base/thread_pool.h"
 #include "bindings/engine_binding.h"
 #include "bindings/errors.h"
 #include "bindings/numpy.h"
@@ -20,6 +21,7 @@
 #include "kernels/kernel_table.h"
 #include "kernels/limits.h"
 #include "model/export.h"
+#include "model/quantize.h"
 #include "model/stored_model.h"
 
 namespace nb = nanobind;
@@ -111,6 +113,18 @@ nb::dict load_weights_of(const std::string& path) {
   return result;
 }
 
+void quantize(const std::string& source, const std::string& out_dir, const std::string& dtype,
+              const std::string& attention_dtype, const std::string& head_dtype, int threads,
+              const nb::callable& progress) {
+  const QuantizeProgress show = [&](int64_t done, int64_t total) {
+    nb::gil_scoped_acquire acquire;
+    progress(done, total);
+  };
+  nb::gil_scoped_release release;
+  NativeThreadPool pool(threads > 0 ? threads : available_cpus());
+  quantize_model(source, out_dir, {dtype, attention_dtype, head_dtype}, pool, show);
+}
+
 }  // namespace
 }  // namespace coterie
 
@@ -131,5 +145,7 @@ NB_MODULE(_engine, m) {
   m.def("gguf_metadata", &gguf_metadata, "path"_a);
   m.def("load_weights", &load_weights_of, "path"_a);
   m.def("export_model", &export_model, "source_dir"_a, "out_dir"_a, "architecture"_a = "auto", no_gil);
+  m.def("quantize_model", &quantize, "source"_a, "out_dir"_a, "dtype"_a, "attention_dtype"_a, "head_dtype"_a,
+        "threads"_a, "progress"_a);
   m.def("isa", [] { return std::string(active_kernels().name); });
 }

@@ -15,6 +15,7 @@
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
 #include "engine/settings.h"
+#include "kernels/kernel_table.h"
 #include "model/decoder.h"
 #include "model/stored_model.h"
 #include "model/weights.h"
@@ -27,19 +28,18 @@ constexpr int64_t kSequenceChunk = 512;
 // Rows of logits held at once where only a number per row is wanted.
 constexpr int64_t kLogitsChunk = 64;
 
-// -log softmax(logits)[token]
-double negative_log_probability(const float* logits_V, int64_t V, int32_t token) {
-  const double most = *std::max_element(logits_V, logits_V + V);
-  double sum = 0;
-  for (int64_t i = 0; i < V; ++i) sum += std::exp(logits_V[i] - most);
-  return most + std::log(sum) - logits_V[token];
+// -log softmax(logits)[token]; overwrites the logits.
+double negative_log_probability(float* logits_V, int64_t V, int32_t token) {
+  const double chosen = logits_V[token];
+  const SoftmaxSum softmax = active_kernels().exponentials_row(logits_V, V, 1.0f, logits_V, DType::kF32);
+  return softmax.maximum + std::log(static_cast<double>(softmax.sum)) - chosen;
 }
 
 class EngineImpl : public Engine {
  public:
   EngineImpl(const StoredModel& model, const EngineOptions& options, const std::string& path)
       : config_(model.config()),
-        settings_(engine_settings(options, config_)),
+        settings_(engine_settings(options, model)),
         pool_(settings_.threads),
         weights_(load_weights(config_, model.tensors(), settings_.types, pool_,
                               engine_weight_cache(options, settings_, config_, path))),
@@ -132,14 +132,16 @@ class EngineImpl : public Engine {
     if (inputs.empty()) return 0;
     const int64_t V = config_.vocab_size;
     std::vector<float> logits_TV(kLogitsChunk * V);
+    std::vector<double> losses(kLogitsChunk);
     double sum = 0;
     run(inputs, nullptr, [&](const float* hidden_TD, int64_t first, int64_t T) {
       for (int64_t t = 0; t < T; t += kLogitsChunk) {
         const int64_t rows = std::min(kLogitsChunk, T - t);
         decoder_.logits(hidden_TD + t * config_.hidden_size, rows, logits_TV.data());
-        for (int64_t r = 0; r < rows; ++r) {
-          sum += negative_log_probability(logits_TV.data() + r * V, V, token_ids[first + t + r + 1]);
-        }
+        pool_.run(rows, [&](int64_t r, int) {
+          losses[r] = negative_log_probability(logits_TV.data() + r * V, V, token_ids[first + t + r + 1]);
+        });
+        for (int64_t r = 0; r < rows; ++r) sum += losses[r];
       }
     });
     return sum;
@@ -158,6 +160,7 @@ class EngineImpl : public Engine {
     return stats;
   }
   std::string config_json() const override { return config_.to_json(); }
+  const WeightTypes& types() const { return settings_.types; }
 
  private:
   void move_weights() {
@@ -356,7 +359,7 @@ std::unique_ptr<Engine> Engine::load(const std::string& path, const EngineOption
   const StoredModel model(path, load_format(options.load_format));
   auto engine = std::make_unique<EngineImpl>(model, options, path);
   log_info("engine: " + path + ", " + std::to_string(model.config().num_parameters()) + " parameters, " +
-           options.dtype);
+           engine->types().description());
   return engine;
 }
 

@@ -152,7 +152,8 @@ TEST_F(EngineTest, LikelihoodIsThatOfTheLogits) {
     for (int64_t v = 0; v < 61; ++v) sum += std::exp(static_cast<double>(logits[t * 61 + v]));
     expected += std::log(sum) - logits[t * 61 + ids[t + 1]];
   }
-  EXPECT_NEAR(engine_->negative_log_likelihood(ids), expected, 1e-9 * expected);
+  // Of each token: an exponential errs by a few units in the last place, the sum of 61 of them by one for each step.
+  EXPECT_NEAR(engine_->negative_log_likelihood(ids), expected, 89 * 16 * 0x1p-24);
   EXPECT_EQ(engine_->negative_log_likelihood({5}), 0.0);
   EXPECT_GT(engine_->negative_log_likelihood(tokens(97)), 0);  // the last token needs no position
   EXPECT_EQ(invalid_message([&] { engine_->negative_log_likelihood(tokens(98)); }, ""),

@@ -53,6 +53,17 @@ int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, 
   return std::max(of_one, std::min(settings.limits.max_num_seqs * of_one, quarter_of_memory() / block_bytes));
 }
 
+WeightTypes types_of(const EngineOptions& options, const StoredModel& model) {
+  if (options.dtype != "auto") return weight_types(options.dtype, options.attention_dtype, options.head_dtype);
+  const std::string plain = model.all_bf16() ? "bf16" : "fp32";
+  const WeightTypes stored = model.quantized_types().value_or(weight_types(plain));
+  const auto wanted = [](const std::string& name, PanelType otherwise) {
+    return name.empty() ? std::string(panel_type_name(otherwise)) : name;
+  };
+  return weight_types(std::string(panel_type_name(stored.experts)), wanted(options.attention_dtype, stored.attention),
+                      wanted(options.head_dtype, stored.head));
+}
+
 }  // namespace
 
 LoadFormat load_format(const std::string& name) {
@@ -61,9 +72,10 @@ LoadFormat load_format(const std::string& name) {
   throw InvalidArgument("load_format: '" + name + "' is not one of auto, dummy");
 }
 
-EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config) {
+EngineSettings engine_settings(const EngineOptions& options, const StoredModel& model) {
+  const ModelConfig& config = model.config();
   EngineSettings settings;
-  settings.types = weight_types(options.dtype, options.attention_dtype, options.head_dtype);
+  settings.types = types_of(options, model);
   settings.kv_cache_dtype = cache_dtype(options.kv_cache_dtype, settings.types.dtype());
   at_least("threads", options.threads, 0);
   settings.threads = options.threads > 0 ? options.threads : available_cpus();

@@ -29,7 +29,7 @@ struct EngineSettings {
 
 // InvalidArgument names the option.
 LoadFormat load_format(const std::string& name);
-EngineSettings engine_settings(const EngineOptions& options, const ModelConfig& config);
+EngineSettings engine_settings(const EngineOptions& options, const StoredModel& model);
 
 // Where the packed weights of the model at `path` are kept, if anywhere.
 WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config,

@@ -223,6 +223,7 @@ TensorInfo take_tensor_info(Cursor& cursor, uint64_t alignment) {
   const GgmlType* type = find_ggml_type(type_id);
   if (!type) cursor.fail("type " + std::to_string(type_id) + " is not known");
   info.tensor.dtype = type->name;
+  info.tensor.has_codes = info.tensor.dtype == "MXFP4";
   set_bytes(cursor, *type, info.tensor);
   info.placement = {type, cursor.take<uint64_t>()};
   if (info.placement.offset % alignment != 0) {
@@ -351,12 +352,12 @@ void GgufSource::read(const std::string& name, float* out) const {
 }
 
 // ggml keeps scale and codes together, and halves of a block in the nibbles of a byte.
-std::optional<Mxfp4Tensor> GgufSource::mxfp4(const std::string& name) const {
+std::optional<CodedTensor> GgufSource::codes(const std::string& name) const {
   const StoredTensor* stored = find(name);
   if (!stored || stored->dtype != "MXFP4") return std::nullopt;
   const auto [type, offset] = state_->placements[state_->tensor_index.at(name)];
   const std::byte* block = state_->file.bytes().data() + state_->data_start + offset;
-  Mxfp4Tensor tensor{.rows = 0, .cols = stored->shape.back()};
+  CodedTensor tensor{.rows = 0, .cols = stored->shape.back()};
   tensor.rows = tensor.cols == 0 ? 0 : stored->num_elements() / tensor.cols;
   const int64_t num_blocks = stored->num_elements() / kMxfp4Block;
   tensor.codes.reserve(static_cast<size_t>(num_blocks * kMxfp4Block / 2));

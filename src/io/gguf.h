@@ -26,7 +26,7 @@ class GgufSource : public TensorSource {
   const std::vector<StoredTensor>& tensors() const override;
   const StoredTensor* find(const std::string& name) const override;
   void read(const std::string& name, float* out) const override;
-  std::optional<Mxfp4Tensor> mxfp4(const std::string& name) const override;
+  std::optional<CodedTensor> codes(const std::string& name) const override;
 
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const;
   const GgufValue* find_metadata(const std::string& key) const;  // null when absent

@@ -1,7 +1,6 @@
 #include "io/mxfp4_source.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "coterie/error.h"
 #include "io/mxfp4.h"
@@ -42,7 +41,7 @@ void Mxfp4Source::add_pair(const StoredTensor& blocks, const StoredTensor& scale
                       printable(scales.name) + ", U8 [..., K / 32]");
   }
   shape.back() *= kMxfp4Block;
-  tensors_.push_back({blocks.name, shape, "MXFP4", blocks.bytes + scales.bytes});
+  tensors_.push_back({blocks.name, shape, "MXFP4", blocks.bytes + scales.bytes, /*has_codes=*/true});
   scales_[blocks.name] = scales.name;
 }
 
@@ -57,18 +56,14 @@ void Mxfp4Source::read(const std::string& name, float* out) const {
   decode_mxfp4(file_.raw(name), file_.raw(scales->second), out);
 }
 
-std::optional<Mxfp4Tensor> Mxfp4Source::mxfp4(const std::string& name) const {
+std::optional<CodedTensor> Mxfp4Source::codes(const std::string& name) const {
   const auto scales = scales_.find(name);
   if (scales == scales_.end()) return std::nullopt;
   const StoredTensor& stored = *find(name);
-  Mxfp4Tensor tensor{.rows = stored.num_elements() / std::max<int64_t>(stored.shape.back(), 1),
+  CodedTensor tensor{.rows = stored.num_elements() / std::max<int64_t>(stored.shape.back(), 1),
                      .cols = stored.shape.back()};
-  const auto copy = [](std::span<const std::byte> bytes, std::vector<uint8_t>& out) {
-    out.resize(bytes.size());
-    if (!bytes.empty()) std::memcpy(out.data(), bytes.data(), bytes.size());
-  };
-  copy(file_.raw(name), tensor.codes);
-  copy(file_.raw(scales->second), tensor.scales);
+  tensor.codes = file_.bytes(name);
+  tensor.scales = file_.bytes(scales->second);
   return tensor;
 }
 

@@ -301,6 +301,13 @@ const std::vector<StoredTensor>& SafetensorsSource::tensors() const { return sta
 const std::map<std::string, std::string>& SafetensorsSource::metadata() const { return state_->metadata; }
 std::span<const std::byte> SafetensorsSource::raw(const std::string& name) const { return state_->locate(name).bytes; }
 
+std::vector<uint8_t> SafetensorsSource::bytes(const std::string& name) const {
+  const std::span<const std::byte> there = raw(name);
+  std::vector<uint8_t> copy(there.size());
+  if (!there.empty()) std::memcpy(copy.data(), there.data(), there.size());
+  return copy;
+}
+
 const StoredTensor* SafetensorsSource::find(const std::string& name) const {
   const auto found = state_->locations.find(name);
   return found == state_->locations.end() ? nullptr : &state_->tensors[found->second.index];

@@ -34,6 +34,7 @@ class SafetensorsSource : public TensorSource {
 
   // The bytes as they lie in the mapped file (no alignment promised).
   std::span<const std::byte> raw(const std::string& name) const;
+  std::vector<uint8_t> bytes(const std::string& name) const;   // a copy of them
   const std::map<std::string, std::string>& metadata() const;  // __metadata__ of the first file
 
  private:

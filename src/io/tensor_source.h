@@ -30,6 +30,7 @@ struct StoredTensor {
   std::vector<int64_t> shape;  // outermost first, as PyTorch has it
   std::string dtype;           // as the format names it: "F32", "BF16", "Q4_1", ...
   size_t bytes = 0;            // in the file
+  bool has_codes = false;      // TensorSource::codes() gives it
 
   int64_t num_elements() const {
     int64_t n = 1;
@@ -38,11 +39,12 @@ struct StoredTensor {
   }
 };
 
-// A matrix in MXFP4 (see io/mxfp4.h), as it is stored. All dimensions but the innermost count as rows.
-struct Mxfp4Tensor {
-  int64_t rows = 0, cols = 0;   // cols is a multiple of 32
-  std::vector<uint8_t> codes;   // [rows, cols / 2]: element 2 i in the low nibble of byte i, 2 i + 1 in the high one
-  std::vector<uint8_t> scales;  // [rows, cols / 32], powers of two: 2^(scale - 127)
+// A matrix in few bits, as it is stored: row by row in each of three parts, a row of every part being whole bytes. All
+// dimensions but the innermost count as rows. What the bytes mean, StoredTensor::dtype says: "MXFP4" (io/mxfp4.h), or
+// a type of ours (model/quantized_source.h).
+struct CodedTensor {
+  int64_t rows = 0, cols = 0;
+  std::vector<uint8_t> codes, scales, minimums;  // minimums: empty where the type has none
 };
 
 class TensorSource {
@@ -57,8 +59,8 @@ class TensorSource {
   // InvalidArgument when there is no such tensor, or its dtype is not one that we read.
   virtual void read(const std::string& name, float* out) const = 0;
 
-  // The tensor without decoding it, where it lies in MXFP4; else nothing.
-  virtual std::optional<Mxfp4Tensor> mxfp4(const std::string&) const { return std::nullopt; }
+  // The tensor without decoding it, where it lies in codes that we keep; else nothing.
+  virtual std::optional<CodedTensor> codes(const std::string&) const { return std::nullopt; }
 };
 
 }  // namespace coterie

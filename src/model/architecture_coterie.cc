@@ -185,6 +185,7 @@ ModelConfig read_config(const ConfigReader& json) {
   for (int64_t n = 0; n < num_layers; ++n) {
     c.layers.push_back(read_layer(ConfigReader(layers[n], json.source(), "layers[" + std::to_string(n) + "].")));
   }
+  refuse_quantization(json, "coterie");
   for (const char* key : kBystanders) json.ignore(key);
   json.refuse_unknown();
   return c;
@@ -279,10 +280,10 @@ Json write_config(const ModelConfig& c) {
   return json;
 }
 
-// Our files store the logical tensors as they are.
+// Our files store the logical tensors as they are, or in MXFP4.
 CheckpointMap checkpoint_map(const ModelConfig& config) {
   return map_tensors(config, [](const LogicalName&, const TensorSpec& spec) {
-    return std::vector<std::vector<Piece>>{{whole_piece(spec, spec.name)}};
+    return std::vector<std::vector<Piece>>{{whole_piece(spec, spec.name)}, {whole_piece(spec, spec.name + "_blocks")}};
   });
 }
 

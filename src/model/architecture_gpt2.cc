@@ -12,8 +12,7 @@ void refuse_what_we_lack(const ConfigReader& json) {
   for (const char* key : {"scale_attn_by_inverse_layer_idx", "add_cross_attention"}) {
     if (json.boolean(key, false)) json.fail(key, "true is not supported");
   }
-  if (json.has("quantization_config"))
-    json.fail("quantization_config", "quantized weights of this kind are not supported");
+  refuse_quantization(json);
 }
 
 // The older configurations on the hub have n_ctx beside n_positions; n_positions is what counts.

@@ -40,6 +40,13 @@ std::vector<int64_t> read_token_ids(const ConfigReader& json, const std::string&
   return {json.integer(key)};
 }
 
+void refuse_quantization(const ConfigReader& json, const std::string& but_for) {
+  if (!json.has("quantization_config")) return;
+  const ConfigReader quantization = json.object("quantization_config");
+  const std::string method = quantization.text("quant_method");
+  if (but_for.empty() || method != but_for) quantization.fail("quant_method", "'" + method + "' is not supported");
+}
+
 int64_t read_num_layers(const ConfigReader& json, const std::string& key, int64_t fallback) {
   const int64_t n = json.integer(key, fallback);
   if (n < 1 || n > 10000) json.fail(key, std::to_string(n) + " is not in [1, 10000]");

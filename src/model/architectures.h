@@ -52,6 +52,8 @@ extern const Architecture kDeepseekV3Architecture;
 // Pieces of the parsers that every family shares.
 Activation read_activation(const ConfigReader& json, const std::string& key, const std::string& fallback);
 std::vector<int64_t> read_token_ids(const ConfigReader& json, const std::string& key);
+// "quantization_config.quant_method: 'gptq' is not supported", for every method but one that is read, if any.
+void refuse_quantization(const ConfigReader& json, const std::string& but_for = "");
 int64_t read_num_layers(const ConfigReader& json, const std::string& key, int64_t fallback);
 Json token_ids_json(const std::vector<int64_t>& ids);  // null, an id, or a list
 Json optional_id_json(int64_t id);                     // null for -1

@@ -7,7 +7,6 @@
 
 #include "base/check.h"
 #include "coterie/error.h"
-#include "io/mxfp4.h"
 
 namespace coterie {
 namespace {
@@ -29,10 +28,14 @@ bool is_whole(const Piece& piece) {
          piece.col_stride == 1;
 }
 
-void append_row(const Mxfp4Tensor& from, int64_t row, Mxfp4Tensor& to) {
-  const int64_t codes = from.cols / 2, scales = from.cols / kMxfp4Block;
-  to.codes.insert(to.codes.end(), from.codes.begin() + row * codes, from.codes.begin() + (row + 1) * codes);
-  to.scales.insert(to.scales.end(), from.scales.begin() + row * scales, from.scales.begin() + (row + 1) * scales);
+void append_row(const CodedTensor& from, int64_t row, CodedTensor& to) {
+  const auto append = [&](const std::vector<uint8_t>& part, std::vector<uint8_t>& out) {
+    const int64_t bytes = static_cast<int64_t>(part.size()) / from.rows;
+    out.insert(out.end(), part.begin() + row * bytes, part.begin() + (row + 1) * bytes);
+  };
+  append(from.codes, to.codes);
+  append(from.scales, to.scales);
+  append(from.minimums, to.minimums);
   ++to.rows;
 }
 
@@ -138,17 +141,22 @@ const std::vector<Piece>& LogicalReader::pieces(const std::string& name) const {
   return tensor->forms[form_[tensor - map_.tensors.data()]];
 }
 
-bool LogicalReader::is_mxfp4(const std::string& name) const {
-  return std::ranges::all_of(
-      pieces(name), [&](const Piece& piece) { return source_.find(stored_name(piece.stored))->dtype == "MXFP4"; });
+std::string LogicalReader::codes_type(const std::string& name) const {
+  const auto stored = [&](const Piece& piece) { return source_.find(stored_name(piece.stored)); };
+  const StoredTensor& first = *stored(pieces(name)[0]);
+  const bool all_alike = std::ranges::all_of(pieces(name), [&](const Piece& piece) {
+    return stored(piece)->has_codes && stored(piece)->dtype == first.dtype;
+  });
+  return all_alike ? first.dtype : "";
 }
 
-std::optional<Mxfp4Tensor> LogicalReader::read_mxfp4(const std::string& name) const {
-  std::optional<Mxfp4Tensor> stored;
-  Mxfp4Tensor logical{.cols = pieces(name)[0].cols};
+std::optional<CodedTensor> LogicalReader::read_codes(const std::string& name) const {
+  if (pieces(name).size() == 1 && is_whole(pieces(name)[0])) return source_.codes(stored_name(pieces(name)[0].stored));
+  std::optional<CodedTensor> stored;
+  CodedTensor logical{.cols = pieces(name)[0].cols};
   std::string in_memory;
   for (const Piece& piece : pieces(name)) {
-    if (piece.stored != in_memory) stored = source_.mxfp4(stored_name(in_memory = piece.stored));
+    if (piece.stored != in_memory) stored = source_.codes(stored_name(in_memory = piece.stored));
     const bool whole_rows = stored && piece.cols == stored->cols && piece.cols == logical.cols &&
                             piece.col_stride == 1 && piece.first % piece.cols == 0 &&
                             piece.row_stride % piece.cols == 0 && piece.offset == logical.rows * logical.cols;

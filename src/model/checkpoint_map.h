@@ -76,10 +76,11 @@ class LogicalReader {
   // The tensor as fp32, row-major in its logical shape. Safe from any number of threads.
   std::vector<float> read(const std::string& name) const;
 
-  bool is_mxfp4(const std::string& name) const;  // all of the tensor lies in MXFP4
-  // The same in the 4 bits of the file, where all of the tensor lies in MXFP4; else nothing. Rows are those of the
-  // logical tensor: [E * U, D] of experts' up.
-  std::optional<Mxfp4Tensor> read_mxfp4(const std::string& name) const;
+  // "MXFP4" or another type, where all of the tensor lies in codes of it (TensorSource::codes); else empty.
+  std::string codes_type(const std::string& name) const;
+  // Those codes; nothing where there are none, or its pieces are not whole rows. Rows are those of the logical tensor:
+  // [E * U, D] of experts' up.
+  std::optional<CodedTensor> read_codes(const std::string& name) const;
 
  private:
   const MappedTensor* find(const std::string& name) const;

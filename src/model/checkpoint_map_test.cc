@@ -20,11 +20,11 @@ class MemorySource : public TensorSource {
     tensors_.push_back({name, std::move(shape), "F32", 4 * values.size()});
     values_[name] = std::move(values);
   }
-  void put_mxfp4(const std::string& name, const Mxfp4Tensor& tensor, std::vector<float> decoded) {
+  void put_mxfp4(const std::string& name, const CodedTensor& tensor, std::vector<float> decoded) {
     mxfp4_[name] = tensor;
     values_[name] = std::move(decoded);
   }
-  std::optional<Mxfp4Tensor> mxfp4(const std::string& name) const override {
+  std::optional<CodedTensor> codes(const std::string& name) const override {
     const auto found = mxfp4_.find(name);
     return found == mxfp4_.end() ? std::nullopt : std::optional(found->second);
   }
@@ -53,7 +53,7 @@ class MemorySource : public TensorSource {
   std::string path_ = "FILE";
   std::vector<StoredTensor> tensors_;
   std::map<std::string, std::vector<float>> values_;
-  std::map<std::string, Mxfp4Tensor> mxfp4_;
+  std::map<std::string, CodedTensor> mxfp4_;
 };
 
 ModelConfig config_of(const std::string& json) { return ModelConfig::from_json(json, "config.json"); }
@@ -149,7 +149,7 @@ TEST(CheckpointMap, FourBitsComeOutInLogicalOrder) {
           "num_experts_per_tok": 1})");
   Filled file(kGptOssArchitecture.checkpoint_map(config), /*last_form=*/true);
   const std::string blocks = "model.layers.0.mlp.experts.gate_up_proj_blocks";
-  Mxfp4Tensor stored{.rows = 2 * 64, .cols = 64};
+  CodedTensor stored{.rows = 2 * 64, .cols = 64};
   std::mt19937 random(3);
   for (int64_t i = 0; i < 2 * 64 * 32; ++i) stored.codes.push_back(static_cast<uint8_t>(random()));
   for (int64_t i = 0; i < 2 * 64 * 2; ++i) stored.scales.push_back(static_cast<uint8_t>(120 + random() % 10));
@@ -159,7 +159,7 @@ TEST(CheckpointMap, FourBitsComeOutInLogicalOrder) {
 
   const LogicalReader reader(file.source, kGptOssArchitecture.checkpoint_map(config));
   const std::string up = "model.layers.0.experts.up.weight";
-  const std::optional<Mxfp4Tensor> logical = reader.read_mxfp4(up);
+  const std::optional<CodedTensor> logical = reader.read_codes(up);
   ASSERT_TRUE(logical);
   EXPECT_EQ(logical->rows, 2 * 64);
   EXPECT_EQ(logical->cols, 64);
@@ -169,7 +169,7 @@ TEST(CheckpointMap, FourBitsComeOutInLogicalOrder) {
   // Row 3 of expert 1's up matrix is row 7 of what lies there.
   EXPECT_TRUE(std::equal(values.begin() + (64 + 32 + 3) * 64, values.begin() + (64 + 32 + 4) * 64,
                          decoded.begin() + (64 + 7) * 64));
-  EXPECT_FALSE(reader.read_mxfp4("model.norm.weight"));
+  EXPECT_FALSE(reader.read_codes("model.norm.weight"));
 }
 
 TEST(CheckpointMap, ReadsFilesOfTheBareModel) {

@@ -96,7 +96,9 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   EXPECT_EQ(refusal(llama(R"("layer_types": ["full_attention", "sliding_attention"])")),
             "config.json: layer_types: \"sliding_attention\" is not supported (only \"full_attention\")");
   EXPECT_EQ(refusal(llama(R"("quantization_config": {"bits": 4})")),
-            "config.json: quantization_config: quantized weights of this kind are not supported");
+            "config.json: quantization_config.quant_method: missing");
+  EXPECT_EQ(refusal(llama(R"("quantization_config": {"quant_method": "gptq"})")),
+            "config.json: quantization_config.quant_method: 'gptq' is not supported");
   EXPECT_EQ(refusal(R"({"model_type": "mistral", "sliding_window": 0})"), "config.json: sliding_window: 0 is below 1");
   EXPECT_EQ(refusal(R"({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["chunked_attention"]})"),
             "config.json: layer_types: \"chunked_attention\" is not supported (supported: full_attention, "
@@ -118,7 +120,7 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   EXPECT_EQ(refusal(R"({"model_type": "gpt_oss", "swiglu_limit": 5})"),
             "config.json: swiglu_limit: 5.0 is not supported (only 7.0)");
   EXPECT_EQ(refusal(R"({"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}})"),
-            "config.json: quantization_config: quantized weights of this kind are not supported");
+            "config.json: quantization_config.quant_method: 'awq' is not supported");
   EXPECT_EQ(refusal(R"({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})"), "accepted");
   EXPECT_EQ(refusal(R"({"model_type": "deepseek_v2", "norm_topk_prob": true})"),
             "config.json: norm_topk_prob: true is not supported");
@@ -127,7 +129,7 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   EXPECT_EQ(refusal(R"({"model_type": "deepseek_v3", "num_key_value_heads": 8})"),
             "config.json: num_key_value_heads: 8 is not num_attention_heads (128), as latent attention needs it");
   EXPECT_EQ(refusal(R"({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}})"),
-            "config.json: quantization_config: quantized weights of this kind are not supported");
+            "config.json: quantization_config.quant_method: 'fp8' is not supported");
   EXPECT_EQ(refusal(R"({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": true})"),
             "config.json: scale_attn_by_inverse_layer_idx: true is not supported");
   EXPECT_EQ(refusal(R"({"model_type": "gpt2", "n_head": 7})"), "config.json: n_head: 7 does not divide n_embd (768)");

@@ -14,6 +14,7 @@
 #include "model/architectures.h"
 #include "model/config_reader.h"
 #include "model/gguf_model.h"
+#include "model/quantized_source.h"
 #include "model/random_source.h"
 
 namespace coterie {
@@ -47,8 +48,28 @@ ModelConfig config_of_checkpoint(const CheckpointSource& checkpoint) {
   return ModelConfig::from_json(model->dump(), where);
 }
 
+// Every number of MXFP4 is one of bf16, too.
 bool all_of_bf16(const TensorSource& file) {
-  return std::ranges::all_of(file.tensors(), [](const StoredTensor& tensor) { return tensor.dtype == "BF16"; });
+  return std::ranges::all_of(file.tensors(), [](const StoredTensor& tensor) {
+    return tensor.dtype == "BF16" || (tensor.dtype == "MXFP4" && tensor.has_codes);
+  });
+}
+
+// What quantize_model() has written; another method was refused with the configuration, or is none of ours.
+std::optional<WeightTypes> quantized_types_of(const std::string& directory) {
+  const std::string path = config_path(directory);
+  const nlohmann::json object = parse_json(read_text_file(path), path);
+  const ConfigReader json(object, path);
+  if (!json.has("quantization_config")) return std::nullopt;
+  const ConfigReader quantization = json.object("quantization_config");
+  if (quantization.text("quant_method") != "coterie") return std::nullopt;
+  const std::string dtype = quantization.text("dtype"), attention = quantization.text("attention_dtype", ""),
+                    head = quantization.text("head_dtype", "");
+  try {
+    return weight_types(dtype, attention, head);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(path + ": quantization_config." + error.what());
+  }
 }
 
 }  // namespace
@@ -92,12 +113,17 @@ StoredModel::StoredModel(const std::string& path, LoadFormat format) {
   } else {
     config_ = config_of_directory(path);
     map = architecture_named(config_.architecture, path).checkpoint_map(config_);
+    quantized_types_ = quantized_types_of(path);
     auto file = std::make_unique<SafetensorsSource>(path);
     view_ = std::make_unique<Mxfp4Source>(*file);
+    if (quantized_types_) {
+      quantized_view_ = std::make_unique<QuantizedSource>(*file, *view_, config_, *quantized_types_);
+    }
     file_ = std::move(file);
   }
-  all_bf16_ |= all_of_bf16(*file_);
-  reader_ = std::make_unique<LogicalReader>(view_ ? *view_ : *file_, std::move(map));
+  const TensorSource& tensors = quantized_view_ ? *quantized_view_ : view_ ? *view_ : *file_;
+  all_bf16_ |= all_of_bf16(tensors);
+  reader_ = std::make_unique<LogicalReader>(tensors, std::move(map));
 }
 
 }  // namespace coterie

@@ -4,11 +4,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "io/tensor_source.h"
 #include "model/checkpoint_map.h"
 #include "model/config.h"
+#include "model/weight_types.h"
 
 namespace coterie {
 
@@ -21,13 +23,18 @@ class StoredModel {
 
   const ModelConfig& config() const { return config_; }
   const LogicalReader& tensors() const { return *reader_; }
-  bool all_bf16() const;  // every tensor of the file; of a checkpoint: whether bf16 weights were trained
+  // No tensor of the file needs more; of a checkpoint: whether bf16 weights were trained.
+  bool all_bf16() const;
+  // In which its matrices lie where it was written by quantize_model(), as config.json's quantization_config says.
+  const std::optional<WeightTypes>& quantized_types() const { return quantized_types_; }
 
  private:
   ModelConfig config_;
   bool all_bf16_ = false;
+  std::optional<WeightTypes> quantized_types_;
   std::unique_ptr<TensorSource> file_;
-  std::unique_ptr<TensorSource> view_;  // of the file, with pairs of MXFP4 as one; or none
+  std::unique_ptr<TensorSource> view_;            // of the file, with pairs of MXFP4 as one; or none
+  std::unique_ptr<TensorSource> quantized_view_;  // of that one: matrices in codes of our own; or none
   std::unique_ptr<LogicalReader> reader_;
 };
 

@@ -34,13 +34,6 @@ void read_heads(const ConfigReader& json, const Defaults& defaults, const Family
       "head_dim", options.head_dim > 0 && !json.present("head_dim") ? options.head_dim : c.hidden_size / c.num_heads);
 }
 
-void refuse_quantization(const ConfigReader& json, const FamilyOptions& options) {
-  if (!json.has("quantization_config")) return;
-  const std::string method = json.object("quantization_config").text("quant_method", "");
-  if (options.mxfp4 && method == "mxfp4") return;
-  json.fail("quantization_config", "quantized weights of this kind are not supported");
-}
-
 // gate and up are two stored matrices, one logical tensor: gate rows first.
 std::vector<Piece> gate_up_pieces(const TensorSpec& spec, int64_t offset, const std::string& gate,
                                   const std::string& up) {
@@ -135,7 +128,7 @@ std::vector<std::vector<Piece>> layer_forms(const LogicalName& name, const Tenso
 }  // namespace
 
 ModelConfig read_family(const ConfigReader& json, const Defaults& defaults, const FamilyOptions& options) {
-  refuse_quantization(json, options);
+  refuse_quantization(json, options.mxfp4 ? "mxfp4" : "");
   ModelConfig c;
   c.vocab_size = json.integer("vocab_size", defaults.vocab_size);
   c.hidden_size = json.integer("hidden_size", defaults.hidden_size);

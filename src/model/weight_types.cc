@@ -1,6 +1,7 @@
 #include "model/weight_types.h"
 
 #include "coterie/error.h"
+#include "model/checkpoint_map.h"
 
 namespace coterie {
 namespace {
@@ -21,6 +22,16 @@ PanelType type_from_name(const std::string& field, const std::string& name) {
 }  // namespace
 
 std::string_view panel_type_name(PanelType type) { return kNames[index_of(type)]; }
+
+PanelType type_of_tensor(const WeightTypes& types, const std::string& name) {
+  const LogicalName logical(name);
+  const std::string& module = logical.module;
+  if (logical.kind != "weight") return PanelType::kF32;
+  if (module == "lm_head") return types.head;
+  if (module.starts_with("mlp.") || module.starts_with("experts.")) return types.experts;
+  const bool projection = module.starts_with("attention.") && module.ends_with("_proj");
+  return projection && module != "attention.kv_b_proj" ? types.attention : PanelType::kF32;
+}
 
 std::string WeightTypes::description() const {
   std::string text(panel_type_name(experts));

@@ -20,6 +20,11 @@ struct WeightTypes {
   std::string description() const;
 };
 
+// The type that a logical tensor (tensors.h) is rounded to: a matrix of experts, MLPs, attention or the head. kF32 for
+// everything else, which is not rounded; also for kv_b_proj of latent attention, which is only cut up and turned when
+// it is loaded, and then rounded.
+PanelType type_of_tensor(const WeightTypes& types, const std::string& name);
+
 // "fp32", "bf16", "int8", "int8a16", "int4" (groups of 32), "int4_64" (groups of 64), "mxfp4"; see panels.h.
 std::string_view panel_type_name(PanelType type);
 

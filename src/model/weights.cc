@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "base/check.h"
-#include "io/mxfp4.h"
+#include "model/quantized_source.h"
 
 namespace coterie {
 namespace {
@@ -25,17 +25,19 @@ class Lazy {
   std::optional<Value> value_;
 };
 
-// Weights of a file as they are, in the order that panels are packed from.
-QuantizedMatrix from_mxfp4(const Mxfp4Tensor& tensor) {
-  QuantizedMatrix m(PanelType::kMxfp4, tensor.rows, tensor.cols);
-  auto* const out = reinterpret_cast<uint8_t*>(m.codes());
-  const auto code = [&](int64_t k) { return tensor.codes[k / 2] >> 4 * (k % 2) & 15; };
-  for (int64_t k = 0; k < tensor.rows * tensor.cols; k += 8) {
-    for (int64_t j = 0; j < 4; ++j) out[k / 2 + j] = static_cast<uint8_t>(code(k + j) | code(k + 4 + j) << 4);
+// The codes of a tensor, as panels of one type are packed from them.
+class StoredCodes {
+ public:
+  StoredCodes(CodedTensor tensor, PanelType type) : tensor_(std::move(tensor)), type_(type) {
+    if (type == PanelType::kMxfp4) reordered_ = from_mxfp4(tensor_);
   }
-  for (size_t i = 0; i < tensor.scales.size(); ++i) m.scales()[i] = to_bfloat16(mxfp4_scale(tensor.scales[i]) / 2);
-  return m;
-}
+  QuantizedView view() const { return reordered_ ? reordered_->view() : view_of_codes(tensor_, type_); }
+
+ private:
+  CodedTensor tensor_;
+  PanelType type_;
+  std::optional<QuantizedMatrix> reordered_;
+};
 
 // Row-major fp32 values of a matrix with any strides.
 std::vector<float> contiguous(const ConstMatrix& fp32) {
@@ -66,14 +68,20 @@ class WeightLoader {
     w.positions_PD = read_if_there("model.embed_positions.weight");
     for (int64_t n = 0; n < config_.num_layers(); ++n) w.layers.push_back(layer(n));
     w.norm = norm("model.norm");
-    Tensor head = tensor(config_.tie_word_embeddings ? embedding_name : "lm_head.weight");
-    w.head = {matrix("lm_head.weight", {types_.head, V, D}, [&] { return row_major(head.get().data(), V, D); }),
-              read_if_there("lm_head.bias")};
+    Rows head = rows(config_.tie_word_embeddings ? embedding_name : "lm_head.weight", types_.head);
+    w.head = {packed("lm_head.weight", head, 0, {types_.head, V, D}), read_if_there("lm_head.bias")};
     return w;
   }
 
  private:
   using Tensor = Lazy<std::vector<float>>;
+  // A tensor of the file to pack rows of: from its codes where `coded`, else from its values.
+  struct Rows {
+    PanelType type;  // of the panels
+    bool coded;
+    Lazy<StoredCodes> codes;
+    Tensor values;
+  };
 
   std::vector<float> read(const std::string& name) const { return reader_.read(name); }
   std::vector<float> read_if_there(const std::string& name) const {
@@ -102,10 +110,37 @@ class WeightLoader {
     }
   }
 
-  LinearWeights linear(const std::string& name, PanelType type, int64_t rows, int64_t cols) const {
-    Tensor weight = tensor(name + ".weight");
-    return {matrix(name + ".weight", {type, rows, cols}, [&] { return row_major(weight.get().data(), rows, cols); }),
-            read_if_there(name + ".bias")};
+  Rows rows(const std::string& name, PanelType wanted) const {
+    const std::string stored = reader_.codes_type(name);
+    // Of MXFP4, fewer bits would lose something, and more would be no better.
+    const bool mxfp4 = stored == codes_name(PanelType::kMxfp4) && wanted != PanelType::kF32;
+    const PanelType type = mxfp4 ? PanelType::kMxfp4 : wanted;
+    const auto read_codes = [this, name, type] {
+      std::optional<CodedTensor> codes = reader_.read_codes(name);
+      COTERIE_CHECK(codes, name + " does not lie in whole rows");
+      return StoredCodes(std::move(*codes), type);
+    };
+    return {type, stored == codes_name(type), Lazy<StoredCodes>(read_codes), tensor(name)};
+  }
+
+  // Rows [first, first + shape.rows) under this name of the store. The type is that of the rows.
+  PackedMatrix packed(const std::string& name, Rows& rows, int64_t first, PackedShape shape) const {
+    shape.type = rows.type;
+    AlignedBuffer panels = store_.block(name, shape.bytes(), [&](AlignedBuffer memory) {
+      if (rows.coded) {
+        const QuantizedView part = rows.codes.get().view().row_range(first, shape.rows);
+        PackedMatrix(part, pool_, shape.gated, std::move(memory));
+      } else {
+        const float* values = rows.values.get().data() + first * shape.cols;
+        pack(row_major(values, shape.rows, shape.cols), shape, std::move(memory));
+      }
+    });
+    return PackedMatrix(shape, std::move(panels));
+  }
+
+  LinearWeights linear(const std::string& name, PanelType type, int64_t num_rows, int64_t cols) const {
+    Rows weight = rows(name + ".weight", type);
+    return {packed(name + ".weight", weight, 0, {type, num_rows, cols}), read_if_there(name + ".bias")};
   }
   LinearWeights projection(const std::string& name, int64_t rows, int64_t cols) const {
     return linear(name, types_.attention, rows, cols);
@@ -151,34 +186,11 @@ class WeightLoader {
   }
 
   // One matrix of every expert; shape is that of one.
-  std::vector<PackedMatrix> matrices_of_experts(const std::string& name, int64_t E, PackedShape shape) const {
-    // Fewer bits than the file's would lose something, more would be no better.
-    if (shape.type != PanelType::kF32 && reader_.is_mxfp4(name)) return mxfp4_experts(name, E, shape);
-    Tensor all = tensor(name);
+  std::vector<PackedMatrix> matrices_of_experts(const std::string& name, int64_t E, const PackedShape& shape) const {
+    Rows all = rows(name, shape.type);
     std::vector<PackedMatrix> result;
-    for (int64_t e = 0; e < E; ++e) {
-      result.push_back(matrix(name + "." + std::to_string(e), shape, [&] {
-        return row_major(all.get().data(), E * shape.rows, shape.cols).row_range(e * shape.rows, shape.rows);
-      }));
-    }
-    return result;
-  }
-
-  std::vector<PackedMatrix> mxfp4_experts(const std::string& name, int64_t E, PackedShape shape) const {
-    shape.type = PanelType::kMxfp4;
-    Lazy<QuantizedMatrix> all([&] {
-      const std::optional<Mxfp4Tensor> stored = reader_.read_mxfp4(name);
-      COTERIE_CHECK(stored, name + " does not lie in whole rows");
-      return from_mxfp4(*stored);
-    });
-    std::vector<PackedMatrix> result;
-    for (int64_t e = 0; e < E; ++e) {
-      AlignedBuffer panels = store_.block(name + "." + std::to_string(e), shape.bytes(), [&](AlignedBuffer memory) {
-        const QuantizedView rows = all.get().view().row_range(e * shape.rows, shape.rows);
-        PackedMatrix(rows, pool_, shape.gated, std::move(memory));
-      });
-      result.emplace_back(shape, std::move(panels));
-    }
+    for (int64_t e = 0; e < E; ++e)
+      result.push_back(packed(name + "." + std::to_string(e), all, e * shape.rows, shape));
     return result;
   }
 

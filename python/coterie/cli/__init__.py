@@ -20,6 +20,7 @@ from coterie.cli.eval import evaluate
 from coterie.cli.export import export
 from coterie.cli.generate import generate
 from coterie.cli.inspect import inspect
+from coterie.cli.quantize import quantize
 from coterie.cli.train import train
 from coterie.cli.verify import verify
 from coterie.config import ConfigError
@@ -41,6 +42,7 @@ for name, command in (
     ("export", export),
     ("eval", evaluate),
     ("inspect", inspect),
+    ("quantize", quantize),
     ("generate", generate),
     ("chat", chat),
     ("verify", verify),

@@ -30,7 +30,7 @@ def chat(
     frequency_penalty: options.FrequencyPenalty = 0.0,
     seed: options.Seed = None,
     stop: options.Stop = None,
-    dtype: options.DType = "bf16",
+    dtype: options.DType = "auto",
     attention_dtype: options.AttentionDType = "",
     head_dtype: options.HeadDType = "",
     weight_cache: options.WeightCache = True,

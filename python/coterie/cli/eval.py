@@ -9,6 +9,7 @@ import typer
 from rich.progress import track
 
 from coterie import evaluation
+from coterie.cli import generation_options as options
 from coterie.cli.console import JsonOption, notes, print_json, results
 
 
@@ -17,8 +18,12 @@ def evaluate(
     data: Annotated[Path, typer.Option("--data", help="A directory made by `coterie data`.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens per window; 0: all positions of the model.")] = 0,
     eval_tokens: Annotated[int, typer.Option(help="Tokens to predict; 0: the whole validation split.")] = 0,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int, typer.Option(help="0: as many as the process may use.")] = 0,
+    dtype: options.DType = "auto",
+    attention_dtype: options.AttentionDType = "",
+    head_dtype: options.HeadDType = "",
+    weight_cache: options.WeightCache = True,
+    mmap: options.Mmap = False,
+    threads: options.Threads = 0,
     json: JsonOption = False,
 ) -> None:
     """Compute the loss on the validation split, over the same windows as the trainer's evaluation."""
@@ -29,6 +34,10 @@ def evaluate(
         eval_tokens=eval_tokens,
         dtype=dtype,
         threads=threads,
+        attention_dtype=attention_dtype,
+        head_dtype=head_dtype,
+        weight_cache=weight_cache,
+        mmap=mmap,
         progress=lambda windows: track(windows, "evaluating", console=notes),
     )
     if json:

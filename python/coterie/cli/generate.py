@@ -54,7 +54,7 @@ def generate(
     ] = None,
     regex: Annotated[str | None, typer.Option(help="The text matches this regular expression.")] = None,
     choice: Annotated[list[str] | None, typer.Option(help="The text is one of these; give it several times.")] = None,
-    dtype: options.DType = "fp32",
+    dtype: options.DType = "auto",
     attention_dtype: options.AttentionDType = "",
     head_dtype: options.HeadDType = "",
     weight_cache: options.WeightCache = True,
