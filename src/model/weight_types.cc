@@ -45,8 +45,11 @@ WeightTypes weight_types(const std::string& dtype, const std::string& attention_
   // What the head rounds, it rounds in every token's logits: activations in 16 bits cost it nothing, since its weights
   // are what it waits for.
   const PanelType head = is_quantized(type) ? PanelType::kInt8A16 : type;
+  // Weights in int8 are nearly exact; what int8 costs is its activations, in groups of 64. Half of that is attention's,
+  // which is the smaller part of the work.
+  const PanelType attention = type == PanelType::kInt8 ? PanelType::kInt8A16 : type;
   return {.experts = type,
-          .attention = attention_dtype.empty() ? type : type_from_name("attention_dtype", attention_dtype),
+          .attention = attention_dtype.empty() ? attention : type_from_name("attention_dtype", attention_dtype),
           .head = head_dtype.empty() ? head : type_from_name("head_dtype", head_dtype)};
 }
 

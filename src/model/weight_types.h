@@ -28,8 +28,9 @@ PanelType type_of_tensor(const WeightTypes& types, const std::string& name);
 // "fp32", "bf16", "int8", "int8a16", "int4" (groups of 32), "int4_64" (groups of 64), "mxfp4"; see panels.h.
 std::string_view panel_type_name(PanelType type);
 
-// All of dtype, except where another is named for attention or head (""), and the head int8a16 where dtype is
-// quantized. InvalidArgument "dtype: 'int5' is not one of fp32, bf16, int8, int8a16, int4, int4_64".
+// All of dtype, except where another is named for attention or head (""), the head int8a16 where dtype is quantized,
+// and attention, too, where it is int8. InvalidArgument "dtype: 'int5' is not one of fp32, bf16, int8, int8a16, int4,
+// int4_64".
 WeightTypes weight_types(const std::string& dtype, const std::string& attention_dtype = "",
                          const std::string& head_dtype = "");
 
