@@ -22,7 +22,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const coterie::GgufSource source(file.path());
     coterie::read_everything(source);
-    for (const coterie::StoredTensor& tensor : source.tensors()) source.mxfp4(tensor.name);
+    for (const coterie::StoredTensor& tensor : source.tensors()) source.codes(tensor.name);
     read_model(source);
   } catch (const coterie::CorruptFile&) {
   }
