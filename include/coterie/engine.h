@@ -43,6 +43,16 @@ struct EngineOptions {
                                           // max_num_seqs need, at least what one of max_model_len needs
   bool enable_prefix_caching = true;      // compute what requests begin with in common only once
   std::string load_format = "auto";       // "dummy": read config.json alone; the weights are random numbers
+
+  // Guess tokens ahead and compute them together; what is generated stays the same, bit for bit. "prompt_lookup"
+  // guesses what followed the last prompt_lookup_max (at least prompt_lookup_min) tokens earlier in prompt and output,
+  // "draft" what draft_model says, a smaller model of the same vocabulary. Requests with a token_mask go without.
+  std::string speculation = "off";
+  std::string draft_model = "";  // as path of load(); its weights and KV cache have the model's types
+  int64_t max_speculated_tokens = 6;
+  int64_t prompt_lookup_min = 2;
+  int64_t prompt_lookup_max = 4;
+  bool adaptive_speculation = true;  // as many as pay, none where none does; false: always max_speculated_tokens
 };
 
 // How the next token is chosen. The defaults are greedy. Applied in this order: token_mask, min_tokens, logit_bias,
@@ -137,6 +147,8 @@ struct EngineStats {
   // With mmap: experts that fit into memory of our own, and that are there; uses of an expert by a forward pass, and
   // those that found it there.
   int64_t expert_cache_capacity = 0, experts_held = 0, expert_uses = 0, expert_hits = 0;
+  int64_t num_speculated_tokens = 0;  // guesses that were computed
+  int64_t num_accepted_tokens = 0;    // those of them that came true
 };
 
 class Engine {

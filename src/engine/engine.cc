@@ -15,6 +15,7 @@
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
 #include "engine/settings.h"
+#include "engine/speculation.h"
 #include "kernels/kernel_table.h"
 #include "model/decoder.h"
 #include "model/stored_model.h"
@@ -47,7 +48,8 @@ class EngineImpl : public Engine {
         weight_mover_(make_weight_mover(options, weights_)),
         decoder_(config_, weights_, pool_, expert_cache_.get()),
         cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
-        scheduler_(cache_, settings_.limits) {}
+        scheduler_(cache_, settings_.limits),
+        speculator_(make_speculator(options)) {}
 
   RequestId add_request(Request request) override {
     check_request(request);
@@ -70,20 +72,21 @@ class EngineImpl : public Engine {
   bool has_unfinished() const override { return !scheduler_.empty(); }
 
   std::vector<StepOutput> step() override {
-    const std::vector<ScheduledChunk> chunks = scheduler_.schedule();
+    std::vector<ScheduledChunk> chunks = scheduler_.schedule();
     if (chunks.empty()) return {};
     move_weights();
+    if (speculator_) speculator_->propose(chunks, scheduler_);
     const float* hidden_TD = run_model(chunks);
-    std::vector<Choice> choices = choices_of(chunks);
-    const std::span<float> logits_CV = choice_logits(choices, hidden_TD);
-    fill_masks(choices);
+    std::vector<Continuation> continuations = continuations_of(chunks);
+    choice_logits(continuations, hidden_TD);
+    fill_masks(continuations);
     gather_prompt_logprobs(chunks, hidden_TD);
-    pool_.run(static_cast<int64_t>(choices.size()), [&](int64_t c, int) {
-      choose(choices[c], logits_CV.subspan(c * config_.vocab_size, config_.vocab_size));
-    });
-    for (const ScheduledChunk& chunk : chunks) chunk.sequence->computed(chunk.num_tokens);
+    pool_.run(static_cast<int64_t>(continuations.size()), [&](int64_t i, int) { extend(continuations[i]); });
+    for (const ScheduledChunk& chunk : chunks) {
+      if (chunk.num_logits == 0) chunk.sequence->computed(chunk.num_tokens);
+    }
     std::vector<StepOutput> outputs;
-    for (Choice& choice : choices) outputs.push_back(take(choice));
+    for (Continuation& continuation : continuations) outputs.push_back(finish_step(continuation));
     scheduler_.remove_finished();
     return outputs;
   }
@@ -153,6 +156,7 @@ class EngineImpl : public Engine {
     EngineStats stats = {scheduler_.num_running(), scheduler_.num_waiting(), cache_.num_blocks(), cache_.num_free(),
                          scheduler_.num_preemptions()};
     stats.weights_settled = !weight_mover_;
+    stats.num_speculated_tokens = num_speculated_tokens_, stats.num_accepted_tokens = num_accepted_tokens_;
     if (!expert_cache_) return stats;
     const ExpertCache::Stats experts = expert_cache_->stats();
     stats.expert_cache_capacity = experts.capacity, stats.experts_held = experts.held;
@@ -165,6 +169,17 @@ class EngineImpl : public Engine {
  private:
   void move_weights() {
     if (weight_mover_ && weight_mover_->move_if_ready()) weight_mover_.reset();
+  }
+
+  std::unique_ptr<Speculator> make_speculator(const EngineOptions& options) {
+    const SpeculationKind kind = settings_.speculation.kind;
+    if (kind == SpeculationKind::kOff) return nullptr;
+    std::unique_ptr<DraftModel> draft;
+    if (kind == SpeculationKind::kDraft) {
+      draft = std::make_unique<DraftModel>(options, settings_, config_.vocab_size, pool_);
+    }
+    const StepCost cost = measure_step_cost(config_, settings_.types, decoder_, cache_);
+    return std::make_unique<Speculator>(settings_.speculation, cost, std::move(draft));
   }
 
   void check_tokens(const std::string& field, const std::vector<int32_t>& ids, int64_t most) const {
@@ -203,86 +218,108 @@ class EngineImpl : public Engine {
   const float* run_model(const std::vector<ScheduledChunk>& chunks) {
     Batch batch;
     for (const ScheduledChunk& chunk : chunks) {
-      const Sequence& sequence = *chunk.sequence;
-      batch.add(sequence.token_ids().subspan(sequence.num_computed(), chunk.num_tokens), sequence.num_computed(),
-                chunk.sequence->blocks().layers(), sequence.num_prompt_tokens());
+      Sequence& sequence = *chunk.sequence;
+      batch.add(chunk.token_ids(), sequence.num_computed(), sequence.blocks().layers(), sequence.num_prompt_tokens());
     }
     return decoder_.forward(batch);
   }
 
-  // A token to choose: behind row `row` of the step, for a sequence.
-  struct Choice {
-    Sequence* sequence = nullptr;
-    int64_t row = 0;
+  // What a step adds to a sequence whose tokens are all computed: the token behind them, and as long as the proposal
+  // has just that token, the one behind it.
+  struct Continuation {
+    const ScheduledChunk* chunk = nullptr;
+    int64_t first_row = 0;          // of the step, whose logits are wanted
+    std::span<float> logits_RV;     // of chunk->num_logits rows
     std::vector<uint32_t> allowed;  // empty: every token
-    int32_t token = kNoToken;
-    std::optional<PositionLogprobs> logprobs;
+    StepOutput output;
   };
 
-  static std::vector<Choice> choices_of(const std::vector<ScheduledChunk>& chunks) {
-    std::vector<Choice> choices;
+  static std::vector<Continuation> continuations_of(const std::vector<ScheduledChunk>& chunks) {
+    std::vector<Continuation> continuations;
     int64_t row = 0;
     for (const ScheduledChunk& chunk : chunks) {
       row += chunk.num_tokens;
-      for (int64_t i = chunk.num_logits; i > 0; --i) choices.push_back({chunk.sequence, row - i});
+      if (chunk.num_logits > 0) continuations.push_back({&chunk, row - chunk.num_logits, {}, {}, {}});
     }
-    return choices;
+    return continuations;
   }
 
   // Valid until the next step.
-  std::span<float> choice_logits(const std::vector<Choice>& choices, const float* hidden_TD) {
-    const int64_t C = static_cast<int64_t>(choices.size()), D = config_.hidden_size, V = config_.vocab_size;
+  void choice_logits(std::vector<Continuation>& continuations, const float* hidden_TD) {
+    const int64_t D = config_.hidden_size, V = config_.vocab_size;
+    int64_t C = 0;
+    for (const Continuation& continuation : continuations) C += continuation.chunk->num_logits;
     hidden_CD_.reserve(C * D * sizeof(float));
     logits_CV_.reserve(C * V * sizeof(float));
-    for (int64_t c = 0; c < C; ++c) {
-      const float* hidden_D = hidden_TD + choices[c].row * D;
-      std::copy(hidden_D, hidden_D + D, hidden_CD_.as<float>() + c * D);
+    float* hidden_CD = hidden_CD_.as<float>();
+    float* logits_CV = logits_CV_.as<float>();
+    for (Continuation& continuation : continuations) {
+      const int64_t rows = continuation.chunk->num_logits;
+      hidden_CD = std::copy_n(hidden_TD + continuation.first_row * D, rows * D, hidden_CD);
+      continuation.logits_RV = {logits_CV, static_cast<size_t>(rows * V)};
+      logits_CV += rows * V;
     }
     if (C > 0) decoder_.logits(hidden_CD_.as<float>(), C, logits_CV_.as<float>());
-    return {logits_CV_.as<float>(), static_cast<size_t>(C * V)};
   }
 
-  void fill_masks(std::vector<Choice>& choices) const {
-    for (Choice& choice : choices) {
-      const TokenMask& mask = choice.sequence->shared().request.token_mask;
+  void fill_masks(std::vector<Continuation>& continuations) const {
+    for (Continuation& continuation : continuations) {
+      Sequence& sequence = *continuation.chunk->sequence;
+      const TokenMask& mask = sequence.shared().request.token_mask;
       if (!mask) continue;
-      choice.allowed.assign((config_.vocab_size + 31) / 32, 0);
-      mask(choice.sequence->index(), choice.sequence->output(), choice.allowed);
+      continuation.allowed.assign((config_.vocab_size + 31) / 32, 0);
+      mask(sequence.index(), sequence.output(), continuation.allowed);
     }
   }
 
-  static void choose(Choice& choice, std::span<float> logits_V) {
-    const Sequence& sequence = *choice.sequence;
+  // The sequence gets its tokens, each chosen as if no proposal were there.
+  void extend(Continuation& continuation) const {
+    const ScheduledChunk& chunk = *continuation.chunk;
+    Sequence& sequence = *chunk.sequence;
+    std::vector<int32_t>& new_token_ids = continuation.output.new_token_ids;
+    for (int64_t i = 0; i < chunk.num_logits; ++i) {
+      const int32_t token = choose(continuation, i);
+      if (token == kNoToken) return sequence.finish(FinishReason::kStop);
+      sequence.append(token);
+      new_token_ids.push_back(token);
+      if (sequence.finished() || i + 1 == chunk.num_logits || token != chunk.proposal[i]) return;
+    }
+  }
+
+  // The token behind row i, for a sequence that has all before it.
+  int32_t choose(Continuation& continuation, int64_t i) const {
+    const Sequence& sequence = *continuation.chunk->sequence;
     const SamplingParams& sampling = sequence.sampling();
+    const std::span<float> logits_V = continuation.logits_RV.subspan(i * config_.vocab_size, config_.vocab_size);
     std::vector<float> raw_V;
     if (sampling.logprobs) raw_V.assign(logits_V.begin(), logits_V.end());
-    change_logits({sampling, sequence.counts(), choice.allowed, sequence.end_token_ids(), sequence.may_end()},
+    change_logits({sampling, sequence.counts(), continuation.allowed, sequence.end_token_ids(), sequence.may_end()},
                   logits_V);
-    choice.token = sample(logits_V, sampling, sequence.index(), sequence.num_tokens());
-    if (sampling.logprobs && choice.token != kNoToken) {
-      choice.logprobs = position_logprobs(raw_V, choice.token, *sampling.logprobs);
+    const int32_t token = sample(logits_V, sampling, sequence.index(), sequence.num_tokens());
+    if (sampling.logprobs && token != kNoToken) {
+      continuation.output.logprobs.push_back(position_logprobs(raw_V, token, *sampling.logprobs));
     }
+    return token;
   }
 
-  // The sequence gets its token; what the caller is told of it.
-  static StepOutput take(Choice& choice) {
-    Sequence& sequence = *choice.sequence;
-    StepOutput output;
+  // What the caller is told. What was computed for wrong guesses is forgotten.
+  StepOutput finish_step(Continuation& continuation) {
+    const ScheduledChunk& chunk = *continuation.chunk;
+    Sequence& sequence = *chunk.sequence;
+    StepOutput& output = continuation.output;
+    const auto guessed = static_cast<int64_t>(chunk.proposal.size());
+    const int64_t accepted = std::max<int64_t>(static_cast<int64_t>(output.new_token_ids.size()) - 1, 0);
+    num_speculated_tokens_ += guessed;
+    num_accepted_tokens_ += accepted;
+    sequence.computed(chunk.num_tokens - guessed + accepted);
+    if (sequence.index() == 0) sequence.shared().prompt_computed = true;
     output.request_id = sequence.id();
     output.index = sequence.index();
-    if (choice.token == kNoToken) {
-      sequence.finish(FinishReason::kStop);
-    } else {
-      sequence.append(choice.token);
-      output.new_token_ids = {choice.token};
-    }
-    if (choice.logprobs) output.logprobs.push_back(std::move(*choice.logprobs));
-    if (sequence.index() == 0) sequence.shared().prompt_computed = true;
     output.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});
     output.finish_reason = sequence.finished();
     output.num_cached_tokens = sequence.num_cached_tokens();
     output.timings = sequence.timings();
-    return output;
+    return std::move(output);
   }
 
   void gather_prompt_logprobs(const std::vector<ScheduledChunk>& chunks, const float* hidden_TD) {
@@ -349,7 +386,9 @@ class EngineImpl : public Engine {
   Decoder decoder_;
   KvCache cache_;
   Scheduler scheduler_;
+  std::unique_ptr<Speculator> speculator_;  // or null
   RequestId last_id_ = 0;
+  int64_t num_speculated_tokens_ = 0, num_accepted_tokens_ = 0;
   AlignedBuffer hidden_CD_, logits_CV_;  // of a step's choices; kept, since fresh memory costs more than filling it
 };
 

@@ -139,11 +139,11 @@ void BlockTable::append(int32_t block) {
 }
 
 // The last blocks first: of a chain whose memory is needed, the end is forgotten before the beginning.
-void BlockTable::clear() {
-  for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) cache_.release(*block);
-  blocks_.clear();
+void BlockTable::trim(int64_t num_tokens) {
+  const int64_t kept = KvCache::blocks_for(num_tokens);
+  for (; num_blocks() > kept; blocks_.pop_back()) cache_.release(blocks_.back());
   for (auto* parts_L : {&keys_L_, &values_L_}) {
-    for (std::vector<void*>& parts : *parts_L) parts.clear();
+    for (std::vector<void*>& parts : *parts_L) parts.resize(blocks_.size());
   }
 }
 

@@ -114,8 +114,9 @@ class BlockTable {
 
   // Makes room for the first num_tokens tokens. Views handed out before are void when it grows.
   void reserve(int64_t num_tokens);
-  void append(int32_t block);  // one that the caller holds; the table holds it from now on
-  void clear();
+  void append(int32_t block);     // one that the caller holds; the table holds it from now on
+  void trim(int64_t num_tokens);  // gives back the blocks behind the first num_tokens tokens
+  void clear() { trim(0); }
 
   int32_t block(int64_t i) const { return blocks_[i]; }
   std::span<const PagedKv> layers() const { return views_L_; }

@@ -46,6 +46,21 @@ TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
   EXPECT_EQ(cache.allocate(), blocks[5]);
 }
 
+TEST(KvCache, TableGivesBackItsEnd) {
+  KvCache cache(small_config(), DType::kF32, 4);
+  BlockTable table(cache);
+  table.reserve(4 * KvCache::kBlockSize);
+  const int32_t second = table.block(1);
+  table.trim(KvCache::kBlockSize + 1);
+  EXPECT_EQ(table.num_blocks(), 2);
+  EXPECT_EQ(cache.num_free(), 2);
+  table.trim(3 * KvCache::kBlockSize);  // nothing to give
+  EXPECT_EQ(table.num_blocks(), 2);
+  table.reserve(3 * KvCache::kBlockSize);
+  EXPECT_EQ(table.block(1), second);
+  EXPECT_EQ(table.layers()[1].k_blocks[2], cache.keys(table.block(2), 1));
+}
+
 TEST(KvCache, TableGrowsByBlocksAndGivesThemBack) {
   const ModelConfig config = small_config();
   KvCache cache(config, DType::kF32, 4);

@@ -12,6 +12,13 @@ bool in_order(const std::unique_ptr<Sequence>& a, const std::unique_ptr<Sequence
 
 }  // namespace
 
+std::vector<int32_t> ScheduledChunk::token_ids() const {
+  const auto known = sequence->token_ids().subspan(sequence->num_computed()).first(num_tokens - proposal.size());
+  std::vector<int32_t> ids(known.begin(), known.end());
+  ids.insert(ids.end(), proposal.begin(), proposal.end());
+  return ids;
+}
+
 void Scheduler::add(std::unique_ptr<Sequence> sequence) { insert(waiting_, std::move(sequence)); }
 
 std::vector<ScheduledChunk> Scheduler::schedule() {
@@ -28,6 +35,19 @@ std::vector<ScheduledChunk> Scheduler::schedule() {
   }
   COTERIE_CHECK(!chunks_.empty() || empty(), "nothing fits into a step");
   return chunks_;
+}
+
+void Scheduler::add_proposal(ScheduledChunk& chunk, std::span<const int32_t> guesses) {
+  Sequence& sequence = *chunk.sequence;
+  auto n = std::min<int64_t>(static_cast<int64_t>(guesses.size()), budget_);
+  const int64_t spare = cache_.num_free() - num_promised_blocks();
+  while (n > 0 && sequence.num_missing_blocks(chunk.num_tokens + n) > spare) --n;
+  if (n <= 0) return;
+  chunk.proposal.assign(guesses.begin(), guesses.begin() + n);
+  chunk.num_tokens += n;
+  chunk.num_logits += n;
+  sequence.reserve(chunk.num_tokens);
+  budget_ -= n;
 }
 
 // One token each. Returns who got no block: none behind it may take one first.
@@ -99,7 +119,7 @@ bool Scheduler::preempt_behind(const Sequence& sequence, bool same_priority) {
 
 void Scheduler::add_chunk(Sequence& sequence, int64_t num_tokens) {
   sequence.reserve(num_tokens);
-  chunks_.push_back({&sequence, num_tokens, num_tokens == sequence.num_pending() ? 1 : 0});
+  chunks_.push_back({&sequence, num_tokens, num_tokens == sequence.num_pending() ? 1 : 0, {}});
   budget_ -= num_tokens;
 }
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -22,11 +23,15 @@ struct SchedulerLimits {
   int64_t max_num_batched_tokens = 0;
 };
 
-// The next num_tokens tokens of a sequence. Logits are wanted behind the last num_logits of them.
+// The next num_tokens tokens of a sequence; the last of them may be guesses of tokens that it doesn't have yet. Logits
+// are wanted behind the last num_logits of them.
 struct ScheduledChunk {
   Sequence* sequence = nullptr;
   int64_t num_tokens = 0;
   int64_t num_logits = 0;
+  std::vector<int32_t> proposal;  // the guesses
+
+  std::vector<int32_t> token_ids() const;
 };
 
 class Scheduler {
@@ -37,6 +42,10 @@ class Scheduler {
 
   // The blocks that the chunks need are reserved. It may be called again where a step came to nothing.
   std::vector<ScheduledChunk> schedule();
+
+  // Adds guesses to a chunk of the last schedule() that decodes: those for which the step's budget has tokens left and
+  // the cache blocks that nobody else counts on.
+  void add_proposal(ScheduledChunk& chunk, std::span<const int32_t> guesses);
 
   void remove(RequestId id, std::optional<int64_t> index);  // the request's completions, or one of them
   void remove_finished();

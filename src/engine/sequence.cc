@@ -33,12 +33,18 @@ void Sequence::adopt_cached_blocks() {
   }
 }
 
+int64_t Sequence::num_left() const {
+  return std::min(sampling().max_new_tokens - static_cast<int64_t>(output().size()),
+                  shared_->max_model_len - num_tokens());
+}
+
 int64_t Sequence::num_missing_blocks(int64_t num_tokens) const {
-  return KvCache::blocks_for(num_computed_ + num_tokens) - blocks_.num_blocks();
+  return std::max<int64_t>(KvCache::blocks_for(num_computed_ + num_tokens) - blocks_.num_blocks(), 0);
 }
 
 void Sequence::computed(int64_t num_tokens) {
   num_computed_ += num_tokens;
+  blocks_.trim(num_computed_);
   for (; (num_published_ + 1) * KvCache::kBlockSize <= num_computed_; ++num_published_) {
     const auto tokens = token_ids().subspan(num_published_ * KvCache::kBlockSize).first<KvCache::kBlockSize>();
     prefix_ = cache_.publish(prefix_, tokens, blocks_.block(num_published_));
@@ -59,8 +65,7 @@ void Sequence::append(int32_t token_id) {
   if (!first_token_) first_token_ = last_token_;
   if (std::ranges::find(end_token_ids(), token_id) != end_token_ids().end()) {
     finished_ = FinishReason::kStop;
-  } else if (static_cast<int64_t>(output().size()) >= sampling().max_new_tokens ||
-             num_tokens() >= shared_->max_model_len) {
+  } else if (num_left() <= 0) {
     finished_ = FinishReason::kLength;
   }
 }

@@ -46,6 +46,7 @@ class Sequence {
   int64_t num_computed() const { return num_computed_; }
   int64_t num_pending() const { return num_tokens() - num_computed_; }  // to be computed before the next choice
   int64_t num_cached_tokens() const { return num_cached_tokens_; }
+  int64_t num_left() const;  // tokens that may still be appended
 
   // May its end tokens be chosen next?
   bool may_end() const { return static_cast<int64_t>(output().size()) >= sampling().min_tokens; }
@@ -55,7 +56,7 @@ class Sequence {
   void adopt_cached_blocks();
   void reserve(int64_t num_tokens) { blocks_.reserve(num_computed_ + num_tokens); }
   int64_t num_missing_blocks(int64_t num_tokens) const;  // of reserve(num_tokens)
-  // So many more tokens are in the cache; publishes the blocks that are full now.
+  // So many more of the tokens are in the cache; publishes the blocks that are full now, and gives back those behind.
   void computed(int64_t num_tokens);
   void drop_blocks();  // everything is pending again
 

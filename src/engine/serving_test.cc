@@ -152,6 +152,112 @@ TEST_F(ServingTest, RandomRequestsEqualSingleOnesWhateverTheAttention) {
   }
 }
 
+// The draft model is the model itself, slightly off, so that it is right often and wrong often.
+TEST_F(ServingTest, SpeculationChangesNothing) {
+  const std::filesystem::path draft = directory() / "draft";
+  std::mt19937 random(3);
+  for (const ModelConfig& config : {small_config(), windowed_config(), latent_config()}) {
+    write_random_model(directory(), config);
+    write_random_model(draft, config, 0.45f);
+    for (const EngineOptions& speculating :
+         {EngineOptions{.max_num_seqs = 8,
+                        .max_num_batched_tokens = 60,
+                        .num_kv_blocks = 12,
+                        .speculation = "prompt_lookup",
+                        .prompt_lookup_min = 1,
+                        .adaptive_speculation = false},
+          EngineOptions{.kv_cache_dtype = "int8", .num_kv_blocks = 14, .speculation = "prompt_lookup"},
+          EngineOptions{.max_num_seqs = 8,
+                        .max_num_batched_tokens = 60,
+                        .kv_cache_dtype = "int8",
+                        .num_kv_blocks = 12,
+                        .speculation = "draft",
+                        .draft_model = draft.string(),
+                        .max_speculated_tokens = 4,
+                        .adaptive_speculation = false},
+          EngineOptions{.num_kv_blocks = 12, .speculation = "draft", .draft_model = draft.string()}}) {
+      SCOPED_TRACE(speculating.speculation);
+      const auto alone =
+          load({.threads = 1, .kv_cache_dtype = speculating.kv_cache_dtype, .enable_prefix_caching = false});
+      const auto engine = load(speculating);
+      expect_random_requests_equal_single_ones(*alone, *engine, random);
+      const EngineStats stats = engine->stats();
+      EXPECT_GT(stats.num_preemptions, 5);
+      if (!speculating.adaptive_speculation) {
+        EXPECT_GT(stats.num_accepted_tokens, 100);
+        EXPECT_GT(stats.num_speculated_tokens, stats.num_accepted_tokens + 100);
+      }
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST_F(ServingTest, SpeculationChangesNothingWhateverTheWeights) {
+  for (const char* dtype : {"bf16", "int8", "int4"}) {
+    SCOPED_TRACE(dtype);
+    const auto alone = load({.dtype = dtype});
+    const auto engine =
+        load({.dtype = dtype, .speculation = "prompt_lookup", .prompt_lookup_min = 1, .adaptive_speculation = false});
+    for (int32_t i = 0; i < 20; ++i) {
+      const Request request = {tokens(10 + i, i), {.max_new_tokens = 60, .temperature = 0.3f * (i % 3)}};
+      EXPECT_EQ(completions(engine->generate(request)), completions(alone->generate(request)));
+    }
+    EXPECT_GT(engine->stats().num_accepted_tokens, 20);
+  }
+}
+
+// A draft model that is the model itself is always right: a step gives all it can.
+TEST_F(ServingTest, RightGuessesSaveSteps) {
+  const auto alone = load({});
+  const auto engine = load({.speculation = "draft",
+                            .draft_model = directory().string(),
+                            .max_speculated_tokens = 3,
+                            .adaptive_speculation = false});
+  for (const float temperature : {0.0f, 1.0f}) {
+    const Request request = {tokens(30), {.max_new_tokens = 21, .temperature = temperature, .logprobs = 2}};
+    std::vector<size_t> gains;
+    const RequestOutput output = engine->generate(request, [&](const StepOutput& step) {
+      gains.push_back(step.new_token_ids.size());
+      EXPECT_EQ(step.logprobs.size(), step.new_token_ids.size());
+      return true;
+    });
+    EXPECT_EQ(gains, (std::vector<size_t>{1, 4, 4, 4, 4, 4}));
+    const RequestOutput expected = alone->generate(request);
+    ASSERT_EQ(completions(output), completions(expected));
+    for (size_t i = 0; i < 21; ++i) {
+      EXPECT_EQ(output.completions[0].logprobs[i].chosen.logprob, expected.completions[0].logprobs[i].chosen.logprob);
+      EXPECT_EQ(output.completions[0].logprobs[i].rank, expected.completions[0].logprobs[i].rank);
+    }
+  }
+  EXPECT_EQ(engine->stats().num_speculated_tokens, 30);
+  EXPECT_EQ(engine->stats().num_accepted_tokens, 30);
+}
+
+TEST_F(ServingTest, MaskedRequestsGoWithoutSpeculation) {
+  const auto engine = load({.speculation = "draft", .draft_model = directory().string()});
+  Request request = {tokens(10), {.max_new_tokens = 20}};
+  request.token_mask = [](int64_t, std::span<const int32_t>, std::span<uint32_t> allowed) {
+    std::ranges::fill(allowed, 0x55555555u);
+  };
+  EXPECT_EQ(completions(engine->generate(request)), completions(load({})->generate(request)));
+  EXPECT_EQ(engine->stats().num_speculated_tokens, 0);
+}
+
+TEST_F(ServingTest, RefusesSpeculationThatCannotBe) {
+  const auto refusal = [&](const EngineOptions& options) { return invalid_message([&] { load(options); }, ""); };
+  EXPECT_EQ(refusal({.speculation = "on"}), "speculation: 'on' is not one of off, prompt_lookup, draft");
+  EXPECT_EQ(refusal({.speculation = "draft"}), "draft_model: speculation 'draft' needs one");
+  EXPECT_EQ(refusal({.draft_model = "x"}), "draft_model: only speculation 'draft' uses one");
+  EXPECT_EQ(refusal({.max_speculated_tokens = 0}), "max_speculated_tokens: 0 is below 1");
+  EXPECT_EQ(refusal({.prompt_lookup_min = 5}), "prompt_lookup_max: 4 is below 5");
+  ModelConfig other = small_config();
+  other.vocab_size = 60;
+  const std::string draft = (directory() / "draft").string();
+  write_random_model(draft, other);
+  EXPECT_EQ(refusal({.speculation = "draft", .draft_model = draft}),
+            "draft_model: " + draft + ": its vocabulary has 60 tokens, the model's 61");
+}
+
 TEST_F(ServingTest, CompletionsOfAPromptShareItAndDiffer) {
   const auto engine = load({});
   const Request request = {tokens(40), {.n = 4, .max_new_tokens = 12, .temperature = 1.0f, .seed = 5}};

@@ -64,6 +64,27 @@ WeightTypes types_of(const EngineOptions& options, const StoredModel& model) {
                       wanted(options.head_dtype, stored.head));
 }
 
+SpeculationKind speculation_kind(const std::string& name) {
+  if (name == "off") return SpeculationKind::kOff;
+  if (name == "prompt_lookup") return SpeculationKind::kPromptLookup;
+  if (name == "draft") return SpeculationKind::kDraft;
+  throw InvalidArgument("speculation: '" + name + "' is not one of off, prompt_lookup, draft");
+}
+
+SpeculationSettings speculation_settings(const EngineOptions& options) {
+  SpeculationSettings settings;
+  settings.kind = speculation_kind(options.speculation);
+  if ((settings.kind == SpeculationKind::kDraft) == options.draft_model.empty()) {
+    throw InvalidArgument(options.draft_model.empty() ? "draft_model: speculation 'draft' needs one"
+                                                      : "draft_model: only speculation 'draft' uses one");
+  }
+  settings.max_tokens = at_least("max_speculated_tokens", options.max_speculated_tokens, 1);
+  settings.lookup_min = at_least("prompt_lookup_min", options.prompt_lookup_min, 1);
+  settings.lookup_max = at_least("prompt_lookup_max", options.prompt_lookup_max, options.prompt_lookup_min);
+  settings.adaptive = options.adaptive_speculation;
+  return settings;
+}
+
 }  // namespace
 
 LoadFormat load_format(const std::string& name) {
@@ -86,6 +107,7 @@ EngineSettings engine_settings(const EngineOptions& options, const StoredModel& 
       std::min(at_least("max_num_seqs", options.max_num_seqs, 1), options.max_num_batched_tokens);
   settings.num_kv_blocks = kv_blocks(options, settings, config);
   settings.enable_prefix_caching = options.enable_prefix_caching;
+  settings.speculation = speculation_settings(options);
   return settings;
 }
 

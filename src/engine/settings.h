@@ -17,6 +17,15 @@
 
 namespace coterie {
 
+enum class SpeculationKind { kOff, kPromptLookup, kDraft };
+
+struct SpeculationSettings {
+  SpeculationKind kind = SpeculationKind::kOff;
+  int64_t max_tokens = 0;
+  int64_t lookup_min = 0, lookup_max = 0;
+  bool adaptive = true;
+};
+
 struct EngineSettings {
   WeightTypes types;
   DType kv_cache_dtype = DType::kF32;
@@ -25,6 +34,7 @@ struct EngineSettings {
   int64_t num_kv_blocks = 0;
   bool enable_prefix_caching = true;
   SchedulerLimits limits;
+  SpeculationSettings speculation;
 };
 
 // InvalidArgument names the option.
