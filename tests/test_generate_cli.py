@@ -86,6 +86,23 @@ def test_bad_arguments_are_one_line(smollm2: Path, arguments: list[str], message
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_guessing_ahead_changes_no_text(smollm2: Path, tmp_path: Path) -> None:
+    prompt = ("--prompt", "one two three one two three one", "--max-new-tokens", 12)
+    plain = run("generate", smollm2, *prompt)
+    assert plain.stdout
+    assert run("generate", smollm2, *prompt, "--speculation", "prompt_lookup").stdout == plain.stdout
+    drafted = run("generate", smollm2, *prompt, "--speculation", "draft", "--draft-model", smollm2)
+    assert drafted.stdout == plain.stdout
+    chat = ("chat", smollm2, "--max-new-tokens", 8, "--seed", 1)
+    assert run(*chat, "--speculation", "prompt_lookup", stdin="Hi\n").stdout == run(*chat, stdin="Hi\n").stdout
+    refused = run("generate", smollm2, *prompt, "--speculation", "draft")
+    assert refused.returncode == 2
+    assert refused.stderr.strip().endswith("draft_model: speculation 'draft' needs one")
+    missing = run("chat", smollm2, "--speculation", "draft", "--draft-model", tmp_path / "none")
+    assert missing.returncode == 2
+    assert f"{tmp_path / 'none'}: no such file or directory" in missing.stderr
+
+
 def test_a_chat_remembers_until_reset(smollm2: Path, llm: LLM) -> None:
     settings = ("--temperature", 0, "--max-new-tokens", 12, "--system", "Be brief.", "--dtype", "fp32")
     script = "My name is Bob.\n\nWhat is my name?\n/help\n/reset\n/nonsense\nWhat is my name?\n/exit\nnever read\n"

@@ -51,6 +51,23 @@ def test_together_as_alone(llm: LLM, alone: list) -> None:
         assert output.prefill_seconds > 0
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("speculation", ["prompt_lookup", "draft"])
+def test_guessed_ahead_as_one_by_one(smollm2: Path, alone: list, speculation: str, adaptive: bool) -> None:
+    llm = LLM(
+        smollm2,
+        max_model_len=512,
+        speculation=speculation,
+        draft_model=smollm2 if speculation == "draft" else None,
+        prompt_lookup_min=1,
+        adaptive_speculation=adaptive,
+    )
+    assert texts(llm.generate(PROMPTS, PARAMS)) == texts(alone)
+    single = [llm.generate(prompt, params)[0] for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+    assert texts(single) == texts(alone)
+    assert adaptive or llm.stats["num_accepted_tokens"] > 0
+
+
 def test_streams_add_up(llm: LLM, alone: list) -> None:
     pieces: dict[tuple[int, int], str] = {}
     for prompt, delta in llm.stream(PROMPTS, PARAMS):

@@ -115,7 +115,7 @@ using RequestId = uint64_t;
 struct StepOutput {
   RequestId request_id = 0;
   int64_t index = 0;                              // of the completion, in [0, n)
-  std::vector<int32_t> new_token_ids;             // an end token included
+  std::vector<int32_t> new_token_ids;             // several where guesses came true; an end token included
   std::vector<PositionLogprobs> logprobs;         // one for each new token, when asked for
   std::vector<PositionLogprobs> prompt_logprobs;  // with the first output of completion 0, when asked for
   std::optional<FinishReason> finish_reason;      // set once, in the completion's last output

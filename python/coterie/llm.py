@@ -52,17 +52,36 @@ class LLM:
         0 is as many as the process may use.
     max_model_len
         Tokens of prompt and continuation together; 0 is the model's own limit.
+    speculation
+        How tokens are guessed ahead: "off", "prompt_lookup" (what followed earlier in the text) or "draft" (what
+        draft_model says). Texts stay the same; it is a matter of speed.
+    draft_model
+        For speculation "draft": a smaller model of the same vocabulary.
     engine_options
         attention_dtype, head_dtype, weight_cache, mmap, load_format, max_num_seqs, max_num_batched_tokens,
-        kv_cache_dtype, num_kv_blocks, kv_cache_bytes and enable_prefix_caching, as include/coterie/engine.h has them.
+        kv_cache_dtype, num_kv_blocks, kv_cache_bytes, enable_prefix_caching,
+        max_speculated_tokens, prompt_lookup_min, prompt_lookup_max and adaptive_speculation, as include/coterie/engine.h has them.
     """
 
     def __init__(
-        self, model: str | Path, dtype: str = "auto", threads: int = 0, max_model_len: int = 0, **engine_options: Any
+        self,
+        model: str | Path,
+        dtype: str = "auto",
+        threads: int = 0,
+        max_model_len: int = 0,
+        speculation: str = "off",
+        draft_model: str | Path | None = None,
+        **engine_options: Any,
     ) -> None:
         self.path = resolve_model(model)
         self._engine = _engine.Engine(
-            str(self.path), dtype=dtype, threads=threads, max_model_len=max_model_len, **engine_options
+            str(self.path),
+            dtype=dtype,
+            threads=threads,
+            max_model_len=max_model_len,
+            speculation=speculation,
+            draft_model="" if draft_model is None else str(resolve_model(draft_model)),
+            **engine_options,
         )
         end = self.config.get("eos_token_id")
         self.requests = TextRequests(
@@ -86,7 +105,8 @@ class LLM:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Completions that run and wait, blocks of the KV cache and how many are free, preemptions so far."""
+        """Completions that run and wait, blocks of the KV cache and how many are free; preemptions so far, and tokens
+        that were guessed ahead and that came true."""
         return self._engine.stats()
 
     def generate(

@@ -127,8 +127,13 @@ class _RunningRequest:
     def take(self, step: _engine.StepOutput) -> CompletionDelta:
         """Add what a step gave to one of the completions."""
         completion, text = self.output.outputs[step.index], self._texts[step.index]
-        new_token_ids = step.new_token_ids
-        pieces = [text.step(token_id) for token_id in new_token_ids]
+        pieces = []
+        new_token_ids = []
+        for token_id in step.new_token_ids:
+            pieces.append(text.step(token_id))
+            new_token_ids.append(token_id)
+            if text.stopped is not None:  # what came with the same step is not there
+                break
         completion.token_ids.extend(new_token_ids)
         if text.stopped is not None:
             completion.finish_reason, completion.stop_reason = "stop", text.stopped
@@ -137,7 +142,7 @@ class _RunningRequest:
             self._finish(completion, step.finish_reason)
         completion.text += (new_text := "".join(pieces))
         if self._params.logprobs is not None:
-            completion.logprobs = (completion.logprobs or []) + self._logprobs(step.logprobs)
+            completion.logprobs = (completion.logprobs or []) + self._logprobs(step.logprobs[: len(new_token_ids)])
         self._take_facts(step)
         return CompletionDelta(step.index, new_text, new_token_ids, completion.finish_reason, self.output)
 

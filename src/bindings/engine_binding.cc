@@ -38,7 +38,10 @@ std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& 
                                     const std::string& kv_cache_dtype, int64_t num_kv_blocks, int64_t kv_cache_bytes,
                                     bool enable_prefix_caching, const std::string& attention_dtype,
                                     const std::string& head_dtype, bool weight_cache, bool mmap,
-                                    const std::string& load_format, int64_t expert_cache_bytes) {
+                                    const std::string& load_format, int64_t expert_cache_bytes,
+                                    const std::string& speculation, const std::string& draft_model,
+                                    int64_t max_speculated_tokens, int64_t prompt_lookup_min, int64_t prompt_lookup_max,
+                                    bool adaptive_speculation) {
   nb::gil_scoped_release release;
   return Engine::load(path, {.dtype = dtype,
                              .attention_dtype = attention_dtype,
@@ -54,7 +57,13 @@ std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& 
                              .num_kv_blocks = num_kv_blocks,
                              .kv_cache_bytes = kv_cache_bytes,
                              .enable_prefix_caching = enable_prefix_caching,
-                             .load_format = load_format});
+                             .load_format = load_format,
+                             .speculation = speculation,
+                             .draft_model = draft_model,
+                             .max_speculated_tokens = max_speculated_tokens,
+                             .prompt_lookup_min = prompt_lookup_min,
+                             .prompt_lookup_max = prompt_lookup_max,
+                             .adaptive_speculation = adaptive_speculation});
 }
 
 // function(index, generated, allowed) with views that live as long as the call. The engine lets go of a mask on
@@ -117,6 +126,8 @@ nb::dict stats(const Engine& engine) {
   result["experts_held"] = stats.experts_held;
   result["expert_uses"] = stats.expert_uses;
   result["expert_hits"] = stats.expert_hits;
+  result["num_speculated_tokens"] = stats.num_speculated_tokens;
+  result["num_accepted_tokens"] = stats.num_accepted_tokens;
   return result;
 }
 
@@ -179,7 +190,11 @@ void bind_engine(nb::module_& m) {
            "num_kv_blocks"_a = defaults.num_kv_blocks, "kv_cache_bytes"_a = defaults.kv_cache_bytes,
            "enable_prefix_caching"_a = defaults.enable_prefix_caching, "attention_dtype"_a = defaults.attention_dtype,
            "head_dtype"_a = defaults.head_dtype, "weight_cache"_a = defaults.weight_cache, "mmap"_a = defaults.mmap,
-           "load_format"_a = defaults.load_format, "expert_cache_bytes"_a = defaults.expert_cache_bytes)
+           "load_format"_a = defaults.load_format, "expert_cache_bytes"_a = defaults.expert_cache_bytes,
+           "speculation"_a = defaults.speculation, "draft_model"_a = defaults.draft_model,
+           "max_speculated_tokens"_a = defaults.max_speculated_tokens,
+           "prompt_lookup_min"_a = defaults.prompt_lookup_min, "prompt_lookup_max"_a = defaults.prompt_lookup_max,
+           "adaptive_speculation"_a = defaults.adaptive_speculation)
       .def("add_request", &add_request, "token_ids"_a, "sampling"_a, "priority"_a = 0, "token_mask"_a = nb::none())
       .def("abort", &Engine::abort, "request_id"_a, "index"_a = nb::none(), no_gil)
       .def("step", &Engine::step, no_gil)

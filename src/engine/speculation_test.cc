@@ -187,5 +187,66 @@ TEST(ChooseDepths, GivesTheMostTokensPerSecond) {
   }
 }
 
+// One completion whose text is given, token by token, in steps of a speculator.
+class SpeculatorTest : public ::testing::Test {
+ protected:
+  SpeculatorTest() {
+    shared_->id = 1;
+    for (int32_t i = 0; i < 32; ++i) shared_->request.prompt_token_ids.push_back(i % 8);
+    shared_->request.sampling.max_new_tokens = 500;
+    shared_->max_model_len = 1000;
+    auto sequence = std::make_unique<Sequence>(shared_, 0, cache_);
+    sequence_ = sequence.get();
+    scheduler_.add(std::move(sequence));
+  }
+
+  // A step; how many guesses it computed. next(position) is the token that is chosen.
+  template <typename Next>
+  int64_t step(const Next& next) {
+    std::vector<ScheduledChunk> chunks = scheduler_.schedule();
+    speculator_.propose(chunks, scheduler_);
+    const std::vector<int32_t>& proposal = chunks.at(0).proposal;
+    size_t right = 0;
+    for (;; ++right) {
+      sequence_->append(next(sequence_->num_tokens()));
+      if (right == proposal.size() || proposal[right] != sequence_->token_ids().back()) break;
+    }
+    sequence_->computed(chunks[0].num_tokens - static_cast<int64_t>(proposal.size() - right));
+    EXPECT_EQ(sequence_->num_pending(), 1);
+    return static_cast<int64_t>(proposal.size());
+  }
+
+  KvCache cache_{small_config(), DType::kF32, 100};
+  Scheduler scheduler_{cache_, {8, 64}};
+  std::shared_ptr<SharedRequest> shared_ = std::make_shared<SharedRequest>();
+  Sequence* sequence_ = nullptr;
+  Speculator speculator_{{SpeculationKind::kPromptLookup, 4, 1, 4, true}, cost_of(64, 8), nullptr};
+};
+
+TEST_F(SpeculatorTest, StopsWhereNothingComesTrueAndBeginsAgainWhereItDoes) {
+  const auto repeating = [](int64_t position) { return static_cast<int32_t>(position % 8); };
+  std::mt19937 random(1);
+  const auto surprising = [&](int64_t) { return static_cast<int32_t>(random() % 8); };
+  EXPECT_EQ(step(repeating), 0) << "the prompt";
+  for (int i = 0; i < 6; ++i) step(repeating);
+  EXPECT_EQ(step(repeating), 4);
+  int64_t guesses = 0;
+  for (int i = 0; i < 10; ++i) step(surprising);
+  for (int i = 0; i < 40; ++i) guesses += step(surprising);
+  EXPECT_LE(guesses, 4);
+  for (int i = 0; i < 20; ++i) step(repeating);
+  EXPECT_EQ(step(repeating), 4);
+}
+
+TEST_F(SpeculatorTest, GuessesNeverPassTheEnd) {
+  shared_->request.sampling.max_new_tokens = 40;
+  const auto repeating = [](int64_t position) { return static_cast<int32_t>(position % 8); };
+  while (!sequence_->finished()) {
+    const int64_t left = sequence_->num_left();
+    EXPECT_LT(step(repeating), left);
+  }
+  EXPECT_EQ(sequence_->output().size(), 40u);
+}
+
 }  // namespace
 }  // namespace coterie

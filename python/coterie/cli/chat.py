@@ -38,6 +38,8 @@ def chat(
     kv_cache_dtype: options.KvCacheDType = "auto",
     threads: options.Threads = 0,
     max_model_len: options.MaxModelLen = 0,
+    speculation: options.Speculation = "off",
+    draft_model: options.DraftModel = None,
 ) -> None:
     """Talk with a model. Answers go to stdout as they grow, the rest to stderr; without a terminal, each line of
     stdin is a message."""
@@ -67,6 +69,8 @@ def chat(
         max_model_len=max_model_len,
         kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=1,
+        speculation=speculation,
+        draft_model=draft_model,
     )
     llm.chat_prompts([{"role": "user", "content": "x"}])  # a model without a chat template is refused at once
     Conversation(llm, params, system).run()

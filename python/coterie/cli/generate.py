@@ -62,6 +62,8 @@ def generate(
     kv_cache_dtype: options.KvCacheDType = "auto",
     threads: options.Threads = 0,
     max_model_len: options.MaxModelLen = 0,
+    speculation: options.Speculation = "off",
+    draft_model: options.DraftModel = None,
     max_num_seqs: Annotated[int, typer.Option(help="Texts that run at once; others wait.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens that run through the model at once.")] = 2048,
     as_json: JsonOption = False,
@@ -102,6 +104,8 @@ def generate(
         kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        speculation=speculation,
+        draft_model=draft_model,
     )
     single = len(texts) == 1 and n == 1
     on_text = _print_piece if single and not as_json else None

@@ -37,6 +37,10 @@ KvCacheDType = Annotated[
     str, typer.Option(help="Of the KV cache: auto (bf16, with fp32 weights fp32), fp32, bf16 or int8.")
 ]
 Threads = Annotated[int, typer.Option(help="0: as many as the process may use.")]
+Speculation = Annotated[
+    str, typer.Option(help="Guess tokens ahead: off, prompt_lookup (from the text so far) or draft (by --draft-model).")
+]
+DraftModel = Annotated[Path | None, typer.Option(help="A smaller model with the same vocabulary.", show_default=False)]
 MaxModelLen = Annotated[int, typer.Option(help="Tokens of prompt and text together; 0: the model's own limit.")]
 
 
