@@ -68,6 +68,18 @@ def test_guessed_ahead_as_one_by_one(smollm2: Path, alone: list, speculation: st
     assert adaptive or llm.stats["num_accepted_tokens"] > 0
 
 
+def test_what_follows_a_stop_string_in_a_step_is_not_there(smollm2: Path, llm: LLM) -> None:
+    guessing = LLM(
+        smollm2, max_model_len=512, speculation="draft", draft_model=smollm2, adaptive_speculation=False
+    )  # always right: seven tokens a step
+    prompt = PROMPTS[2]
+    for stop in llm.generate(prompt, SamplingParams(max_tokens=12))[0].outputs[0].text.split():
+        params = SamplingParams(max_tokens=12, stop=[stop], logprobs=0)
+        one, several = (engine.generate(prompt, params) for engine in (llm, guessing))
+        assert texts(several) == texts(one)
+        assert len(several[0].outputs[0].logprobs) == len(several[0].outputs[0].token_ids)
+
+
 def test_streams_add_up(llm: LLM, alone: list) -> None:
     pieces: dict[tuple[int, int], str] = {}
     for prompt, delta in llm.stream(PROMPTS, PARAMS):
