@@ -233,8 +233,41 @@ TEST_F(ServingTest, RightGuessesSaveSteps) {
   EXPECT_EQ(engine->stats().num_accepted_tokens, 30);
 }
 
+// Also behind guesses that were wrong, which it has seen.
+TEST_F(ServingTest, TheDraftModelGuessesWhatItSaysAlone) {
+  const std::string draft_path = (directory() / "draft").string();
+  write_random_model(draft_path, small_config(), 0.45f);
+  const auto draft = Engine::load(draft_path);
+  const auto engine = load(
+      {.speculation = "draft", .draft_model = draft_path, .max_speculated_tokens = 3, .adaptive_speculation = false});
+  int64_t guessed = 0, accepted = 0;
+  for (const int64_t length : {5, 40}) {
+    std::vector<int32_t> text = tokens(length);
+    const std::vector<int32_t> output = engine->generate({text, {.max_new_tokens = 50}}).completions[0].token_ids;
+    text.push_back(output[0]);
+    for (size_t position = 1; position < output.size(); ++position) {
+      const auto left = static_cast<int64_t>(output.size() - position);
+      const int64_t depth = std::min<int64_t>(3, left - 1);
+      std::vector<int32_t> guess;
+      if (depth > 0) guess = draft->generate({text, {.max_new_tokens = depth}}).completions[0].token_ids;
+      guessed += depth;
+      for (const int32_t token : guess) {
+        if (token != output[position]) break;
+        text.push_back(output[position++]);
+        ++accepted;
+      }
+      text.push_back(output[position]);
+    }
+  }
+  EXPECT_EQ(engine->stats().num_speculated_tokens, guessed);
+  EXPECT_EQ(engine->stats().num_accepted_tokens, accepted);
+  EXPECT_GT(accepted, 10);
+  EXPECT_LT(accepted, guessed - 10);
+}
+
 TEST_F(ServingTest, MaskedRequestsGoWithoutSpeculation) {
-  const auto engine = load({.speculation = "draft", .draft_model = directory().string()});
+  const auto engine =
+      load({.speculation = "draft", .draft_model = directory().string(), .adaptive_speculation = false});
   Request request = {tokens(10), {.max_new_tokens = 20}};
   request.token_mask = [](int64_t, std::span<const int32_t>, std::span<uint32_t> allowed) {
     std::ranges::fill(allowed, 0x55555555u);

@@ -9,7 +9,14 @@ namespace {
 
 constexpr double kNewest = 1.0 / 8;        // weight of a completion's last guess in its acceptance
 constexpr double kNewestOfAll = 1.0 / 64;  // in that of all
-constexpr int64_t kProbeEvery = 16;        // steps: the draft model guesses a token, just to see whether it is right
+constexpr double kHopeful = 0.9;           // where even this acceptance doesn't pay, a draft model is never asked
+// After so many steps without a guess, the draft model guesses a token, just to see whether it is right.
+constexpr int64_t kProbeEvery = 16, kLaterProbes = 64;
+
+// Rarer with time.
+bool is_probe(int64_t num_idle) {
+  return num_idle == kProbeEvery || num_idle == 2 * kProbeEvery || (num_idle > 0 && num_idle % kLaterProbes == 0);
+}
 
 bool may_guess(const ScheduledChunk& chunk) {
   Sequence& sequence = *chunk.sequence;
@@ -122,12 +129,18 @@ void Speculator::set_depths(std::vector<Candidate>& candidates, const std::vecto
   }
 }
 
+bool Speculator::may_pay(const Candidate& candidate) const {
+  const Guessable hopeful = {kHopeful, candidate.most};
+  return choose_depths({&hopeful, 1}, 1, 1, cost_, &draft_->cost())[0] > 0;
+}
+
 void Speculator::draft_guesses(std::vector<Candidate>& candidates) {
   std::vector<DraftTask> tasks;
   for (Candidate& candidate : candidates) {
     State& state = *candidate.state;
     int64_t depth = candidate.depth;
-    if (depth == 0 && candidate.most > 0 && ++state.num_idle % kProbeEvery == 0) depth = 1;
+    state.num_idle = depth > 0 ? 0 : state.num_idle + 1;
+    if (is_probe(state.num_idle) && may_pay(candidate)) depth = 1;
     if (depth == 0) continue;
     if (!state.draft) state.draft = draft_->begin();
     tasks.push_back({candidate.chunk->sequence, state.draft.get(), depth, &state.guess});

@@ -59,6 +59,7 @@ class Speculator {
   std::vector<Candidate> candidates_of(std::vector<ScheduledChunk>& chunks);
   void learn(State& state, const Sequence& sequence);
   void look_up_guesses(std::vector<Candidate>& candidates) const;
+  bool may_pay(const Candidate& candidate) const;
   void draft_guesses(std::vector<Candidate>& candidates);
   void set_depths(std::vector<Candidate>& candidates, const std::vector<ScheduledChunk>& chunks) const;
 

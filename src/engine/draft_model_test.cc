@@ -1,0 +1,54 @@
+#include "engine/draft_model.h"
+
+#include <gtest/gtest.h>
+
+#include "io/test_files.h"
+#include "model/test_model.h"
+
+namespace coterie {
+namespace {
+
+// What it has seen of texts that went on otherwise makes no difference.
+TEST_F(TemporaryDirectoryTest, DraftModelGuessesAsIfItSawATextForTheFirstTime) {
+  write_random_model(directory(), small_config());
+  NativeThreadPool pool(1);
+  const EngineOptions options = {.num_kv_blocks = 12, .speculation = "draft", .draft_model = directory().string()};
+  const EngineSettings settings = engine_settings(options, small_config());
+  DraftModel model(options, settings, 61, pool);
+  KvCache cache(small_config(), DType::kF32, 12);
+  const auto shared = std::make_shared<SharedRequest>();
+  for (int32_t i = 0; i < 40; ++i) shared->request.prompt_token_ids.push_back((i * i + 3) % 61);
+  shared->request.sampling.max_new_tokens = 50;
+  shared->max_model_len = 96;
+  Sequence sequence(shared, 0, cache);
+
+  const auto draft = model.begin();
+  for (int32_t step = 0; step < 8; ++step) {
+    std::vector<int32_t> guess, expected;
+    const auto fresh = model.begin();
+    model.guess(std::vector<DraftTask>{{&sequence, draft.get(), 4, &guess}, {&sequence, fresh.get(), 4, &expected}});
+    ASSERT_EQ(guess.size(), 4u);
+    EXPECT_EQ(guess, expected) << step;
+    sequence.append(guess[0]);
+    for (int32_t i = 0; i < 4; ++i) sequence.append((guess[1] + 1 + i) % 61);  // the second one was wrong
+  }
+}
+
+TEST_F(TemporaryDirectoryTest, DraftModelGuessesNothingWithoutRoom) {
+  write_random_model(directory(), small_config());
+  NativeThreadPool pool(1);
+  const EngineOptions options = {.num_kv_blocks = 3, .speculation = "draft", .draft_model = directory().string()};
+  DraftModel model(options, engine_settings(options, small_config()), 61, pool);
+  KvCache cache(small_config(), DType::kF32, 6);
+  const auto shared = std::make_shared<SharedRequest>();
+  shared->request.prompt_token_ids.assign(30, 5);
+  Sequence one(shared, 0, cache), two(shared, 1, cache);
+  const auto first = model.begin(), second = model.begin();
+  std::vector<int32_t> guess_one, guess_two;
+  model.guess(std::vector<DraftTask>{{&one, first.get(), 3, &guess_one}, {&two, second.get(), 3, &guess_two}});
+  EXPECT_EQ(guess_one.size(), 3u);  // two blocks of three
+  EXPECT_TRUE(guess_two.empty());
+}
+
+}  // namespace
+}  // namespace coterie
