@@ -43,7 +43,7 @@ void Scheduler::add_proposal(ScheduledChunk& chunk, std::span<const int32_t> gue
   if (n <= 0) return;
   const int64_t spare = cache_.num_free() - num_promised_blocks();
   while (n > 0 && sequence.num_missing_blocks(chunk.num_tokens + n) > spare) --n;
-  if (n <= 0) return;
+  if (n == 0) return;
   chunk.proposal.assign(guesses.begin(), guesses.begin() + n);
   chunk.num_tokens += n;
   chunk.num_logits += n;
