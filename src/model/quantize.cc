@@ -19,7 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr size_t kShardBytes = 1'000'000'000;
 constexpr char kEmbedding[] = "model.embed_tokens.weight", kHead[] = "lm_head.weight";
 
 std::vector<char> bytes_of(const void* data, size_t size) {
@@ -27,13 +26,13 @@ std::vector<char> bytes_of(const void* data, size_t size) {
   return {start, start + size};
 }
 
-// The files of a checkpoint, each of about kShardBytes.
+// The files of a checkpoint, each of about shard_bytes.
 class ShardWriter {
  public:
-  explicit ShardWriter(const std::string& directory) : directory_(directory) {}
+  ShardWriter(const std::string& directory, size_t shard_bytes) : directory_(directory), shard_bytes_(shard_bytes) {}
 
   void add(const std::string& name, std::vector<int64_t> shape, DType dtype, std::vector<char> bytes) {
-    if (used_ > 0 && used_ + bytes.size() > kShardBytes) write();
+    if (used_ > 0 && used_ + bytes.size() > shard_bytes_) write();
     used_ += bytes.size();
     tensors_.push_back({name, std::move(shape), dtype, std::move(bytes)});
   }
@@ -81,6 +80,7 @@ class ShardWriter {
   }
 
   fs::path directory_;
+  size_t shard_bytes_;
   std::vector<Tensor> tensors_;  // of the next file
   size_t used_ = 0, total_ = 0;
   std::vector<std::vector<std::string>> shards_;  // names of tensors
@@ -180,7 +180,7 @@ void quantize_model(const std::string& source, const std::string& out_dir, const
   const std::vector<TensorSpec> tensors = logical_tensors(config);
   int64_t done = 0, total = 0;
   for (const TensorSpec& spec : tensors) total += spec.num_elements();
-  ShardWriter out(out_dir);
+  ShardWriter out(out_dir, options.shard_bytes);
   const TensorEncoder encoder(model.tensors(), types, pool, out);
   for (const TensorSpec& spec : tensors) {
     encoder.encode(spec, tied && spec.name == kHead ? kEmbedding : spec.name);
