@@ -45,13 +45,27 @@ DraftModel::DraftModel(const EngineOptions& options, const EngineSettings& setti
       pool_(pool),
       weights_(load_weights(config_, model.tensors(), settings.types, pool,
                             engine_weight_cache(options, settings, config_, options.draft_model))),
+      weight_mover_(make_weight_mover(options, weights_)),
       decoder_(config_, weights_, pool),
       cache_(config_, settings.kv_cache_dtype, settings.num_kv_blocks, false),
-      cost_(measure_step_cost(config_, settings.types, decoder_, cache_)) {}
+      types_(settings.types),
+      cost_(config_, types_) {}
 
 int64_t DraftModel::room(const Sequence& sequence) const { return config_.max_context() - sequence.num_tokens() + 1; }
 
+bool DraftModel::measure() {
+  move_weights();
+  if (weight_mover_ || cache_.num_free() == 0) return false;
+  cost_ = measure_step_cost(config_, types_, decoder_, cache_);
+  return true;
+}
+
+void DraftModel::move_weights() {
+  if (weight_mover_ && weight_mover_->move_if_ready()) weight_mover_.reset();
+}
+
 void DraftModel::guess(std::span<const DraftTask> tasks) {
+  move_weights();
   std::vector<const DraftTask*> active;
   for (const DraftTask& task : tasks) {
     if (prepare(task)) active.push_back(&task);

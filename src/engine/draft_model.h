@@ -46,10 +46,12 @@ class DraftModel {
   // All together, token by token. Chosen with the completion's temperature and random numbers: where both models think
   // alike, the same number chooses the same token.
   void guess(std::span<const DraftTask> tasks);
-  const StepCost& cost() const { return cost_; }
+  const StepCost& cost() const { return cost_; }  // until measure(), in bytes
+  bool measure();                                 // false where the weights are not yet where they stay
 
  private:
   DraftModel(const EngineOptions& options, const EngineSettings& settings, const StoredModel& model, ThreadPool& pool);
+  void move_weights();
   bool prepare(const DraftTask& task);
   void compute(std::span<const DraftTask* const> tasks);
   void choose(std::span<const DraftTask* const> tasks, const float* hidden_TD, const Batch& batch);
@@ -57,8 +59,10 @@ class DraftModel {
   ModelConfig config_;
   ThreadPool& pool_;
   ModelWeights weights_;
+  std::unique_ptr<WeightMover> weight_mover_;  // until they are where they stay
   Decoder decoder_;
   KvCache cache_;
+  WeightTypes types_;
   StepCost cost_;
   std::vector<float> hidden_CD_, logits_CV_;
 };

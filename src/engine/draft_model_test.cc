@@ -13,7 +13,7 @@ TEST_F(TemporaryDirectoryTest, DraftModelGuessesAsIfItSawATextForTheFirstTime) {
   write_random_model(directory(), small_config());
   NativeThreadPool pool(1);
   const EngineOptions options = {.num_kv_blocks = 12, .speculation = "draft", .draft_model = directory().string()};
-  const EngineSettings settings = engine_settings(options, small_config());
+  const EngineSettings settings = engine_settings(options, StoredModel(directory().string()));
   DraftModel model(options, settings, 61, pool);
   KvCache cache(small_config(), DType::kF32, 12);
   const auto shared = std::make_shared<SharedRequest>();
@@ -38,7 +38,7 @@ TEST_F(TemporaryDirectoryTest, DraftModelGuessesNothingWithoutRoom) {
   write_random_model(directory(), small_config());
   NativeThreadPool pool(1);
   const EngineOptions options = {.num_kv_blocks = 3, .speculation = "draft", .draft_model = directory().string()};
-  DraftModel model(options, engine_settings(options, small_config()), 61, pool);
+  DraftModel model(options, engine_settings(options, StoredModel(directory().string())), 61, pool);
   KvCache cache(small_config(), DType::kF32, 6);
   const auto shared = std::make_shared<SharedRequest>();
   shared->request.prompt_token_ids.assign(30, 5);

@@ -75,7 +75,10 @@ class EngineImpl : public Engine {
     std::vector<ScheduledChunk> chunks = scheduler_.schedule();
     if (chunks.empty()) return {};
     move_weights();
-    if (speculator_) speculator_->propose(chunks, scheduler_);
+    if (speculator_) {
+      measure_cost();
+      speculator_->propose(chunks, scheduler_);
+    }
     const float* hidden_TD = run_model(chunks);
     std::vector<Continuation> continuations = continuations_of(chunks);
     choice_logits(continuations, hidden_TD);
@@ -178,8 +181,15 @@ class EngineImpl : public Engine {
     if (kind == SpeculationKind::kDraft) {
       draft = std::make_unique<DraftModel>(options, settings_, config_.vocab_size, pool_);
     }
-    const StepCost cost = measure_step_cost(config_, settings_.types, decoder_, cache_);
+    const StepCost cost(config_, settings_.types);
     return std::make_unique<Speculator>(settings_.speculation, cost, std::move(draft));
+  }
+
+  // Once, when the weights are where they stay.
+  void measure_cost() {
+    if (cost_measured_ || weight_mover_ || cache_.num_free() == 0 || !speculator_->measure_draft()) return;
+    speculator_->set_cost(measure_step_cost(config_, settings_.types, decoder_, cache_));
+    cost_measured_ = true;
   }
 
   void check_tokens(const std::string& field, const std::vector<int32_t>& ids, int64_t most) const {
@@ -387,6 +397,7 @@ class EngineImpl : public Engine {
   KvCache cache_;
   Scheduler scheduler_;
   std::unique_ptr<Speculator> speculator_;  // or null
+  bool cost_measured_ = false;
   RequestId last_id_ = 0;
   int64_t num_speculated_tokens_ = 0, num_accepted_tokens_ = 0;
   AlignedBuffer hidden_CD_, logits_CV_;  // of a step's choices; kept, since fresh memory costs more than filling it

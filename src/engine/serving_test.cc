@@ -74,7 +74,9 @@ Request random_request(std::mt19937& random) {
   return request;
 }
 
-void expect_random_requests_equal_single_ones(Engine& alone, Engine& engine, std::mt19937& random) {
+// One of cancel_every steps cancels a request.
+void expect_random_requests_equal_single_ones(Engine& alone, Engine& engine, std::mt19937& random,
+                                              int cancel_every = 40) {
   std::map<RequestId, Request> requests;
   std::map<RequestId, std::map<int64_t, std::vector<int32_t>>> texts;
   std::set<RequestId> cancelled, ended;
@@ -84,7 +86,7 @@ void expect_random_requests_equal_single_ones(Engine& alone, Engine& engine, std
       const Request request = random_request(random);
       requests[engine.add_request(request)] = request;
     }
-    if (random() % 40 == 0 && !requests.empty()) {
+    if (random() % cancel_every == 0 && !requests.empty()) {
       const RequestId id = 1 + random() % requests.size();
       if (!ended.contains(id)) engine.abort(id), cancelled.insert(id);
     }
@@ -180,7 +182,7 @@ TEST_F(ServingTest, SpeculationChangesNothing) {
       const auto alone =
           load({.threads = 1, .kv_cache_dtype = speculating.kv_cache_dtype, .enable_prefix_caching = false});
       const auto engine = load(speculating);
-      expect_random_requests_equal_single_ones(*alone, *engine, random);
+      expect_random_requests_equal_single_ones(*alone, *engine, random, 12);
       const EngineStats stats = engine->stats();
       EXPECT_GT(stats.num_preemptions, 5);
       if (!speculating.adaptive_speculation) {

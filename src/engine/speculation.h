@@ -38,6 +38,11 @@ class Speculator {
   Speculator(const SpeculationSettings& settings, const StepCost& cost, std::unique_ptr<DraftModel> draft)
       : settings_(settings), cost_(cost), draft_(std::move(draft)) {}
 
+  // False: cannot be measured yet.
+  bool measure_draft() { return !draft_ || draft_->measure(); }
+  // In seconds, where the draft model's is measured.
+  void set_cost(const StepCost& cost) { cost_ = cost; }
+
   // Adds guesses to those chunks of a step that decode.
   void propose(std::vector<ScheduledChunk>& chunks, Scheduler& scheduler);
 
