@@ -47,6 +47,16 @@ TEST_F(WeightMoverTest, WeightsAreTheSameInTheirNewPlace) {
   }
 }
 
+TEST_F(WeightMoverTest, GoesWithoutAFileWhereADirectoryStands) {
+  NativeThreadPool pool(1);
+  write_random_model(directory(), small_config());
+  const StoredModel model(directory().string());
+  const WeightCache cache = weight_cache(directory().string(), "int4");
+  std::filesystem::create_directories(std::filesystem::path(cache.path) / "inside");
+  const ModelWeights weights = load_weights(small_config(), model.tensors(), weight_types("int4"), pool, cache);
+  EXPECT_EQ(dynamic_cast<const FileStore*>(weights.store.get()), nullptr);
+}
+
 TEST_F(WeightMoverTest, LeavesNothingOfProcessesThatWereKilled) {
   NativeThreadPool pool(1);
   write_random_model(directory(), small_config());

@@ -70,6 +70,10 @@ bool write_file(const WeightCache& cache, const std::function<void(WeightStore&)
     return true;
   } catch (const ResourceExhausted& error) {
     log_info(std::string("weights: not kept: ") + error.what());
+  } catch (const fs::filesystem_error& error) {  // something else stands where the file belongs
+    log_info(std::string("weights: not kept: ") + error.what());
+    std::error_code ignored;
+    fs::remove(own, ignored);
   } catch (const InvalidArgument& error) {
     if (access(fs::path(cache.path).parent_path().c_str(), W_OK) == 0) throw;  // it was the model's fault
     log_info(std::string("weights: not kept: ") + error.what());
