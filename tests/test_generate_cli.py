@@ -123,7 +123,12 @@ def test_a_chat_remembers_until_reset(smollm2: Path, llm: LLM) -> None:
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(smollm2: Path) -> None:
     command = [sys.executable, "-m", "coterie", "chat", str(smollm2), "--max-new-tokens", "100000", "--seed", "1"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
     ) as chat:
         assert chat.stdin and chat.stdout and chat.stderr
         chat.stdin.write("Write a novel.\n")

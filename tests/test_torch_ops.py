@@ -390,7 +390,7 @@ def test_autocast_runs_in_bf16() -> None:
         ({"down_bias": torch.randn(E, D + 1)}, "down_bias has 20 entries along axis 1 instead of 19"),
         (
             {"activation": "mish"},
-            "activation: 'mish' is not one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, swish",
+            "activation: 'mish' is not one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, swish, clamped_swiglu",
         ),
         (
             {"expert_ids": torch.zeros(37, 257).long(), "weights": None},

@@ -198,8 +198,7 @@ def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settin
         if peer == "llama_cpp":
             found += _llama_cpp(model, dtype, settings)
         elif dtype in ("bf16", "fp32"):
-            variants = {"transformers": [{}], "vllm_cpu": [{}, {"zentorch": True}] if _has_zentorch() else [{}]}
-            for options in variants[peer]:
+            for options in [{}, {"zentorch": True}] if peer == "vllm_cpu" and _has_zentorch() else [{}]:
                 label = " ".join(options)
                 found.append(
                     _contestant(model, settings, peer, label, str(model.path), dtype, WEIGHT_BITS[dtype], options, None)
