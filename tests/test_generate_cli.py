@@ -104,7 +104,7 @@ def test_guessing_ahead_changes_no_text(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_a_chat_remembers_until_reset(smollm2: Path, llm: LLM) -> None:
-    settings = ("--temperature", 0, "--max-new-tokens", 12, "--system", "Be brief.", "--dtype", "fp32")
+    settings = ("--temperature", 0, "--max-new-tokens", 12, "--system", "Be brief.")
     script = "My name is Bob.\n\nWhat is my name?\n/help\n/reset\n/nonsense\nWhat is my name?\n/exit\nnever read\n"
     done = run("chat", smollm2, *settings, stdin=script)
     assert done.returncode == 0

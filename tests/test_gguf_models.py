@@ -217,7 +217,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf", FILES[name], model)
     token_ids = tiny_models.prompt(100, seed=100)
     expected = model(torch.tensor([token_ids])).logits[0].numpy()
-    actual = _engine.Engine(str(path), threads=2).logits(token_ids)
+    actual = _engine.Engine(str(path), dtype="fp32", threads=2).logits(token_ids)
     assert np.abs(actual - expected).max() < TOLERANCE * np.abs(expected).max()
 
 

@@ -68,7 +68,7 @@ def test_logits(checkpoint: tuple[PreTrainedModel, Path]) -> None:
     model, directory = checkpoint
     token_ids = tiny_models.prompt(60, seed=60)
     expected = model(torch.tensor([token_ids])).logits[0].numpy()
-    actual = _engine.Engine(str(directory)).logits(token_ids)
+    actual = _engine.Engine(str(directory), dtype="fp32").logits(token_ids)
     assert np.abs(actual - expected).max() < TOLERANCE * np.abs(expected).max()
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -30,7 +31,7 @@ def reference(smollm2: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> LLM:
-    return LLM(smollm2)
+    return LLM(smollm2, dtype="fp32")
 
 
 @pytest.mark.parametrize(
@@ -108,3 +109,8 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
         assert result.returncode == 2
         assert str(path) in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_weights_in_few_bits_become_bf16_unless_asked(smollm2: Path) -> None:
+    ids = [1, 2, 3, 4, 5]
+    assert np.array_equal(LLM(smollm2).logits(ids), LLM(smollm2, dtype="bf16").logits(ids))

@@ -25,11 +25,11 @@ namespace coterie {
 
 struct EngineOptions {
   std::string dtype = "auto";             // of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"; "auto": as
-                                          // the file has them where it has bf16 alone or was quantized, else fp32
+                                          // the file was quantized, else fp32 where most of it is, else bf16
   std::string attention_dtype = "";       // of attention's projections where it differs from dtype
   std::string head_dtype = "";            // of the head likewise
   bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)
-  bool mmap = false;                      // map that file instead of reading it: starts at once, runs slower; for
+  bool mmap = false;                      // leave the weights in that file, mapped: less memory, runs slower; for
                                           // models larger than memory, too
   int64_t expert_cache_bytes = 0;         // with mmap, memory for the experts that are chosen most; 0: a quarter of the
                                           // machine's, -1: none

@@ -46,8 +46,8 @@ class LLM:
     model
         A Hugging Face directory, a .gguf file, or a directory that holds exactly one.
     dtype
-        Of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"; "auto": as the file has them where it has bf16
-        alone or `coterie quantize` wrote it, else "fp32".
+        Of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"; "auto": as `coterie quantize` wrote them, else
+        "fp32" where most of the file's weights have 32 bits, else "bf16".
     threads
         0 is as many as the process may use.
     max_model_len

@@ -55,7 +55,7 @@ int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, 
 
 WeightTypes types_of(const EngineOptions& options, const StoredModel& model) {
   if (options.dtype != "auto") return weight_types(options.dtype, options.attention_dtype, options.head_dtype);
-  const std::string plain = model.all_bf16() ? "bf16" : "fp32";
+  const std::string plain = model.mostly_fp32() ? "fp32" : "bf16";
   const WeightTypes stored = model.quantized_types().value_or(weight_types(plain));
   const auto wanted = [](const std::string& name, PanelType otherwise) {
     return name.empty() ? std::string(panel_type_name(otherwise)) : name;

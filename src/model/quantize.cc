@@ -26,10 +26,19 @@ std::vector<char> bytes_of(const void* data, size_t size) {
   return {start, start + size};
 }
 
-// The files of a checkpoint, each of about shard_bytes.
+// What a file is called until all of them are written.
+constexpr char kPart[] = "part-";
+
+// The files of a checkpoint, each of about shard_bytes. Without commit() none is left behind.
 class ShardWriter {
  public:
   ShardWriter(const std::string& directory, size_t shard_bytes) : directory_(directory), shard_bytes_(shard_bytes) {}
+  ~ShardWriter() {
+    std::error_code ignored;
+    for (size_t i = 0; i < shards_.size(); ++i) fs::remove(directory_ / temporary(i), ignored);
+  }
+  ShardWriter(const ShardWriter&) = delete;
+  ShardWriter& operator=(const ShardWriter&) = delete;
 
   void add(const std::string& name, std::vector<int64_t> shape, DType dtype, std::vector<char> bytes) {
     if (used_ > 0 && used_ + bytes.size() > shard_bytes_) write();
@@ -59,7 +68,7 @@ class ShardWriter {
     std::vector<char> bytes;
   };
 
-  static std::string temporary(size_t shard) { return "part-" + std::to_string(shard) + ".safetensors"; }
+  static std::string temporary(size_t shard) { return kPart + std::to_string(shard) + ".safetensors"; }
   static std::string numbered(size_t number, size_t count) {
     const auto digits = [](size_t n) { return std::string(5 - std::min<size_t>(5, std::to_string(n).size()), '0'); };
     return "model-" + digits(number) + std::to_string(number) + "-of-" + digits(count) + std::to_string(count) +
@@ -148,13 +157,19 @@ WeightTypes checked_types(const QuantizeOptions& options) {
   throw InvalidArgument("dtype: '" + options.dtype + "' is not one of int8, int4, int4_64");
 }
 
+// Refuses a directory with a model in it; the parts of one that was killed in the making are in nobody's way.
 void make_directory(const fs::path& directory) {
   std::error_code error;
   fs::create_directories(directory, error);
   if (error) throw InvalidArgument(directory.string() + ": cannot be made: " + error.message());
   for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
-    if (entry.path().filename() != "config.json" && entry.path().extension() != ".safetensors") continue;
-    throw InvalidArgument(directory.string() + ": holds a model already: " + entry.path().filename().string());
+    const std::string name = entry.path().filename().string();
+    if (name != "config.json" && entry.path().extension() != ".safetensors") continue;
+    if (name.starts_with(kPart)) {
+      fs::remove(entry.path());
+      continue;
+    }
+    throw InvalidArgument(directory.string() + ": holds a model already: " + name);
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <stdexcept>
+
 #include <filesystem>
 #include <string>
 #include <utility>
@@ -42,6 +44,20 @@ TEST_F(QuantizeTest, SeveralFilesHoldWhatOneHolds) {
     EXPECT_FALSE(entry.path().filename().string().starts_with("part-")) << entry.path();
     EXPECT_LT(entry.file_size(), 16'000) << entry.path();
   }
+}
+
+TEST_F(QuantizeTest, LeavesNothingWhenItIsStoppedAndGoesOnAfterwards) {
+  write_random_model(path("source"), small_config());
+  const auto stop = [](int64_t done, int64_t total) {
+    if (2 * done > total) throw std::runtime_error("stopped");
+  };
+  const QuantizeOptions options = {.dtype = "int4", .shard_bytes = 5000};
+  EXPECT_THROW(quantize_model(path("source"), path("out"), options, pool_, stop), std::runtime_error);
+  EXPECT_TRUE(std::filesystem::is_empty(directory() / "out"));
+  write("out/part-7.safetensors", "of a process that was killed");
+  quantize_model(path("source"), path("out"), options, pool_);
+  EXPECT_FALSE(exists("out/part-7.safetensors"));
+  EXPECT_TRUE(exists("out/config.json"));
 }
 
 TEST_F(QuantizeTest, RefusesWhatItCannotDo) {

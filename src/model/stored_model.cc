@@ -49,6 +49,15 @@ ModelConfig config_of_checkpoint(const CheckpointSource& checkpoint) {
 }
 
 // Every number of MXFP4 is one of bf16, too.
+bool most_are_fp32(const TensorSource& file) {
+  int64_t fp32 = 0, all = 0;
+  for (const StoredTensor& tensor : file.tensors()) {
+    all += tensor.num_elements();
+    if (tensor.dtype == "F32") fp32 += tensor.num_elements();
+  }
+  return 2 * fp32 > all;
+}
+
 bool all_of_bf16(const TensorSource& file) {
   return std::ranges::all_of(file.tensors(), [](const StoredTensor& tensor) {
     return tensor.dtype == "BF16" || (tensor.dtype == "MXFP4" && tensor.has_codes);
@@ -89,6 +98,7 @@ ModelConfig read_model_config(const std::string& path) {
 }
 
 bool StoredModel::all_bf16() const { return all_bf16_; }
+bool StoredModel::mostly_fp32() const { return mostly_fp32_; }
 
 StoredModel::StoredModel(const std::string& path, LoadFormat format) {
   CheckpointMap map;
@@ -123,6 +133,7 @@ StoredModel::StoredModel(const std::string& path, LoadFormat format) {
   }
   const TensorSource& tensors = quantized_view_ ? *quantized_view_ : view_ ? *view_ : *file_;
   all_bf16_ |= all_of_bf16(tensors);
+  mostly_fp32_ = !all_bf16_ && most_are_fp32(tensors);
   reader_ = std::make_unique<LogicalReader>(tensors, std::move(map));
 }
 

@@ -25,12 +25,14 @@ class StoredModel {
   const LogicalReader& tensors() const { return *reader_; }
   // No tensor of the file needs more; of a checkpoint: whether bf16 weights were trained.
   bool all_bf16() const;
+  // Whether most of its weights have 32 bits; a few often do (routers, norms) where the others have 16 or fewer.
+  bool mostly_fp32() const;
   // In which its matrices lie where it was written by quantize_model(), as config.json's quantization_config says.
   const std::optional<WeightTypes>& quantized_types() const { return quantized_types_; }
 
  private:
   ModelConfig config_;
-  bool all_bf16_ = false;
+  bool all_bf16_ = false, mostly_fp32_ = false;
   std::optional<WeightTypes> quantized_types_;
   std::unique_ptr<TensorSource> file_;
   std::unique_ptr<TensorSource> view_;            // of the file, with pairs of MXFP4 as one; or none

@@ -32,7 +32,7 @@ HeadDType = Annotated[str, typer.Option(help="Of the head, where it differs from
 WeightCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep packed weights in a file beside the model, for the next start.")
 ]
-Mmap = Annotated[bool, typer.Option("--mmap", help="Map that file instead of reading it: starts at once, runs slower.")]
+Mmap = Annotated[bool, typer.Option("--mmap", help="Leave weights in that file, mapped: less memory, runs slower.")]
 KvCacheDType = Annotated[
     str, typer.Option(help="Of the KV cache: auto (bf16, with fp32 weights fp32), fp32, bf16 or int8.")
 ]
