@@ -41,11 +41,11 @@ void store_tile(const Plan& plan, int64_t row, int64_t rows, int64_t pb, const f
   store.c = static_cast<char*>(c.data) + column * static_cast<int64_t>(dtype_size(c.dtype));
   store.c_dtype = c.dtype;
   store.c_stride = c.row_stride;
-  if (p.pre.data) {
-    const Matrix pre = p.pre.row_range(row, rows);
-    store.pre = static_cast<char*>(pre.data) + column * static_cast<int64_t>(dtype_size(pre.dtype));
-    store.pre_stride = pre.row_stride;
-    store.pre_up_offset = p.c.cols;
+  if (p.slopes.data) {
+    const Matrix slopes = p.slopes.row_range(row, rows);
+    store.slopes = static_cast<char*>(slopes.data) + column * static_cast<int64_t>(dtype_size(slopes.dtype));
+    store.slopes_stride = slopes.row_stride;
+    store.slopes_up_offset = p.c.cols;
   }
   if (p.bias_N) {
     store.bias = p.bias_N + column;

@@ -35,7 +35,9 @@ struct GemmProblem {
   Activation activation = Activation::kNone;
   bool gated = false;       // B is [2N, K], gate rows first, then up rows: c = activation(gate) * up, [M, N]
   bool accumulate = false;  // c += instead of c = (not with activation or gated)
-  Matrix pre = {};          // when it has data: the sums plus bias before the activation, [M, rows of B], of C's type
+  // When it has data: the derivatives of C by the sums (with bias) before the activation, [M, rows of B], of C's type;
+  // when gated by gate and up, each with the other inside: [f'(gate) up; f(gate)].
+  Matrix slopes = {};
 };
 
 // The problems are independent of each other (their C don't overlap) and are cut into tiles for the

@@ -43,7 +43,7 @@ void check_problem(const GemmProblem& p) {
   COTERIE_CHECK(p.packed_b == nullptr || p.b.data == nullptr, "both b and packed_b are given");
   const bool transformed = p.gated || p.activation != Activation::kNone;
   COTERIE_CHECK(!(p.accumulate && transformed), "accumulate with an activation");
-  COTERIE_CHECK(!p.pre.data || p.pre.dtype == p.c.dtype, "the sums before the activation have another type than C");
+  COTERIE_CHECK(!p.slopes.data || p.slopes.dtype == p.c.dtype, "the slopes have another type than C");
   const int64_t b_rows = p.packed_b ? p.packed_b->rows() : p.b.rows;
   const int64_t b_cols = p.packed_b ? p.packed_b->cols() : (p.b_gather_K ? p.a.cols : p.b.cols);
   COTERIE_CHECK(p.a.cols == 0 || b_cols == p.a.cols, "K of A and B differ");

@@ -47,7 +47,8 @@ struct Case {
   int64_t M, N, K;
   DType a = DType::kF32, b = DType::kF32, c = DType::kF32;
   bool a_transposed = false, b_transposed = false;
-  bool gather = false, gather_K = false, bias = false, gated = false, accumulate = false, packed = false, pre = false;
+  bool gather = false, gather_K = false, bias = false, gated = false, accumulate = false, packed = false,
+       slopes = false;
   Activation activation = Activation::kNone;
   int64_t padding = 0;
 };
@@ -75,7 +76,7 @@ struct Fixture {
   std::mt19937 random{42};
   Storage a, b;
   std::vector<int32_t> rows, columns;
-  std::vector<float> bias, c_floats, pre;
+  std::vector<float> bias, c_floats, slopes;
   std::vector<BFloat16> c_halves;
   GemmProblem problem;
   PackedMatrix packed;
@@ -99,8 +100,8 @@ struct Fixture {
     for (float value : c_floats) c_halves.push_back(to_bfloat16(value));
     void* out = c.c == DType::kBF16 ? static_cast<void*>(c_halves.data()) : c_floats.data();
     problem.c = {out, c.c, c.M, c.N, c.N + c.padding};
-    pre.resize(static_cast<size_t>(c.M * b_rows + 1));
-    if (c.pre) problem.pre = row_major(pre.data(), c.M, b_rows);
+    slopes.resize(static_cast<size_t>(c.M * b_rows + 1));
+    if (c.slopes) problem.slopes = row_major(slopes.data(), c.M, b_rows);
     problem.gated = c.gated;
     problem.activation = c.activation;
     problem.accumulate = c.accumulate;
@@ -203,26 +204,6 @@ TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
   });
 }
 
-TEST(Gemm, KeepsTheSumsBeforeTheActivation) {
-  NativeThreadPool pool(2);
-  for_each_isa([&] {
-    for (bool gated : {false, true}) {
-      const Case c = {
-          .M = 21, .N = 45, .K = 17, .bias = true, .gated = gated, .pre = true, .activation = Activation::kSilu};
-      Fixture fixture(c);
-      gemm(fixture.problem, pool);
-      GemmProblem plain = fixture.problem;  // the same product with nothing after it
-      plain.gated = false;
-      plain.activation = Activation::kNone;
-      plain.pre = {};
-      std::vector<float> sums(static_cast<size_t>(c.M * plain.b.rows));
-      plain.c = row_major(sums.data(), c.M, plain.b.rows);
-      gemm(plain, pool);
-      for (size_t i = 0; i < sums.size(); ++i) ASSERT_EQ(fixture.pre[i], sums[i]) << i;
-    }
-  });
-}
-
 // A row's bits depend on nothing but its own values: not on M, the number of threads, or packing.
 TEST(Gemm, RowsHaveTheSameBitsAloneAndInABatch) {
   NativeThreadPool one(1), two(2), three(3);
@@ -265,7 +246,7 @@ TEST(Gemm, FewRowsHaveTheSameBitsInPlaceAndPacked) {
           Case c = {.M = M, .N = whole ? 96 : 77, .K = whole ? 128 : 101, .b = type, .bias = true};
           c.a = bits >> 1 & 1 ? DType::kBF16 : DType::kF32;
           c.c = c.a;
-          c.pre = c.c == DType::kF32;
+          c.slopes = c.c == DType::kF32;
           c.gather = c.gated = bits >> 2 & 1;
           c.activation = c.gated ? Activation::kSilu : Activation::kNone;
           c.accumulate = !c.gated;
@@ -276,7 +257,7 @@ TEST(Gemm, FewRowsHaveTheSameBitsInPlaceAndPacked) {
           packed.pack(pool);
           gemm(in_place.problem, pool);
           gemm(packed.problem, pool);
-          ASSERT_EQ(in_place.pre, packed.pre);
+          ASSERT_EQ(in_place.slopes, packed.slopes);
           ASSERT_EQ(in_place.c_floats, packed.c_floats);
           for (size_t i = 0; i < packed.c_halves.size(); ++i) {
             ASSERT_EQ(to_float(in_place.c_halves[i]), to_float(packed.c_halves[i])) << i;

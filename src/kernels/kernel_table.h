@@ -59,9 +59,9 @@ struct TileStore {
   void* c = nullptr;
   DType c_dtype = DType::kF32;
   int64_t c_stride = 0;
-  void* pre = nullptr;  // also receives the sums before the activation, in C's type; null: not wanted
-  int64_t pre_stride = 0;
-  int64_t pre_up_offset = 0;       // from a gate element to its up element
+  void* slopes = nullptr;  // also receives the slopes, see GemmProblem; null: not wanted
+  int64_t slopes_stride = 0;
+  int64_t slopes_up_offset = 0;    // from a gate element to its up element
   const float* bias = nullptr;     // of the tile's first column, or null
   const float* bias_up = nullptr;  // when gated
   Activation activation = Activation::kNone;
@@ -94,13 +94,12 @@ struct AttendStep {
 
 struct ActivationBackwardRow {
   const void* grad_inner_F = nullptr;  // unweighted
-  const void* pre_U = nullptr;         // [gate; up] when gated
+  const void* slopes_U = nullptr;      // of inner by the sums before the activation, [gate; up] when gated
   const void* inner_F = nullptr;
   void* grad_pre_U = nullptr;
   DType dtype = DType::kF32;  // of all four
   int64_t F = 0;
   float weight = 1.0f;  // grad_pre is of weight * inner
-  Activation activation = Activation::kNone;
   bool gated = false;
 };
 
@@ -145,8 +144,6 @@ struct AdamWRow {
   void* parameter = nullptr;  // receives the master in bf16; null: not wanted
   int64_t n = 0;
 };
-
-inline constexpr int kPeakSums = 12;  // independent sums: enough to hide the latency, few enough for 16 registers
 
 struct KernelTable {
   std::string_view name;
@@ -224,8 +221,6 @@ struct KernelTable {
   // out = sum over i of weights[i] * rows[i], in the order of i, rounded once.
   void (*combine_rows)(const float* const* rows, const float* weights, int64_t count, void* out, DType dtype,
                        int64_t n);
-  // out = activation(pre), or activation(gate) * up of pre [gate; up].
-  void (*activate_row)(const void* pre, DType dtype, int64_t F, Activation activation, bool gated, void* out);
   // Returns the dot product of grad_inner and inner.
   float (*activate_backward_row)(const ActivationBackwardRow& row);
 };

@@ -65,7 +65,6 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.add_row = add_row;
   table.dot_row = dot_row;
   table.combine_rows = combine_rows;
-  table.activate_row = activate_row;
   table.activate_backward_row = activate_backward_row;
   return table;
 }

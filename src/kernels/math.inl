@@ -54,27 +54,39 @@ COTERIE_INLINE Normal normal(VF x) {
 }
 
 // Value and derivative of an activation function.
+struct Activated {
+  VF value, slope;
+};
 constexpr float kTanhGeluScale = 1.59576912f;  // 2 sqrt(2/pi)
 constexpr float kTanhGeluCubic = 0.044715f;
 
-COTERIE_INLINE VF activation_value(Activation activation, VF x) {
+COTERIE_INLINE Activated activated(Activation activation, VF x) {
+  const VF one = broadcast(1.0f);
   switch (activation) {
     case Activation::kRelu:
-      return x < 0.0f ? VF{} : x;
-    case Activation::kGelu:
-      return x * normal(x).distribution;
-    case Activation::kGeluTanh:  // (1 + tanh(u)) / 2 = logistic(2u): no cancellation for negative x
-      return x * logistic(x * kTanhGeluScale * fma(x * x, broadcast(kTanhGeluCubic), broadcast(1.0f)));
-    case Activation::kSilu:
-      return x * logistic(x);
-    case Activation::kClampedSwiglu: {
+      return {x < 0.0f ? VF{} : x, x > 0.0f ? one : VF{}};
+    case Activation::kGelu: {
+      const Normal n = normal(x);
+      return {x * n.distribution, fma(x, n.density, n.distribution)};
+    }
+    case Activation::kGeluTanh: {  // (1 + tanh(u)) / 2 = logistic(2u): no cancellation for negative x
+      const VF low = x < -100.0f ? broadcast(-100.0f) : x, near = low > 100.0f ? broadcast(100.0f) : low;
+      const VF s = logistic(near * kTanhGeluScale * fma(near * near, broadcast(kTanhGeluCubic), one));
+      const VF inner_slope = kTanhGeluScale * fma(near * near, broadcast(3.0f * kTanhGeluCubic), one);
+      return {x * s, s + near * s * (1.0f - s) * inner_slope};
+    }
+    case Activation::kSilu: {
+      const VF s = logistic(x);
+      return {x * s, s + x * s * (1.0f - s)};
+    }
+    case Activation::kClampedSwiglu: {  // not trained
       const VF gate = x > kSwigluLimit ? broadcast(kSwigluLimit) : x;
-      return gate * logistic(gate * kSwigluAlpha);
+      return {gate * logistic(gate * kSwigluAlpha), one};
     }
     case Activation::kNone:
       break;
   }
-  return x;
+  return {x, one};
 }
 
 // What the activated gate is multiplied by.
@@ -82,28 +94,4 @@ COTERIE_INLINE VF gated_factor(Activation activation, VF up) {
   if (activation != Activation::kClampedSwiglu) return up;
   const VF low = up < -kSwigluLimit ? broadcast(-kSwigluLimit) : up;
   return (low > kSwigluLimit ? broadcast(kSwigluLimit) : low) + 1.0f;
-}
-
-COTERIE_INLINE VF activation_derivative(Activation activation, VF x) {
-  switch (activation) {
-    case Activation::kRelu:
-      return x > 0.0f ? broadcast(1.0f) : VF{};
-    case Activation::kGelu: {
-      const Normal n = normal(x);
-      return fma(x, n.density, n.distribution);
-    }
-    case Activation::kGeluTanh: {
-      const VF s = logistic(x * kTanhGeluScale * fma(x * x, broadcast(kTanhGeluCubic), broadcast(1.0f)));
-      const VF slope = kTanhGeluScale * fma(x * x, broadcast(3.0f * kTanhGeluCubic), broadcast(1.0f));
-      return s + x * s * (1.0f - s) * slope;
-    }
-    case Activation::kSilu: {
-      const VF s = logistic(x);
-      return s + x * s * (1.0f - s);
-    }
-    case Activation::kClampedSwiglu:  // not trained
-    case Activation::kNone:
-      break;
-  }
-  return broadcast(1.0f);
 }

@@ -12,6 +12,10 @@ COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
 constexpr int kFewRows = 8;
 constexpr int64_t prefetch_steps(int rows) { return rows <= kFewRows ? 16 : 8; }
 
+// Chunks of K that A is asked for in advance: it comes from memory where it is larger than the caches, and its lines
+// lie too oddly for hardware prefetchers. (Behind the last chunk lies the next panel.)
+constexpr int64_t kChunksAhead = 4;
+
 // One step of K: unit u of the rows of A times a row of the panel of B.
 template <bool kBf16, int kRows>
 COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, VF (&sums)[kRows][2]) {
@@ -38,7 +42,10 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, 
   }
   for (; units >= kChunkUnits; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * 2 * kWidth) {
 #pragma GCC unroll 16  // a tenth faster than a loop
-    for (int64_t u = 0; u < kChunkUnits; ++u) multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, sums);
+    for (int64_t u = 0; u < kChunkUnits; ++u) {
+      if (u < kRows) __builtin_prefetch(a + (kChunksAhead * kRows + u) * kChunkUnits);
+      multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, sums);
+    }
   }
   for (int64_t u = 0; u < units; ++u) multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, sums);
 #pragma GCC unroll 16
@@ -55,6 +62,9 @@ constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const 
   ((functions[kIndex] = multiply<kBf16, kIndex + 1>), ...);
 }
 
+// As many independent sums as the largest tile has: enough to hide the latency.
+constexpr int kPeakSums = 2 * kPanelRowsF32;
+
 template <bool kBf16>
 float register_peak(int64_t steps) {
   VF sums[kPeakSums];
@@ -65,7 +75,7 @@ float register_peak(int64_t steps) {
   VU a = broadcast_unit(0x3f803f80), b = a;
   __asm__ volatile("" : "+x"(a), "+x"(b));
   for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (VF& sum : sums) {
       if constexpr (kBf16) {
         sum = multiply_add_bf16(a, b, sum);

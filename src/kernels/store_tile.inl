@@ -39,23 +39,23 @@ void store_rows(const TileStore& s, int64_t column, int64_t n) {
   using Memory = RowMemory<kBf16, kVectors>;
   constexpr int64_t kBytes = kBf16 ? 2 : 4;
   char* const c = static_cast<char*>(s.c) + column * kBytes;
-  char* const pre = s.pre ? static_cast<char*>(s.pre) + column * kBytes : nullptr;
+  char* const slopes = s.slopes ? static_cast<char*>(s.slopes) + column * kBytes : nullptr;
   const bool streams = kVectors && s.stream && reinterpret_cast<uintptr_t>(c) % Memory::alignment() == 0 &&
                        s.c_stride * kBytes % Memory::alignment() == 0;
   for (int64_t r = 0; r < s.rows; ++r) {
     const float* const sums = s.tile + r * 2 * kWidth + column;
-    VF v[Memory::kCount], up[Memory::kCount];
+    VF v[Memory::kCount], slope[Memory::kCount], slope_up[Memory::kCount];
     for (int i = 0; i < Memory::kCount; ++i) {
-      v[i] = biased(sums + i * kWidth, s.bias ? s.bias + column + i * kWidth : nullptr, n);
-      if (kGated) up[i] = biased(sums + kWidth, s.bias_up, n);
+      const Activated f =
+          activated(kActivation, biased(sums + i * kWidth, s.bias ? s.bias + column + i * kWidth : nullptr, n));
+      const VF up = kGated ? gated_factor(kActivation, biased(sums + kWidth, s.bias_up, n)) : VF{};
+      v[i] = kGated ? f.value * up : f.value;
+      slope[i] = kGated ? f.slope * up : f.slope;
+      slope_up[i] = f.value;
     }
-    if (pre) {
-      Memory{pre + r * s.pre_stride * kBytes, n}.store(v);
-      if (kGated) Memory{pre + (r * s.pre_stride + s.pre_up_offset) * kBytes, n}.store(up);
-    }
-    for (int i = 0; i < Memory::kCount; ++i) {
-      v[i] = activation_value(kActivation, v[i]);
-      if (kGated) v[i] *= gated_factor(kActivation, up[i]);
+    if (slopes) {
+      Memory{slopes + r * s.slopes_stride * kBytes, n}.store(slope);
+      if (kGated) Memory{slopes + (r * s.slopes_stride + s.slopes_up_offset) * kBytes, n}.store(slope_up);
     }
     const Memory out = {c + r * s.c_stride * kBytes, n};
     if (s.accumulate) out.add_to(v);

@@ -56,7 +56,7 @@ std::vector<GemmProblem> problems_of_experts(const Dispatch& dispatch, const Fil
 }
 
 void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatch& dispatch, const ConstMatrix& x_TD,
-             const Matrix& out_TD, const Matrix& inner_RF, const Matrix& pre_RU, float* down_RD, ThreadPool& pool) {
+             const Matrix& out_TD, const Matrix& inner_RF, const Matrix& slopes_RU, float* down_RD, ThreadPool& pool) {
   const auto up = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
     p.a = x_TD;
     p.gather_M = dispatch.token_R.data() + first;
@@ -65,7 +65,7 @@ void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatc
     p.activation = shape.activation;
     p.gated = shape.gated;
     p.c = inner_RF.row_range(first, count);
-    if (pre_RU.data) p.pre = pre_RU.row_range(first, count);
+    if (slopes_RU.data) p.slopes = slopes_RU.row_range(first, count);
   });
   grouped_gemm(up, pool);
 
@@ -124,15 +124,15 @@ void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, con
   const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
   Workspace& workspace = forward_workspace();
   workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)));
-  Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F), pre_RU;
+  Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F), slopes_RU;
   if (context) {
     context->inner_RF.reserve(inner_bytes);
-    context->pre_activation_RU.reserve(static_cast<size_t>(R * U) * dtype_size(dtype));
+    context->slopes_RU.reserve(static_cast<size_t>(R * U) * dtype_size(dtype));
     inner_RF.data = context->inner_RF.data();
-    pre_RU = row_major(context->pre_activation_RU.data(), dtype, R, U);
+    slopes_RU = row_major(context->slopes_RU.data(), dtype, R, U);
   }
   float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
-  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, pre_RU, down_RD, pool);
+  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, slopes_RU, down_RD, pool);
 }
 
 }  // namespace coterie

@@ -47,7 +47,7 @@ struct PackedExperts {
 
 // What the backward pass needs of the forward pass.
 struct ExpertsContext {
-  AlignedBuffer pre_activation_RU;  // of the weights' dtype, as is all that lies between the products
+  AlignedBuffer slopes_RU;  // of inner, see GemmProblem; of the weights' dtype, as is all between the products
   AlignedBuffer inner_RF;
 };
 

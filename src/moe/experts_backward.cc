@@ -2,7 +2,7 @@
 // row, h = inner and y = W_down h + b the row's output:
 //   raw        = g W_down                    (gradient of h, before w)
 //   grad_w     = g . y = raw . h + g . b     (so that y need not be kept)
-//   grad_pre   = w * raw through the activation
+//   grad_pre   = w * raw * slopes            (kept by the forward pass)
 //   grad_down  = sum of (w g) h^T,  grad_up = sum of grad_pre x^T,  grad_x = sum of grad_pre W_up
 // Every product takes operands of the weights' type, those of the weights' gradients too.
 #include <algorithm>
@@ -35,7 +35,7 @@ struct Backward {
   const DType dtype = weights.dtype;  // of what lies between the products
   const ConstMatrix up_ERows = row_major(weights.up_EUD, weights.dtype, E* U, D);
   const ConstMatrix down_ERows = row_major(weights.down_EDF, weights.dtype, E* D, F);
-  const ConstMatrix pre_RU = row_major(context.pre_activation_RU.data(), dtype, R, U);
+  const ConstMatrix slopes_RU = row_major(context.slopes_RU.data(), dtype, R, U);
   const ConstMatrix inner_RF = row_major(context.inner_RF.data(), dtype, R, F);
   Matrix raw_RF = {}, grad_pre_RU = {}, weighted_RD = {};
   float* grad_x_RD = nullptr;
@@ -95,13 +95,12 @@ struct Backward {
     parallel_rows(R, 4 * U, pool, [&](int64_t r) {
       ActivationBackwardRow row;
       row.grad_inner_F = raw_RF.row_range(r, 1).data;
-      row.pre_U = pre_RU.row_range(r, 1).data;
+      row.slopes_U = slopes_RU.row_range(r, 1).data;
       row.inner_F = inner_RF.row_range(r, 1).data;
       row.grad_pre_U = grad_pre_RU.row_range(r, 1).data;
       row.dtype = dtype;
       row.F = F;
       row.weight = dispatch.weight_R[r];
-      row.activation = shape.activation;
       row.gated = shape.gated;
       const float dot = kernels.activate_backward_row(row);
       if (gradients.grad_weight_R) gradients.grad_weight_R[r] = dot + bias_part(r);

@@ -13,7 +13,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-// out [T, D], and what the backward pass needs: pre-activations [T*K, U] and inner [T*K, F], by routed rows.
+// out [T, D], and what the backward pass needs: slopes [T*K, U] (kernels/gemm.h) and inner [T*K, F], by routed rows.
 using Kept = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "coterie::experts";
 
@@ -140,20 +140,20 @@ Kept forward_cpu(const at::Tensor& x, const at::Tensor& ids, const OptionalTenso
   const Problem p = problem_of(arguments, activation, gated);
   const at::Tensor out = pooled_empty(x.sizes(), x.scalar_type());
   // In the weights' type, as the kernels keep them.
-  const at::Tensor pre = pooled_empty({ids.numel(), p.shape.up_rows()}, up.scalar_type());
+  const at::Tensor slopes = pooled_empty({ids.numel(), p.shape.up_rows()}, up.scalar_type());
   const at::Tensor inner = pooled_empty({ids.numel(), p.shape.intermediate_size}, up.scalar_type());
-  ExpertsContext context{.pre_activation_RU = borrowed(pre), .inner_RF = borrowed(inner)};
+  ExpertsContext context{.slopes_RU = borrowed(slopes), .inner_RF = borrowed(inner)};
   experts_forward(p.shape, p.weights(), p.dispatch, const_matrix(p.x_TD), matrix(out), &context, torch_pool());
-  return {out, pre, inner};
+  return {out, slopes, inner};
 }
 
 Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& ids,
                        const OptionalTensor& weights, const at::Tensor& up, const OptionalTensor& up_bias,
-                       const at::Tensor& down, const OptionalTensor& down_bias, const at::Tensor& pre,
+                       const at::Tensor& down, const OptionalTensor& down_bias, const at::Tensor& slopes,
                        const at::Tensor& inner, std::string_view activation, bool gated, Wanted wanted) {
   const Problem p = problem_of({x, ids, weights, up, up_bias, down, down_bias}, activation, gated);
-  const at::Tensor grad = grad_out.contiguous(), kept_pre = pre.contiguous(), kept_inner = inner.contiguous();
-  const ExpertsContext context{.pre_activation_RU = borrowed(kept_pre), .inner_RF = borrowed(kept_inner)};
+  const at::Tensor grad = grad_out.contiguous(), kept_slopes = slopes.contiguous(), kept_inner = inner.contiguous();
+  const ExpertsContext context{.slopes_RU = borrowed(kept_slopes), .inner_RF = borrowed(kept_inner)};
   const at::Tensor grad_x = gradient_of(x, wanted[kX]), grad_up = gradient_of(up, wanted[kUp]);
   const at::Tensor grad_down = gradient_of(down, wanted[kDown]);
   // These three come in fp32 and take the type of their argument at the end.
@@ -197,7 +197,7 @@ Kept forward_meta(const at::Tensor& x, const at::Tensor& ids, const OptionalTens
 
 Gradients backward_meta(const at::Tensor& /*grad*/, const at::Tensor& x, const at::Tensor& /*ids*/,
                         const OptionalTensor& weights, const at::Tensor& up, const OptionalTensor& up_bias,
-                        const at::Tensor& down, const OptionalTensor& down_bias, const at::Tensor& /*pre*/,
+                        const at::Tensor& down, const OptionalTensor& down_bias, const at::Tensor& /*slopes*/,
                         const at::Tensor& /*inner*/, std::string_view /*activation*/, bool /*gated*/, Wanted wanted) {
   return {meta_gradient_of(x, wanted[kX], x),       meta_gradient_of(weights, wanted[kWeights], x),
           meta_gradient_of(up, wanted[kUp], x),     meta_gradient_of(up_bias, wanted[kUpBias], x),
@@ -216,10 +216,10 @@ struct ExpertsFunction : torch::autograd::Function<ExpertsFunction> {
                             bool gated) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_op<decltype(forward_cpu)>("coterie::experts_forward");
-    auto [out, pre, inner] = op.call(x, ids, weights, up, up_bias, down, down_bias, activation, gated);
+    auto [out, slopes, inner] = op.call(x, ids, weights, up, up_bias, down, down_bias, activation, gated);
     const at::Tensor none;
     context->save_for_backward(
-        {x, ids, weights.value_or(none), up, up_bias.value_or(none), down, down_bias.value_or(none), pre, inner});
+        {x, ids, weights.value_or(none), up, up_bias.value_or(none), down, down_bias.value_or(none), slopes, inner});
     context->saved_data["activation"] = activation;
     context->saved_data["gated"] = gated;
     return out;
@@ -277,7 +277,7 @@ TORCH_LIBRARY_FRAGMENT(coterie, m) {
       "Tensor? down_bias, str activation, bool gated) -> (Tensor, Tensor, Tensor)");
   m.def(
       "experts_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor? weights, Tensor up, Tensor? up_bias, "
-      "Tensor down, Tensor? down_bias, Tensor pre, Tensor inner, str activation, bool gated, bool[6] wanted) -> "
+      "Tensor down, Tensor? down_bias, Tensor slopes, Tensor inner, str activation, bool gated, bool[6] wanted) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
