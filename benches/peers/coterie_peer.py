@@ -8,20 +8,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpt import LEARNING_RATE
 from torch import Tensor, nn
 from torch_grouped_mm_peer import GroupedLayer
-from worker import linear_weight, rank_and_size, route, serve, token_batches
+from worker import linear_weight, rank_and_size, serve, token_batches
 
 from coterie import config, distributed, training
-from coterie.torch import functional
+from coterie.torch import RouterConfig, functional
 
 
 class ExpertLayer(GroupedLayer):
-    """The same parameters, on our op."""
+    """The same parameters, on our ops: what coterie.torch.Router and GroupedExperts do."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weights_TK, ids_TK = route(x_TD, self.router, self.top_k)
+        logits_TE = functional.linear(x_TD, self.router, dtype=torch.float32)
+        routing = functional.route(logits_TE, self.top_k, RouterConfig())
+        ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
         return functional.experts(x_TD, ids_TK, weights_TK, self.up, self.down, activation="gelu", gated=False)
 
 

@@ -3,9 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <map>
+#include <list>
 #include <mutex>
-#include <vector>
 
 #include "base/memory.h"
 
@@ -20,20 +19,28 @@ class Pool {
   AlignedBuffer take(size_t bytes) {
     const size_t size = (bytes + kUnit - 1) / kUnit * kUnit;
     const std::lock_guard lock(mutex_);
-    used_ += size;
+    const auto found = best_fit(size);
+    AlignedBuffer buffer;
+    if (found != free_.rend()) {
+      waiting_ -= found->size();
+      buffer = std::move(*found);
+      free_.erase(std::next(found).base());
+    } else {
+      buffer = AlignedBuffer(size);
+    }
+    used_ += buffer.size();
     most_used_ = std::max(most_used_, used_);
-    const auto found = free_.find(size);
-    if (found == free_.end()) return AlignedBuffer(size);
-    waiting_ -= size;
-    return std::move(free_.extract(found).mapped());
+    return buffer;
   }
 
+  // Those that nobody has asked for the longest make room. Not all sizes of a step are in use at once: what waits may
+  // be more than what was in use, or some would be given up and asked for again in every step.
   void give_back(AlignedBuffer buffer) {
     const std::lock_guard lock(mutex_);
     used_ -= buffer.size();
-    if (waiting_ + buffer.size() > most_used_) return;
     waiting_ += buffer.size();
-    free_.emplace(buffer.size(), std::move(buffer));
+    free_.push_back(std::move(buffer));
+    for (; waiting_ > most_used_ + most_used_ / 2; free_.pop_front()) waiting_ -= free_.front().size();
   }
 
   size_t waiting() {
@@ -49,8 +56,20 @@ class Pool {
   }
 
  private:
+  using Buffers = std::list<AlignedBuffer>;
+
+  // The smallest buffer of at least `size` bytes and at most a fourth more, of those the last one given back.
+  Buffers::reverse_iterator best_fit(size_t size) {
+    auto best = free_.rend();
+    for (auto one = free_.rbegin(); one != free_.rend(); ++one) {
+      const bool fits = one->size() >= size && one->size() <= size + size / 4;
+      if (fits && (best == free_.rend() || one->size() < best->size())) best = one;
+    }
+    return best;
+  }
+
   std::mutex mutex_;
-  std::multimap<size_t, AlignedBuffer> free_;
+  Buffers free_;                                   // in the order of their return
   size_t used_ = 0, most_used_ = 0, waiting_ = 0;  // bytes
 };
 

@@ -12,7 +12,7 @@ namespace coterie {
 // Below 1 MiB it is an ordinary at::empty. Any thread.
 at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Bytes that wait in the pool, at most as many as were ever in use at once; and giving them back.
+// Bytes that wait in the pool, at most one and a half times as many as were ever in use at once; and giving them back.
 size_t pooled_bytes();
 void release_pooled_memory();
 

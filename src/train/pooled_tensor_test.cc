@@ -33,6 +33,30 @@ TEST(PooledTensor, WaitingMemoryIsBounded) {
   EXPECT_EQ(pooled_bytes(), 0u);
 }
 
+// Another model's sizes don't keep those of the present one out of the pool.
+TEST(PooledTensor, OldSizesMakeRoom) {
+  release_pooled_memory();
+  pooled_empty({2 * kElements}, at::kFloat);  // 6 MiB: 9 may wait
+  const void* first = nullptr;
+  {
+    const at::Tensor x = pooled_empty({kElements}, at::kFloat);
+    first = x.const_data_ptr();
+  }
+  EXPECT_EQ(pooled_empty({kElements}, at::kFloat).const_data_ptr(), first);
+  EXPECT_EQ(pooled_bytes(), size_t{4} << 20);  // the old one is gone
+}
+
+TEST(PooledTensor, SomewhatLargerMemoryFits) {
+  release_pooled_memory();
+  const void* first = nullptr;
+  {
+    const at::Tensor x = pooled_empty({5 * kElements}, at::kFloat);
+    first = x.const_data_ptr();
+  }
+  EXPECT_EQ(pooled_empty({4 * kElements + 1}, at::kFloat).const_data_ptr(), first);  // 16 MiB for 14
+  EXPECT_NE(pooled_empty({2 * kElements}, at::kFloat).const_data_ptr(), first);
+}
+
 TEST(PooledTensor, SmallAndEmptyOnesWork) {
   EXPECT_EQ(pooled_empty({0, 5}, at::kFloat).numel(), 0);
   EXPECT_EQ(pooled_empty({7}, at::kLong).scalar_type(), at::kLong);

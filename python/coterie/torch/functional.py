@@ -125,9 +125,17 @@ def route(
     return Routing(expert_ids, weights, kept, logits, training and config.chooser == "experts")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` of x [..., D], as torch.nn.functional.linear."""
-    return torch.ops.coterie.linear(x, weight, bias) if uses_kernels(x) else F.linear(x, weight, bias)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``x W^T + b`` of x [..., D], as torch.nn.functional.linear.
+
+    With ``dtype`` x and weight may have different types: they are multiplied in the weight's, and the result has
+    ``dtype``.
+    """
+    if uses_kernels(x):
+        return torch.ops.coterie.linear(x, weight, bias, dtype=dtype)
+    return F.linear(x, weight, bias) if dtype is None else F.linear(x.to(weight.dtype), weight, bias).to(dtype)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

@@ -47,7 +47,8 @@ class Router(moe.Router):
         x_TD = x.flatten(0, -2)
         if draws is not None:
             return super().forward(x_TD, draws)
-        logits_TE = functional.linear(self._jittered(x_TD.float(), RouterDraws()), self.weight.float())
+        x_TD = self._jittered(x_TD, RouterDraws())
+        logits_TE = functional.linear(x_TD, self.weight.float(), dtype=torch.float32)
         return functional.route(logits_TE, self.top_k, self.config, self.choice_bias, self.training)
 
 

@@ -255,7 +255,7 @@ class Router(nn.Module):
             The random choices, which matter in training mode and for dropping alone.
         """
         draws = draws or RouterDraws()
-        return self.route(F.linear(self._jittered(x_TD.float(), draws), self.weight.float()), draws)
+        return self.route(F.linear(self._jittered(x_TD, draws).float(), self.weight.float()), draws)
 
     def route(self, logits_TE: Tensor, draws: RouterDraws) -> Routing:
         """Choose and weigh by the logits of T tokens."""
@@ -282,8 +282,8 @@ class Router(nn.Module):
         if not self.training or epsilon == 0:
             return x_TD
         if draws.jitter_TD is not None:
-            return x_TD * draws.jitter_TD
-        return x_TD * torch.empty_like(x_TD).uniform_(1 - epsilon, 1 + epsilon)
+            return x_TD.float() * draws.jitter_TD
+        return x_TD.float() * torch.empty_like(x_TD, dtype=torch.float32).uniform_(1 - epsilon, 1 + epsilon)
 
     def _scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1) if self.config.score_function == "softmax" else logits_TE.sigmoid()
