@@ -7,10 +7,10 @@ COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
   return fma(broadcast(__builtin_bit_cast(float, a)), reinterpret_cast<VF>(b), acc);
 }
 
-// Steps of K that B is asked for in advance. With few rows it comes from memory, which is far; else from the
-// L2 cache. (Hardware prefetchers stop at every page, and start late.)
+// Steps of K that B is asked for in advance: the first panel of A finds it in memory, which is far. With few rows all
+// time goes into reading, and more at once would only wait. (Hardware prefetchers stop at every page, and start late.)
 constexpr int kFewRows = 8;
-constexpr int64_t prefetch_steps(int rows) { return rows <= kFewRows ? 16 : 8; }
+constexpr int64_t prefetch_steps(int rows) { return rows <= kFewRows ? 16 : 64; }
 
 // Chunks of K that A is asked for in advance: it comes from memory where it is larger than the caches, and its lines
 // lie too oddly for hardware prefetchers. (Behind the last chunk lies the next panel.)
