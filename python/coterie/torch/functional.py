@@ -125,9 +125,7 @@ def route(
     return Routing(expert_ids, weights, kept, logits, training and config.chooser == "experts")
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """``x W^T + b`` of x [..., D], as torch.nn.functional.linear.
 
     With ``dtype`` x and weight may have different types: they are multiplied in the weight's, and the result has
