@@ -3,9 +3,11 @@
 Tolerances, of the largest value. fp32: orders of summation of n terms differ by at most n 2^-24 of the sum of
 magnitudes; typical is sqrt(n), so that n 2^-24 with n <= 512 bounds both. bf16: the oracle computes in fp64 from
 the same bf16 inputs, so that the error is that of rounding what is kept in bf16 to 8 bits: relative 2^-9 for each
-of at most 6 such tensors on the way to a gradient (pre, inner, gradient of inner, of pre, weighted gradient,
+of at most 6 such tensors on the way to a gradient (slopes, inner, gradient of inner, of pre, weighted gradient,
 result), in the Frobenius norm since the factors between them are of order one.
 """
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -444,3 +446,26 @@ def test_functions_run_aten_ops_when_told() -> None:
         {name: value.double() for name, value in loss.items()},
         torch.float32,
     )
+
+
+def test_an_activation_without_gradient_serves_and_is_not_trained() -> None:
+    x, up, down = torch.randn(5, D), torch.randn(2, 2 * INNER, D), torch.randn(2, D, INNER)
+    ids = torch.zeros(5, 1, dtype=torch.int64)
+    assert functional.experts(x, ids, None, up, down, activation="clamped_swiglu", gated=True).shape == x.shape
+    message = "^coterie::experts: activation: 'clamped_swiglu' has no gradient$"
+    with pytest.raises(ValueError, match=message):
+        functional.experts(x.requires_grad_(), ids, None, up, down, activation="clamped_swiglu", gated=True)
+
+
+def test_linear_of_two_types_is_of_the_weights() -> None:
+    x, weight = torch.randn(9, D).bfloat16(), torch.randn(7, D)
+    results = []
+    for places in (nullcontext, functional.aten_ops):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with places():
+            y = functional.linear(*leaves, dtype=torch.float32)
+        y.square().sum().backward()
+        results.append((y.detach(), leaves[0].grad, leaves[1].grad))
+    assert [t.dtype for t in results[0]] == [torch.float32, torch.bfloat16, torch.float32]
+    for ours, expected, tolerance in zip(*results, (1e-5, 2**-7, 1e-5), strict=True):  # one rounding to bf16 apart
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

@@ -27,7 +27,7 @@ std::vector<char> bytes_of(const void* data, size_t size) {
 }
 
 // What a file is called until all of them are written.
-constexpr char kPart[] = "part-";
+constexpr char kPart[] = "coterie-part-";
 
 // The files of a checkpoint, each of about shard_bytes. Without commit() none is left behind.
 class ShardWriter {

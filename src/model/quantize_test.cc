@@ -41,7 +41,7 @@ TEST_F(QuantizeTest, SeveralFilesHoldWhatOneHolds) {
     EXPECT_EQ(one.tensors().read(tensor.spec.name), many.tensors().read(tensor.spec.name)) << tensor.spec.name;
   }
   for (const auto& entry : std::filesystem::directory_iterator(directory() / "many")) {
-    EXPECT_FALSE(entry.path().filename().string().starts_with("part-")) << entry.path();
+    EXPECT_FALSE(entry.path().filename().string().starts_with("coterie-part-")) << entry.path();
     EXPECT_LT(entry.file_size(), 16'000) << entry.path();
   }
 }
@@ -54,9 +54,9 @@ TEST_F(QuantizeTest, LeavesNothingWhenItIsStoppedAndGoesOnAfterwards) {
   const QuantizeOptions options = {.dtype = "int4", .shard_bytes = 5000};
   EXPECT_THROW(quantize_model(path("source"), path("out"), options, pool_, stop), std::runtime_error);
   EXPECT_TRUE(std::filesystem::is_empty(directory() / "out"));
-  write("out/part-7.safetensors", "of a process that was killed");
+  write("out/coterie-part-7.safetensors", "of a process that was killed");
   quantize_model(path("source"), path("out"), options, pool_);
-  EXPECT_FALSE(exists("out/part-7.safetensors"));
+  EXPECT_FALSE(exists("out/coterie-part-7.safetensors"));
   EXPECT_TRUE(exists("out/config.json"));
 }
 

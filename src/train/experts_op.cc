@@ -132,9 +132,16 @@ at::Tensor experts_cpu(const at::Tensor& x, const at::Tensor& ids, const Optiona
   return out;
 }
 
+// The clamped gate serves models, its derivative is not there.
+void check_differentiable(std::string_view activation) {
+  TORCH_CHECK_VALUE(activation_of(activation) != Activation::kClampedSwiglu, kOp, ": activation: '", activation,
+                    "' has no gradient");
+}
+
 Kept forward_cpu(const at::Tensor& x, const at::Tensor& ids, const OptionalTensor& weights, const at::Tensor& up,
                  const OptionalTensor& up_bias, const at::Tensor& down, const OptionalTensor& down_bias,
                  std::string_view activation, bool gated) {
+  check_differentiable(activation);
   const Arguments arguments{x, ids, weights, up, up_bias, down, down_bias};
   check(arguments, activation, gated);
   const Problem p = problem_of(arguments, activation, gated);
@@ -189,6 +196,7 @@ at::Tensor experts_meta(const at::Tensor& x, const at::Tensor& ids, const Option
 Kept forward_meta(const at::Tensor& x, const at::Tensor& ids, const OptionalTensor& weights, const at::Tensor& up,
                   const OptionalTensor& up_bias, const at::Tensor& down, const OptionalTensor& down_bias,
                   std::string_view activation, bool gated) {
+  check_differentiable(activation);
   const c10::SymInt rows = ids.sym_numel();
   return {experts_meta(x, ids, weights, up, up_bias, down, down_bias, activation, gated),
           at::empty_symint({rows, up.sym_size(1)}, up.options()),
