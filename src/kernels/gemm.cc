@@ -71,10 +71,25 @@ void compute_quantized_tiles(const Plan& plan, int64_t pa, int64_t first_b, int6
   }
 }
 
+// One of several panels of A that meet a group of panels of B one after the other.
+struct Turn {
+  int64_t index = 0, of = 1;
+};
+
+// What is asked for during the products with the part of a panel of B that begins with unit `done`, at b. In the first
+// turn it comes from memory; in the others it lies in a cache, and each asks for a share of the next group's panel.
+Ahead ahead_of(const Plan& plan, Turn turn, int64_t group, int64_t done, int rows, const uint32_t* b) {
+  const int64_t columns = plan.b.kernels->panel_columns();
+  if (turn.index == 0) return ahead_in_panel(b, columns, rows);
+  const int64_t step = ceil_div(columns, turn.of - 1);
+  const uint32_t* const next = b - done * columns + group * plan.b.panel_units();
+  return {next + ((turn.index - 1) * plan.units + done) * step, step};
+}
+
 // One panel of A with panels [first_b, last_b) of B. Where K is long, a slice of it at a time, so that the panel of A
 // stays in the L1 cache; sums wait in fp32, which changes no bit of them.
 void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
-                   const uint32_t* b_panels) {
+                   const uint32_t* b_panels, Turn turn = {}) {
   if (is_quantized(plan.b.type)) return compute_quantized_tiles(plan, pa, first_b, last_b, a_panel, b_panels);
   constexpr int64_t kTile = kMaxPanelRows * kMaxPanelColumns;
   alignas(64) float tiles[kMostGroupB * kTile];
@@ -88,7 +103,8 @@ void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b
     const uint32_t* b = b_panels + done * kernels.panel_columns();
     for (int64_t pb = first_b; pb < last_b; ++pb, b += plan.b.panel_units()) {
       float* const tile = tiles + (last && done == 0 ? 0 : (pb - first_b) * kTile);
-      kernels.multiply[bf16][rows - 1](units, a_panel + done * rows, b, tile, done > 0);
+      const Ahead ahead = ahead_of(plan, turn, last_b - first_b, done, rows, b);
+      kernels.multiply[bf16][rows - 1](units, a_panel + done * rows, b, ahead, tile, done > 0);
       if (last) store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
     }
     done += units;
@@ -173,7 +189,9 @@ void multiply_panels(const Plan& plan, int64_t first_a, int64_t last_a, int64_t 
   } else {
     a_panels = plan.a_panels + plan.a_units(0, first_a);
   }
-  const int64_t group = plan.b.group(), panel_units = plan.b.panel_units();
+  // Panels that come from memory share the cache with those that are asked for meanwhile.
+  const int64_t group = plan.own_b ? plan.b.group() : std::max<int64_t>(plan.b.group() / 2, 1);
+  const int64_t panel_units = plan.b.panel_units();
   for (int64_t group_b = first_b; group_b < last_b; group_b += group) {
     const int64_t end_b = std::min(group_b + group, last_b);
     const uint32_t* b_panels = own_b;
@@ -183,7 +201,8 @@ void multiply_panels(const Plan& plan, int64_t first_a, int64_t last_a, int64_t 
       b_panels = plan.b_panels + group_b * panel_units;
     }
     for (int64_t pa = first_a; pa < last_a; ++pa) {
-      compute_tiles(plan, pa, group_b, end_b, a_panels + plan.a_units(first_a, pa), b_panels);
+      const Turn turn = plan.own_b ? Turn{} : Turn{pa - first_a, last_a - first_a};
+      compute_tiles(plan, pa, group_b, end_b, a_panels + plan.a_units(first_a, pa), b_panels, turn);
     }
   }
 }

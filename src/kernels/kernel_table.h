@@ -145,6 +145,21 @@ struct AdamWRow {
   int64_t n = 0;
 };
 
+// Memory that a multiplication asks for meanwhile: a row of a panel of B from here, and `step` units on for every unit
+// of K.
+struct Ahead {
+  const uint32_t* start = nullptr;
+  int64_t step = 0;
+};
+
+// The first panel of A finds B in memory, which is far: it asks for what it needs itself a little later. With few rows
+// all time goes into reading, and more at once would only wait. (Hardware prefetchers stop at every page, and start
+// late.)
+constexpr int kFewRows = 8;
+inline Ahead ahead_in_panel(const uint32_t* b, int64_t columns, int rows) {
+  return {b + (rows <= kFewRows ? 16 : 64) * columns, columns};
+}
+
 struct KernelTable {
   std::string_view name;
   int width;                    // floats in a vector
@@ -170,7 +185,8 @@ struct KernelTable {
                                                                            const uint32_t* b, float* tile);
   // tile[rows][2 * width] = A panel * B panel, or += it with `add`; [type][rows - 1]. A tile has room for
   // kMaxPanelRows rows.
-  void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add);
+  void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile,
+                                     bool add);
   // B in place (see multiply_in_place.inl), with K contiguous: A lies in strips of `width` rows, [units][width], zero
   // up to a whole chunk and a whole strip. Packs strips [first, last) of the M rows.
   void (*pack_strips)(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last,

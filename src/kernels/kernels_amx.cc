@@ -42,7 +42,7 @@ void end_tiles() { _tile_release(); }
 
 // Rows past kRows of the last tile of A hold what lies behind them in memory, and give sums that nobody reads.
 template <int kRows>
-void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add) {
+void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile, bool add) {
   constexpr bool kSecond = kRows > kTileRows;
   float* const second = tile + kTileRows * kPanelUnits;
   if (add) {
@@ -66,11 +66,10 @@ void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, float* 
       _tile_loadd(5, a + kTileRows * kChunkUnits, kLineBytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-    } else {
-      // With few rows B comes from memory.
-      for (int64_t line = 0; line < kChunkUnits * kPanelUnits; line += 16) {
-        __builtin_prefetch(b + 2 * kChunkUnits * kPanelUnits + line);
-      }
+    }
+    for (int64_t u = 0; u < kChunkUnits; ++u, ahead.start += ahead.step) {
+      __builtin_prefetch(ahead.start);
+      __builtin_prefetch(ahead.start + 16);
     }
   }
   _tile_stored(0, tile, kPanelRowBytes);

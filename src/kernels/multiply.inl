@@ -7,21 +7,16 @@ COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
   return fma(broadcast(__builtin_bit_cast(float, a)), reinterpret_cast<VF>(b), acc);
 }
 
-// Steps of K that B is asked for in advance: the first panel of A finds it in memory, which is far. With few rows all
-// time goes into reading, and more at once would only wait. (Hardware prefetchers stop at every page, and start late.)
-constexpr int kFewRows = 8;
-constexpr int64_t prefetch_steps(int rows) { return rows <= kFewRows ? 16 : 64; }
-
 // Chunks of K that A is asked for in advance: it comes from memory where it is larger than the caches, and its lines
 // lie too oddly for hardware prefetchers. (Behind the last chunk lies the next panel.)
 constexpr int64_t kChunksAhead = 4;
 
 // One step of K: unit u of the rows of A times a row of the panel of B.
 template <bool kBf16, int kRows>
-COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, VF (&sums)[kRows][2]) {
+COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead, VF (&sums)[kRows][2]) {
   const VU b0 = load_units(b), b1 = load_units(b + kWidth);
-  __builtin_prefetch(b + prefetch_steps(kRows) * 2 * kWidth);
-  if constexpr (kVectorBytes == 64) __builtin_prefetch(b + prefetch_steps(kRows) * 2 * kWidth + kWidth);
+  __builtin_prefetch(ahead);
+  if constexpr (kVectorBytes == 64) __builtin_prefetch(ahead + kWidth);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     const uint32_t ai = a[i * kChunkUnits];
@@ -31,7 +26,7 @@ COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, VF (&sum
 }
 
 template <bool kBf16, int kRows>
-void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, bool add) {
+void multiply(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile, bool add) {
   VF sums[kRows][2] = {};
   if (add) {
 #pragma GCC unroll 16
@@ -42,12 +37,14 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, 
   }
   for (; units >= kChunkUnits; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * 2 * kWidth) {
 #pragma GCC unroll 16  // a tenth faster than a loop
-    for (int64_t u = 0; u < kChunkUnits; ++u) {
+    for (int64_t u = 0; u < kChunkUnits; ++u, ahead.start += ahead.step) {
       if (u < kRows) __builtin_prefetch(a + (kChunksAhead * kRows + u) * kChunkUnits);
-      multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, sums);
+      multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, sums);
     }
   }
-  for (int64_t u = 0; u < units; ++u) multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, sums);
+  for (int64_t u = 0; u < units; ++u, ahead.start += ahead.step) {
+    multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, sums);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     store(tile + i * 2 * kWidth, sums[i][0]);
@@ -56,8 +53,8 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, float* tile, 
 }
 
 template <bool kBf16, int... kIndex>
-constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, float*,
-                                                                 bool),
+constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, Ahead,
+                                                                 float*, bool),
                              std::integer_sequence<int, kIndex...>) {
   ((functions[kIndex] = multiply<kBf16, kIndex + 1>), ...);
 }
