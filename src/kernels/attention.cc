@@ -1,7 +1,7 @@
 // Attention by (block of a sequence's new tokens, heads that share a KV head) tasks. A task walks the keys in runs of
 // kRunKeys at fixed absolute positions, and lets every query of its tokens and heads attend to as much of the run as
 // lies in its past. A query thus sees the same runs in the same order however the prompt was cut. Few queries read a
-// run where it lies in the cache; many bring it into fp32 scratch once. Both compute the same.
+// run where it lies in the cache; many bring it into fp32 scratch once, keys in panels. Both compute the same.
 #include "kernels/attention.h"
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "kernels/kernel_table.h"
+#include "kernels/panel_product.h"
 #include "kernels/parallel_rows.h"
 #include "kernels/workspace.h"
 
@@ -18,11 +19,12 @@ namespace coterie {
 namespace {
 
 // Keys and values of a run fill half of an L1 cache at head_dim 64, and stay in L2 at any size.
-constexpr int64_t kRunKeys = 64;
-// Tokens and heads of a task: amortizes bringing a run in over many queries. Where many heads share their keys, as in
-// latent attention, several tasks bring in the same run, so that all threads have work.
-constexpr int64_t kTokensPerTask = 32;
+constexpr int64_t kRunKeys = AttendStep::kRunKeys;
+// Queries of a task, at most: amortizes bringing a run in. Where many heads share their keys, as in latent attention,
+// several tasks bring in the same run, so that all threads have work.
+constexpr int64_t kMostTokensPerTask = 64;
 constexpr int64_t kHeadsPerTask = 16;
+constexpr int64_t kQueriesPerTask = 256;
 constexpr int64_t kPadding = 16;  // AttendStep wants multiples of this
 constexpr int64_t kGroupRows = AttendStep::kGroupRows;
 constexpr int64_t kRunGroups = kRunKeys / kGroupRows;
@@ -40,6 +42,8 @@ struct Call {
   int64_t padded_v() const { return round_up(shape.v, kPadding); }
   int64_t heads_per_group() const { return shape.H / shape.G; }
   int64_t heads_per_task() const { return std::min(heads_per_group(), kHeadsPerTask); }
+  int64_t tokens_per_task() const { return std::min(kMostTokensPerTask, kQueriesPerTask / heads_per_task()); }
+  int64_t queries_per_task() const { return tokens_per_task() * heads_per_task(); }
   int64_t parts_per_group() const { return (heads_per_group() + kHeadsPerTask - 1) / kHeadsPerTask; }
 };
 
@@ -60,7 +64,6 @@ struct Task {
   int64_t queries() const { return tokens.count * heads; }
   int64_t row(int64_t i) const { return tokens.row() + i / heads; }
   int64_t head(int64_t i) const { return first_head + i % heads; }
-  int64_t position(int64_t i) const { return tokens.position() + i / heads; }
 };
 
 Task task_of(const Call& call, std::span<const TokenBlock> blocks, int64_t index) {
@@ -73,11 +76,11 @@ Task task_of(const Call& call, std::span<const TokenBlock> blocks, int64_t index
 }
 
 // The last tokens see the most keys: they go first, so that no long task is left for the end.
-std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks) {
+std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks, int64_t most_tokens) {
   std::vector<TokenBlock> blocks;
   for (const AttentionChunk& chunk : chunks) {
     for (int64_t end = chunk.T; end > 0;) {
-      const int64_t first = (end - 1) / kTokensPerTask * kTokensPerTask;
+      const int64_t first = (end - 1) / most_tokens * most_tokens;
       blocks.push_back({&chunk, first, end - first});
       end = first;
     }
@@ -85,27 +88,29 @@ std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks) {
   return blocks;
 }
 
-// A thread's memory. Columns from d (or v) on and rows after the last key are zero: they take part in the
-// arithmetic, with no effect. Rows behind a run may be anything: a query whose window begins within the run reads
-// past its end, and drops what it read.
+// Panels of keys in fp32.
+PanelProduct key_product() { return {active_kernels(), DType::kF32}; }
+
+// A thread's memory. Columns from d (or v) on are zero: they take part in the arithmetic, with no effect.
 struct Scratch {
-  float *keys, *values, *key_factors, *value_factors, *queries, *outs, *scores, *maxima, *sums;
+  uint32_t* key_panels;
+  float *rows, *key_factors, *value_factors, *queries, *outs, *scores, *maxima, *sums;
 
   static size_t floats(const Call& call) {
-    const int64_t queries = kTokensPerTask * call.heads_per_task(), d = call.padded_d(), v = call.padded_v();
-    return static_cast<size_t>((kRunKeys + kPadding) * (d + 2) + kRunKeys * v + queries * (d + v) + kRunKeys +
-                               2 * round_up(queries, 16));
+    const int64_t queries = call.queries_per_task(), d = call.padded_d(), v = call.padded_v();
+    return static_cast<size_t>(key_product().size_of_b(kRunKeys, d) + kRunKeys * (std::max(d, v) + 2) +
+                               queries * (d + v) + AttendStep::kMostTileQueries * kRunKeys + 2 * round_up(queries, 16));
   }
   Scratch(float* memory, const Call& call) {
-    const int64_t count = kTokensPerTask * call.heads_per_task(), d = call.padded_d(), v = call.padded_v();
-    keys = memory;
-    values = keys + (kRunKeys + kPadding) * d;
-    key_factors = values + kRunKeys * v;
-    value_factors = key_factors + kRunKeys + kPadding;
-    queries = value_factors + kRunKeys + kPadding;
+    const int64_t count = call.queries_per_task(), d = call.padded_d(), v = call.padded_v();
+    key_panels = reinterpret_cast<uint32_t*>(memory);
+    rows = memory + key_product().size_of_b(kRunKeys, d);
+    key_factors = rows + kRunKeys * std::max(d, v);
+    value_factors = key_factors + kRunKeys;
+    queries = value_factors + kRunKeys;
     outs = queries + count * d;
     scores = outs + count * v;
-    maxima = scores + kRunKeys;
+    maxima = scores + AttendStep::kMostTileQueries * kRunKeys;
     sums = maxima + round_up(count, 16);
   }
 };
@@ -154,7 +159,7 @@ void load_cache_rows(const CacheRow& first, DType dtype, int64_t count, int64_t 
   }
 }
 
-// Positions [first, first + n) of one head, d numbers each, then zero rows up to a multiple of kPadding.
+// Positions [first, first + n) of one head, d numbers each.
 void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n, int64_t G, int64_t d,
               float* rows, float* factors) {
   const int64_t padded = round_up(d, kPadding);
@@ -164,7 +169,6 @@ void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, 
                     factors + j);
     j += count;
   }
-  std::fill(rows + n * padded, rows + round_up(n, kPadding) * padded, 0.0f);
 }
 
 void load_queries(const Call& call, const Task& task, const Scratch& scratch) {
@@ -199,15 +203,14 @@ struct Run {
   DType dtype = DType::kF32;
   bool has_factors = false;
   int64_t value_stride = 0;
+  const float* key_panels = nullptr;  // then there are no groups of keys
   const void *keys[kRunGroups] = {}, *values[kRunGroups] = {};
   const float *key_factors[kRunGroups] = {}, *value_factors[kRunGroups] = {};
 };
 
-// May the task's queries read the run at `first` in place? A window that begins within it would cut groups.
-bool lies_in_groups(const Call& call, const Task& task, int64_t first) {
-  const int64_t last = task.position(task.queries() - 1);
+bool can_read_in_place(const Call& call, const Task& task) {
   return task.queries() <= kMostInPlace && task.tokens.chunk->kv.block_size % kGroupRows == 0 &&
-         call.padded_d() == call.shape.d && call.padded_v() == call.shape.v && first_visible(call.shape, last) <= first;
+         call.padded_d() == call.shape.d && call.padded_v() == call.shape.v;
 }
 
 Run run_in_place(const Call& call, const Task& task, int64_t first, int64_t n) {
@@ -223,62 +226,49 @@ Run run_in_place(const Call& call, const Task& task, int64_t first, int64_t n) {
   return run;
 }
 
-// What was loaded into scratch, from its row `skip` on.
-Run run_in_scratch(const Call& call, const PagedKv& kv, int64_t skip, const Scratch& scratch) {
-  const int64_t d = call.padded_d(), v = call.padded_v();
-  Run run{.has_factors = kv.dtype == DType::kI8, .value_stride = kv.v_blocks ? v : d};
-  const float* values = kv.v_blocks ? scratch.values : scratch.keys;
-  const float* value_factors = kv.v_blocks ? scratch.value_factors : scratch.key_factors;
+Run run_in_scratch(const Call& call, const Task& task, int64_t first, int64_t n, const Scratch& scratch) {
+  const AttentionShape& shape = call.shape;
+  const PagedKv& kv = task.tokens.chunk->kv;
+  const int64_t d = call.padded_d();
+  load_run(kv, kv.k_blocks, task.g, first, n, shape.G, shape.d, scratch.rows, scratch.key_factors);
+  key_product().pack_b(row_major(static_cast<const void*>(scratch.rows), DType::kF32, n, d), scratch.key_panels);
+  Run run{.has_factors = kv.dtype == DType::kI8,
+          .value_stride = kv.v_blocks ? call.padded_v() : d,
+          .key_panels = reinterpret_cast<const float*>(scratch.key_panels)};
+  if (kv.v_blocks) load_run(kv, kv.v_blocks, task.g, first, n, shape.G, shape.v, scratch.rows, scratch.value_factors);
   for (int64_t i = 0; i < kRunGroups; ++i) {
-    const int64_t row = skip + i * kGroupRows;
-    run.keys[i] = scratch.keys + row * d, run.key_factors[i] = scratch.key_factors + row;
-    run.values[i] = values + row * run.value_stride, run.value_factors[i] = value_factors + row;
+    const int64_t row = i * kGroupRows;
+    run.key_factors[i] = scratch.key_factors + row;
+    run.values[i] = scratch.rows + row * run.value_stride;
+    run.value_factors[i] = (kv.v_blocks ? scratch.value_factors : scratch.key_factors) + row;
   }
   return run;
 }
 
-// Query i of the task against n keys of a run.
-void attend_query(const Call& call, int64_t i, const Run& run, int64_t n, const Scratch& scratch) {
-  const int64_t d = call.padded_d(), v = call.padded_v();
-  active_kernels().attend({.q = scratch.queries + i * d,
+// Every query of the task against the n keys from position `first` on.
+void attend_run(const Call& call, const Task& task, int64_t first, int64_t n, const Scratch& scratch) {
+  const Run run = can_read_in_place(call, task) ? run_in_place(call, task, first, n)
+                                                : run_in_scratch(call, task, first, n, scratch);
+  active_kernels().attend({.q = scratch.queries,
+                           .queries = task.queries(),
+                           .heads = task.heads,
+                           .position = task.tokens.position() - first,
+                           .window = call.shape.window,
                            .dtype = run.dtype,
+                           .key_panels = run.key_panels,
                            .keys = run.keys,
                            .values = run.values,
                            .key_factors = run.has_factors ? run.key_factors : nullptr,
                            .value_factors = run.has_factors ? run.value_factors : nullptr,
                            .n = n,
-                           .d = d,
-                           .v = v,
+                           .d = call.padded_d(),
+                           .v = call.padded_v(),
                            .value_stride = run.value_stride,
                            .scale = call.shape.scale,
                            .scores = scratch.scores,
-                           .maximum = scratch.maxima + i,
-                           .sum = scratch.sums + i,
-                           .out = scratch.outs + i * v});
-}
-
-// Every query of the task against the n keys from position `first_key` on.
-void attend_run(const Call& call, const Task& task, int64_t first_key, int64_t n, const Scratch& scratch) {
-  const AttentionShape& shape = call.shape;
-  const PagedKv& kv = task.tokens.chunk->kv;
-  const bool in_place = lies_in_groups(call, task, first_key);
-  Run run;
-  if (in_place) {
-    run = run_in_place(call, task, first_key, n);
-  } else {
-    load_run(kv, kv.k_blocks, task.g, first_key, n, shape.G, shape.d, scratch.keys, scratch.key_factors);
-    if (kv.v_blocks) {
-      load_run(kv, kv.v_blocks, task.g, first_key, n, shape.G, shape.v, scratch.values, scratch.value_factors);
-    }
-  }
-  for (int64_t i = 0; i < task.queries(); ++i) {
-    const int64_t position = task.position(i);
-    const int64_t skip = std::max<int64_t>(0, first_visible(shape, position) - first_key);
-    const int64_t visible = std::min(n, position + 1 - first_key) - skip;
-    if (visible <= 0) continue;
-    if (!in_place) run = run_in_scratch(call, kv, skip, scratch);
-    attend_query(call, i, run, visible, scratch);
-  }
+                           .maxima = scratch.maxima,
+                           .sums = scratch.sums,
+                           .outs = scratch.outs});
 }
 
 void attend_task(const Call& call, const Task& task, const Scratch& scratch) {
@@ -325,7 +315,7 @@ void attention(std::span<const AttentionChunk> chunks, const float* q_THd, const
     COTERIE_CHECK(chunk.kv.v_blocks || shape.v <= shape.d, "values are wider than the keys that hold them");
   }
   const Call call = {q_THd, shape, out_THv};
-  const std::vector<TokenBlock> blocks = token_blocks(chunks);
+  const std::vector<TokenBlock> blocks = token_blocks(chunks, call.tokens_per_task());
   static thread_local Workspace workspace;
   const size_t floats = Scratch::floats(call);
   workspace.reserve(Workspace::padded(floats * 4 * static_cast<size_t>(pool.num_threads())));

@@ -70,13 +70,25 @@ struct TileStore {
   bool stream = false;  // C is so large that it would push everything else out of the caches
 };
 
-// One query against n consecutive keys, which come in groups of rows, as do the values. Elements are fp32, or what a
-// KV cache holds. d and v are multiples of 16: what was added to queries and keys is zero.
+// Queries against a run of n consecutive keys. Keys and values come in groups of rows, of fp32 or of what a KV cache
+// holds; or the keys in panels. d and v are multiples of 16: what was added to queries and keys is zero.
 struct AttendStep {
   static constexpr int64_t kGroupRows = 16;
+  static constexpr int64_t kRunKeys = 64;  // most keys of a run
+  static constexpr int64_t kMostTileQueries = 4;
 
-  const float* q = nullptr;                     // [d]
+  struct Keys {
+    int64_t first = 0, last = 0;
+    bool empty() const { return first >= last; }
+  };
+
+  const float* q = nullptr;  // [queries][d]
+  int64_t queries = 0;       // `heads` of each token
+  int64_t heads = 1;
+  int64_t position = 0;                         // of the first token, counted from the first key; may be below it
+  int64_t window = 0;                           // a token sees so many keys, its own the last of them; 0: all
   DType dtype = DType::kF32;                    // of keys and values: kF32, kBF16 or kI8
+  const float* key_panels = nullptr;            // null, or all keys as panels of B in fp32
   const void* const* keys = nullptr;            // groups [kGroupRows][d]; the last one may be read to its end
   const void* const* values = nullptr;          // groups [kGroupRows][v], rows value_stride elements apart
   const float* const* key_factors = nullptr;    // groups [kGroupRows], of the keys' elements; null: ones
@@ -86,10 +98,16 @@ struct AttendStep {
   int64_t v = 0;
   int64_t value_stride = 0;
   float scale = 1.0f;
-  float* scores = nullptr;   // scratch [n rounded up to 16]
-  float* maximum = nullptr;  // running maximum, starts at -infinity
-  float* sum = nullptr;      // running sum of exponentials
-  float* out = nullptr;      // [v] running weighted sum of values
+  float* scores = nullptr;  // scratch [kMostTileQueries][kRunKeys]
+  float* maxima = nullptr;  // [queries] running maxima, start at -infinity
+  float* sums = nullptr;    // [queries] running sums of exponentials
+  float* outs = nullptr;    // [queries][v] running weighted sums of values
+
+  // The keys of the run that a query sees.
+  Keys seen(int64_t query) const {
+    const int64_t end = position + query / heads + 1;
+    return {window > 0 && end > window ? end - window : 0, end < n ? end : n};
+  }
 };
 
 struct ActivationBackwardRow {

@@ -43,6 +43,10 @@ COTERIE_INLINE V shuffle(V a, V b) {
   return __builtin_shuffle(a, b, shuffle_mask<Rule>(std::make_integer_sequence<int, kWidth>()));
 }
 
+struct Lanes {
+  static constexpr int index(int lane) { return lane; }
+};
+
 // Exchanges blocks of kStep lanes between two vectors: the butterfly of transposing and of summing.
 template <int kStep>
 struct LowBlocks {
