@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -59,6 +60,12 @@ void AlignedBuffer::reserve(size_t bytes) {
   if (bytes <= size_) return;
   COTERIE_CHECK(owned_, "borrowed memory cannot grow");
   *this = AlignedBuffer(bytes);
+}
+
+void provide_pages(void* data, size_t bytes) {
+  const auto start = reinterpret_cast<uintptr_t>(data), page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
 }
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {

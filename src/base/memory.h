@@ -42,6 +42,11 @@ class AlignedBuffer {
   bool owned_ = true;
 };
 
+// Has the system provide the pages of memory that was not touched yet, whatever is written there meanwhile. To touch
+// them one by one can cost more than all that is done with them, above all in virtual machines. A hint: it may do
+// nothing.
+void provide_pages(void* data, size_t bytes);
+
 // A whole file mapped read-only. InvalidArgument names a file that is missing or unreadable.
 class MappedFile {
  public:

@@ -23,6 +23,14 @@ TEST(AlignedBuffer, Alignment) {
   EXPECT_EQ(empty.data(), nullptr);
 }
 
+TEST(ProvidePages, KeepsWhatIsThere) {
+  AlignedBuffer buffer(size_t{4} << 20);
+  buffer.as<char>()[5000] = 7;
+  provide_pages(buffer.as<char>() + 100, (size_t{4} << 20) - 200);
+  provide_pages(buffer.data(), 10);  // less than a page
+  EXPECT_EQ(buffer.as<char>()[5000], 7);
+}
+
 TEST(AlignedBuffer, ReserveGrowsOnly) {
   AlignedBuffer buffer(64);
   std::memset(buffer.data(), 7, 64);

@@ -28,6 +28,8 @@ namespace {
 constexpr int64_t kSequenceChunk = 512;
 // Rows of logits held at once where only a number per row is wanted.
 constexpr int64_t kLogitsChunk = 64;
+// The cache takes memory for so many tokens before they come.
+constexpr int64_t kProvidedTokens = 4096;
 
 // -log softmax(logits)[token]; overwrites the logits.
 double negative_log_probability(float* logits_V, int64_t V, int32_t token) {
@@ -49,7 +51,9 @@ class EngineImpl : public Engine {
         decoder_(config_, weights_, pool_, expert_cache_.get()),
         cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits),
-        speculator_(make_speculator(options)) {}
+        speculator_(make_speculator(options)) {
+    if (!weight_mover_ && !expert_cache_) cache_.provide_memory(kProvidedTokens);
+  }
 
   RequestId add_request(Request request) override {
     check_request(request);
@@ -171,7 +175,9 @@ class EngineImpl : public Engine {
 
  private:
   void move_weights() {
-    if (weight_mover_ && weight_mover_->move_if_ready()) weight_mover_.reset();
+    if (!weight_mover_ || !weight_mover_->move_if_ready()) return;
+    weight_mover_.reset();
+    cache_.provide_memory(kProvidedTokens);  // not earlier: a first answer does not wait for it
   }
 
   std::unique_ptr<Speculator> make_speculator(const EngineOptions& options) {

@@ -44,6 +44,21 @@ KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
   return kRootOfLength | static_cast<Prefix>(num_prompt_tokens);
 }
 
+void KvCache::provide_memory(int64_t num_tokens) {
+  const int64_t whole_slabs_left = (max_blocks_ - static_cast<int64_t>(blocks_.size())) / kSlabBlocks;
+  const int64_t count = std::min(blocks_for(num_tokens) / kSlabBlocks, whole_slabs_left);
+  std::vector<char*> pieces;  // in the order of use; one takes some milliseconds
+  constexpr size_t kPiece = size_t{2} << 20;
+  for (int64_t i = 0; i < count; ++i) {
+    auto& slab = provided_slabs_.emplace_back(slab_bytes(kSlabBlocks));
+    for (size_t at = 0; at + kPiece <= slab.size(); at += kPiece) pieces.push_back(slab.as<char>() + at);
+  }
+  std::ranges::reverse(provided_slabs_);
+  provider_ = std::jthread([pieces = std::move(pieces)](const std::stop_token& stop) {
+    for (size_t i = 0; i < pieces.size() && !stop.stop_requested(); ++i) provide_pages(pieces[i], kPiece);
+  });
+}
+
 int32_t KvCache::allocate() {
   if (num_free() == 0) {
     throw ResourceExhausted("KV cache: all " + std::to_string(max_blocks_) + " blocks are in use");
@@ -101,7 +116,12 @@ void KvCache::forget(int32_t block) {
 void KvCache::add_slab() {
   const auto first = static_cast<int64_t>(blocks_.size());
   const int64_t count = std::min(kSlabBlocks, max_blocks_ - first);
-  slabs_.emplace_back(count * num_layers_ * layer_bytes());
+  if (provided_slabs_.empty()) {
+    slabs_.emplace_back(slab_bytes(count));
+  } else {
+    slabs_.push_back(std::move(provided_slabs_.back()));
+    provided_slabs_.pop_back();
+  }
   blocks_.resize(first + count);
   for (int64_t block = first + count - 1; block >= first; --block) free_.push_back(static_cast<int32_t>(block));
 }

@@ -12,6 +12,7 @@
 #include <list>
 #include <optional>
 #include <span>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -40,6 +41,9 @@ class KvCache {
 
   static int64_t blocks_for(int64_t num_tokens) { return (num_tokens + kBlockSize - 1) / kBlockSize; }
   static int64_t block_bytes(const ModelConfig& config, DType dtype);  // of all layers
+
+  // Takes memory for about so many tokens before they come, on a thread of its own. At most once.
+  void provide_memory(int64_t num_tokens);
 
   int32_t allocate();  // with one holder; ResourceExhausted when all blocks are held
   void release(int32_t block);
@@ -86,6 +90,7 @@ class KvCache {
 
   void* at(int32_t block, int64_t layer, int64_t offset) const;
   int64_t layer_bytes() const { return key_bytes_ + value_bytes_; }
+  size_t slab_bytes(int64_t num_blocks) const { return static_cast<size_t>(num_blocks * num_layers_ * layer_bytes()); }
   void add_slab();
   void forget(int32_t block);
 
@@ -102,6 +107,8 @@ class KvCache {
   std::vector<int32_t> free_;  // neither held nor published, used last in first out
   std::list<int32_t> idle_;    // published and not held, least recently used first
   std::unordered_map<Key, int32_t, KeyHash> published_;
+  std::vector<AlignedBuffer> provided_slabs_;  // used from the end on
+  std::jthread provider_;                      // of their pages
 };
 
 // The blocks of one sequence; the table gives them back when it goes.
