@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "base/machine.h"
 #include "kernels/attention.h"
 #include "kernels/gemm.h"
 #include "kernels/kernel_table.h"

@@ -1,7 +1,6 @@
 #include "base/thread_pool.h"
 
 #include <immintrin.h>
-#include <sched.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -98,13 +97,6 @@ void NativeThreadPool::run(int64_t num_tasks, const std::function<void(int64_t, 
     _mm_pause();
     if (++spins > State::kSpins) std::this_thread::yield();  // more threads than processors
   }
-}
-
-int available_cpus() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  return CPU_COUNT(&set);
 }
 
 }  // namespace coterie

@@ -36,7 +36,4 @@ class NativeThreadPool : public ThreadPool {
   std::unique_ptr<State> state_;
 };
 
-// Physical processors that this process may use (its affinity mask).
-int available_cpus();
-
 }  // namespace coterie

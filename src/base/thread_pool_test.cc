@@ -75,10 +75,7 @@ TEST(ThreadPool, SleepingWorkersWakeUp) {
   }
 }
 
-TEST(ThreadPool, RejectsNoThreads) {
-  EXPECT_THROW(NativeThreadPool(0), InvalidArgument);
-  EXPECT_GE(available_cpus(), 1);
-}
+TEST(ThreadPool, RejectsNoThreads) { EXPECT_THROW(NativeThreadPool(0), InvalidArgument); }
 
 }  // namespace
 }  // namespace coterie

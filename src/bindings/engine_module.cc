@@ -10,6 +10,7 @@
 #include <set>
 #include <string>
 
+#include "base/machine.h"
 #include "base/thread_pool.h"
 #include "bindings/engine_binding.h"
 #include "bindings/errors.h"

@@ -1,11 +1,9 @@
 #include "engine/settings.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <string>
 
-#include "base/thread_pool.h"
+#include "base/machine.h"
 #include "coterie/error.h"
 #include "engine/kv_cache.h"
 
@@ -37,7 +35,7 @@ int64_t model_len(const ModelConfig& config, int64_t wanted) {
   return wanted > 0 ? wanted : most;
 }
 
-int64_t quarter_of_memory() { return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE) / 4; }
+int64_t quarter_of_memory() { return available_memory() / 4; }
 
 int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config) {
   at_least("num_kv_blocks", options.num_kv_blocks, 0);

@@ -12,7 +12,7 @@
 #include <span>
 #include <tuple>
 
-#include "base/thread_pool.h"
+#include "base/machine.h"
 #include "comm/small_sums.h"
 #include "coterie/error.h"
 #include "io/checkpoint_source.h"
