@@ -39,8 +39,9 @@ struct EngineOptions {
   int64_t max_num_batched_tokens = 2048;  // tokens of a step: first one for each decoding completion, then prompts
   std::string kv_cache_dtype = "auto";    // "auto" (bf16 unless dtype is fp32), "fp32", "bf16" or "int8"
   int64_t num_kv_blocks = 0;              // blocks of 16 tokens; 0: by kv_cache_bytes
-  int64_t kv_cache_bytes = 0;             // taken as it is needed; 0: a quarter of the machine's memory, at most what
-                                          // max_num_seqs need, at least what one of max_model_len needs
+  int64_t kv_cache_bytes = 0;             // taken as it is needed, for 4096 tokens (at most 256 MiB) at once; 0: a
+                                          // quarter of the memory that the process may use, at most what max_num_seqs
+                                          // need, at least what one of max_model_len needs
   bool enable_prefix_caching = true;      // compute what requests begin with in common only once
   std::string load_format = "auto";       // "dummy": read config.json alone; the weights are random numbers
 

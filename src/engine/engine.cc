@@ -28,8 +28,6 @@ namespace {
 constexpr int64_t kSequenceChunk = 512;
 // Rows of logits held at once where only a number per row is wanted.
 constexpr int64_t kLogitsChunk = 64;
-// The cache takes memory for so many tokens before they come.
-constexpr int64_t kProvidedTokens = 4096;
 
 // -log softmax(logits)[token]; overwrites the logits.
 double negative_log_probability(float* logits_V, int64_t V, int32_t token) {
@@ -52,7 +50,7 @@ class EngineImpl : public Engine {
         cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits),
         speculator_(make_speculator(options)) {
-    if (!weight_mover_ && !expert_cache_) cache_.provide_memory(kProvidedTokens);
+    if (!weight_mover_ && !options.mmap) cache_.provide_memory();
   }
 
   RequestId add_request(Request request) override {
@@ -103,20 +101,16 @@ class EngineImpl : public Engine {
     const RequestId id = add_request(request);
     RequestOutput result;
     result.completions.resize(request.sampling.n);
-    while (has_unfinished()) {
-      for (StepOutput& output : step()) {
-        CompletionOutput& completion = result.completions[output.index];
-        completion.token_ids.insert(completion.token_ids.end(), output.new_token_ids.begin(),
-                                    output.new_token_ids.end());
-        std::ranges::move(output.logprobs, std::back_inserter(completion.logprobs));
-        completion.finish_reason = output.finish_reason.value_or(FinishReason::kAborted);
-        if (output.index == 0) {
-          result.num_cached_tokens = output.num_cached_tokens;
-          result.timings = output.timings;
-          std::ranges::move(output.prompt_logprobs, std::back_inserter(result.prompt_logprobs));
+    try {
+      while (has_unfinished()) {
+        for (StepOutput& output : step()) {
+          collect(output, result);
+          if (on_output && !on_output(output)) abort(id, output.index);
         }
-        if (on_output && !on_output(output)) abort(id, output.index);
       }
+    } catch (...) {  // of a mask, or of on_output
+      abort(id, {});
+      throw;
     }
     return result;
   }
@@ -174,10 +168,21 @@ class EngineImpl : public Engine {
   const WeightTypes& types() const { return settings_.types; }
 
  private:
+  static void collect(StepOutput& output, RequestOutput& result) {
+    CompletionOutput& completion = result.completions[output.index];
+    completion.token_ids.insert(completion.token_ids.end(), output.new_token_ids.begin(), output.new_token_ids.end());
+    std::ranges::move(output.logprobs, std::back_inserter(completion.logprobs));
+    completion.finish_reason = output.finish_reason.value_or(FinishReason::kAborted);
+    if (output.index != 0) return;
+    result.num_cached_tokens = output.num_cached_tokens;
+    result.timings = output.timings;
+    std::ranges::move(output.prompt_logprobs, std::back_inserter(result.prompt_logprobs));
+  }
+
   void move_weights() {
     if (!weight_mover_ || !weight_mover_->move_if_ready()) return;
     weight_mover_.reset();
-    cache_.provide_memory(kProvidedTokens);  // not earlier: a first answer does not wait for it
+    cache_.provide_memory();  // not earlier: a first answer does not wait for it
   }
 
   std::unique_ptr<Speculator> make_speculator(const EngineOptions& options) {
@@ -221,7 +226,7 @@ class EngineImpl : public Engine {
                             std::to_string(config_.vocab_size) + "), the vocabulary");
     }
     const auto prompt = static_cast<int64_t>(request.prompt_token_ids.size());
-    const int64_t most = std::min(prompt + sampling.max_new_tokens, settings_.max_model_len);
+    const int64_t most = prompt + std::min(sampling.max_new_tokens, settings_.max_model_len - prompt);
     const int64_t needed = KvCache::blocks_for(most - 1);  // the last token is only chosen
     if (needed > cache_.num_blocks()) {
       throw InvalidArgument("prompt_token_ids: " + std::to_string(prompt) + " tokens and max_new_tokens (" +

@@ -22,6 +22,10 @@ int64_t dynamic_context(const RopeScaling& scaling) {
   return scaling.kind == RopeScalingKind::kDynamic ? scaling.original_context : 0;
 }
 
+// Of memory that is provided before it is needed, at most.
+constexpr int64_t kProvidedTokens = 4096;
+constexpr size_t kProvidedBytes = size_t{256} << 20;
+
 constexpr KvCache::Prefix kRootOfLength = KvCache::Prefix{1} << 63;  // published chains are counted from 1
 
 }  // namespace
@@ -44,9 +48,10 @@ KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
   return kRootOfLength | static_cast<Prefix>(num_prompt_tokens);
 }
 
-void KvCache::provide_memory(int64_t num_tokens) {
+void KvCache::provide_memory() {
   const int64_t whole_slabs_left = (max_blocks_ - static_cast<int64_t>(blocks_.size())) / kSlabBlocks;
-  const int64_t count = std::min(blocks_for(num_tokens) / kSlabBlocks, whole_slabs_left);
+  const auto affordable = static_cast<int64_t>(kProvidedBytes / slab_bytes(kSlabBlocks));
+  const int64_t count = std::min({blocks_for(kProvidedTokens) / kSlabBlocks, affordable, whole_slabs_left});
   std::vector<char*> pieces;  // in the order of use; one takes some milliseconds
   constexpr size_t kPiece = size_t{2} << 20;
   for (int64_t i = 0; i < count; ++i) {

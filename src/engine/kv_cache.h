@@ -42,8 +42,8 @@ class KvCache {
   static int64_t blocks_for(int64_t num_tokens) { return (num_tokens + kBlockSize - 1) / kBlockSize; }
   static int64_t block_bytes(const ModelConfig& config, DType dtype);  // of all layers
 
-  // Takes memory for about so many tokens before they come, on a thread of its own. At most once.
-  void provide_memory(int64_t num_tokens);
+  // Takes memory for the first 4096 tokens, at most 256 MiB, before they come, on a thread of its own. At most once.
+  void provide_memory();
 
   int32_t allocate();  // with one holder; ResourceExhausted when all blocks are held
   void release(int32_t block);

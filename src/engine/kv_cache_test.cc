@@ -15,7 +15,7 @@ TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
   const ModelConfig config = small_config();
   const int64_t part_bytes = config.num_kv_heads * KvCache::kBlockSize * config.head_dim * 2;
   KvCache cache(config, DType::kBF16, 70);  // more than two slabs
-  cache.provide_memory(70 * KvCache::kBlockSize);
+  cache.provide_memory();
   std::vector<int32_t> blocks;
   for (int i = 0; i < 70; ++i) blocks.push_back(cache.allocate());
   EXPECT_EQ(std::set<int32_t>(blocks.begin(), blocks.end()).size(), 70u);

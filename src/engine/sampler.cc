@@ -80,11 +80,11 @@ double sum(const std::vector<Candidate>& candidates) {
   return total;
 }
 
-// The likeliest whose weights reach `enough`. A heap rather than a sort, since usually few come out.
+// The likeliest whose weights reach `enough`, one at least. A heap rather than a sort, since usually few come out.
 std::vector<Candidate> keep_likeliest(std::vector<Candidate> candidates, double enough) {
   std::make_heap(candidates.begin(), candidates.end());
   std::vector<Candidate> kept;
-  for (double mass = 0; !candidates.empty() && mass < enough; mass += kept.back().weight) {
+  for (double mass = 0; !candidates.empty() && (kept.empty() || mass < enough); mass += kept.back().weight) {
     std::pop_heap(candidates.begin(), candidates.end());
     kept.push_back(candidates.back());
     candidates.pop_back();

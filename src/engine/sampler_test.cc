@@ -84,6 +84,16 @@ TEST(Sampler, DependsOnSeedAndPositionAlone) {
   EXPECT_GT(different, 100);  // two independent draws agree with probability 0.275
 }
 
+// A model that is broken must not break what runs beside it.
+TEST(Sampler, ChoosesSomethingAmongNumbersThatAreNone) {
+  const std::vector<float> logits = {1, NAN, 2, INFINITY};
+  for (const SamplingParams& params :
+       {SamplingParams{.temperature = 1, .top_p = 0.9f}, SamplingParams{.temperature = 1, .top_k = 2, .top_p = 0.9f},
+        SamplingParams{.temperature = 1, .top_p = 0.9f, .min_p = 0.1f}}) {
+    EXPECT_LT(sample(logits, params, 0, 0), 4);
+  }
+}
+
 TEST(SamplingParams, RefusesByNameAndValue) {
   const auto refusal = [](const SamplingParams& params) {
     try {
@@ -96,6 +106,7 @@ TEST(SamplingParams, RefusesByNameAndValue) {
   EXPECT_EQ(refusal({}), "accepted");
   EXPECT_EQ(refusal({.top_p = 1.5f}), "top_p: 1.5 is not in (0, 1]");
   EXPECT_EQ(refusal({.top_p = NAN}), "top_p: nan is not in (0, 1]");
+  EXPECT_EQ(refusal({.logit_bias = {{3, INFINITY}}}), "logit_bias[3]: inf is not a number below infinity");
   EXPECT_EQ(refusal({.top_k = -1}), "top_k: -1 is negative");
   EXPECT_EQ(refusal({.temperature = -0.1f}), "temperature: -0.1 is not zero or positive");
   EXPECT_EQ(refusal({.max_new_tokens = 0}), "max_new_tokens: 0 is below 1");

@@ -1,6 +1,7 @@
 // What values SamplingParams may have.
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "coterie/engine.h"
@@ -42,7 +43,8 @@ void SamplingParams::validate() const {
   check_that(std::isfinite(presence_penalty), "presence_penalty", presence_penalty, "a finite number");
   check_that(std::isfinite(frequency_penalty), "frequency_penalty", frequency_penalty, "a finite number");
   for (const auto& [token, bias] : logit_bias) {
-    check_that(!std::isnan(bias), ("logit_bias[" + std::to_string(token) + "]").c_str(), bias, "a number");
+    check_that(bias < std::numeric_limits<float>::infinity(), ("logit_bias[" + std::to_string(token) + "]").c_str(),
+               bias, "a number below infinity");
   }
   check_at_least("logprobs", logprobs.value_or(0), 0);
   check_at_least("prompt_logprobs", prompt_logprobs.value_or(0), 0);

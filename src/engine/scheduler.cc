@@ -24,11 +24,16 @@ void Scheduler::add(std::unique_ptr<Sequence> sequence) { insert(waiting_, std::
 std::vector<ScheduledChunk> Scheduler::schedule() {
   chunks_.clear();
   budget_ = limits_.max_num_batched_tokens;
+  first_preempted_ = nullptr;
   const Sequence* stalled = decode();
+  bool closed = false;  // to those who wait: one of them did not fit
   for (Sequence* sequence : prefilling()) {
     if (budget_ == 0 || (stalled && stalled->before(*sequence))) break;
     if (sequence->index() > 0 && !sequence->shared().prompt_computed) continue;
-    if (!is_running(*sequence) && !admit(*sequence)) break;
+    if (!is_running(*sequence)) {
+      closed = closed || (first_preempted_ && first_preempted_->before(*sequence)) || !admit(*sequence);
+      if (closed) continue;
+    }
     const int64_t num_tokens = std::min(budget_, sequence->num_pending());
     if (!make_room(*sequence, num_tokens)) break;
     add_chunk(*sequence, num_tokens);
@@ -114,6 +119,7 @@ bool Scheduler::preempt_behind(const Sequence& sequence, bool same_priority) {
   std::erase_if(chunks_, [&](const ScheduledChunk& chunk) { return chunk.sequence == &last; });
   last.drop_blocks();
   insert(waiting_, take(running_, last));
+  if (!first_preempted_ || last.before(*first_preempted_)) first_preempted_ = &last;
   ++num_preemptions_;
   return true;
 }

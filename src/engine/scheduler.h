@@ -2,7 +2,7 @@
 //
 // Completions have an order: priority, then arrival. A step takes one token of each decoding completion, then prompts
 // in that order as far as the budget goes, in chunks. So decoding goes on beside a long prompt, and nobody is
-// overtaken by a later one of the same priority: a waiting completion that does not fit lets none pass it.
+// overtaken by a later one of the same priority: a waiting completion that does not fit lets no waiting one pass it.
 // Who needs blocks when there are none takes them from the last in order behind it, which computes them again later.
 // The first in order can thus take everything, and gets to its end.
 #pragma once
@@ -80,6 +80,7 @@ class Scheduler {
   // Of the step that is being made.
   std::vector<ScheduledChunk> chunks_;
   int64_t budget_ = 0;
+  const Sequence* first_preempted_ = nullptr;  // in order, of this step: nobody behind it is admitted
 };
 
 }  // namespace coterie

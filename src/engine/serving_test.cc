@@ -376,6 +376,36 @@ TEST_F(ServingTest, LowerPrioritiesRunFirstAndTakeTheBlocks) {
   EXPECT_EQ(texts[second], completions(alone->generate(urgent)));
 }
 
+// Who lost its blocks waits in front of those of its priority: they go on when they run already, but none begins.
+TEST_F(ServingTest, APreemptedRequestIsNotOvertakenAndBlocksNobody) {
+  const auto engine = load({.threads = 1, .max_num_batched_tokens = 70, .num_kv_blocks = 7});
+  const auto request = [](int64_t prompt, int64_t from, int64_t max_new_tokens, int64_t priority) {
+    Request request;
+    request.prompt_token_ids = tokens(prompt, from);
+    request.sampling.max_new_tokens = max_new_tokens;
+    request.sampling.ignore_eos = true;
+    request.priority = priority;
+    return request;
+  };
+  const Request first = request(64, 1, 24, 1), second = request(64, 2, 6, 1), urgent = request(40, 3, 3, 0);
+  const auto alone = load({.threads = 1});
+  std::map<RequestId, Completions> texts, expected;
+  const RequestId a = engine->add_request(first);
+  collect(texts, engine->step());
+  const RequestId b = engine->add_request(second);
+  collect(texts, engine->step());
+  const RequestId c = engine->add_request(urgent);
+  for (int step = 0; engine->has_unfinished(); ++step) {
+    ASSERT_LT(step, 200);
+    collect(texts, engine->step());
+  }
+  expected[a] = completions(alone->generate(first));
+  expected[b] = completions(alone->generate(second));
+  expected[c] = completions(alone->generate(urgent));
+  EXPECT_EQ(texts, expected);
+  EXPECT_GT(engine->stats().num_preemptions, 0);
+}
+
 TEST_F(ServingTest, OneCompletionEndsAlone) {
   const auto alone = load({}), engine = load({});
   const Request request = {tokens(20), {.n = 3, .max_new_tokens = 20, .temperature = 1.0f}};
@@ -433,6 +463,8 @@ TEST_F(ServingTest, AFailingMaskLeavesTheEngineAsItWas) {
   engine->abort(broken);
   while (engine->has_unfinished()) collect(texts, engine->step());
   EXPECT_EQ(texts[fine], completions(alone->generate(good)));
+  EXPECT_THROW(engine->generate(bad), std::runtime_error);
+  EXPECT_FALSE(engine->has_unfinished());
   EXPECT_EQ(engine->stats().num_free_kv_blocks, engine->stats().num_kv_blocks);
 }
 

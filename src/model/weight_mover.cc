@@ -1,6 +1,10 @@
 #include "model/weight_mover.h"
 
+#include <string>
 #include <utility>
+
+#include "base/log.h"
+#include "coterie/error.h"
 
 namespace coterie {
 
@@ -15,6 +19,8 @@ WeightMover::~WeightMover() {
 void WeightMover::copy() {
   try {
     copy_ = file_.copy(stop_);
+  } catch (const ResourceExhausted& error) {
+    log_info("weights stay in the mapped file: " + std::string(error.what()));
   } catch (...) {
     error_ = std::current_exception();
   }
@@ -23,8 +29,9 @@ void WeightMover::copy() {
 
 bool WeightMover::move_if_ready() {
   if (!ready_) return false;
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
   if (error_) std::rethrow_exception(error_);
+  if (copy_.size() == 0) return true;  // there is no memory for it
   // The copy is the file byte by byte.
   const char *const from = file_.start(), *const to = copy_.as<char>();
   const auto moved = [&](const void* data) { return to + (static_cast<const char*>(data) - from); };

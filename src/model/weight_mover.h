@@ -19,8 +19,8 @@ class WeightMover {
   WeightMover(const WeightMover&) = delete;
   WeightMover& operator=(const WeightMover&) = delete;
 
-  // Between two forward passes: points the weights at the copy when it is complete. True when that is done. CorruptFile
-  // when the file could not be read.
+  // Between two forward passes: points the weights at the copy when it is complete. True when that is done, or when
+  // they stay because memory does not suffice. CorruptFile when the file could not be read.
   bool move_if_ready();
 
  private:
