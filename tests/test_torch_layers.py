@@ -9,7 +9,7 @@ from test_torch_ops import FP32, assert_close, values_and_gradients
 from torch import nn
 from torch.library import opcheck
 
-from coterie.torch import GroupedExperts, Linear, Router, RouterConfig, aten_ops, moe, route
+from coterie.torch import GroupedExperts, Linear, Router, RouterConfig, aten_ops, functional, moe, route
 from coterie.torch.moe import run_experts
 
 
@@ -213,3 +213,116 @@ def test_training_lowers_a_loss() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.parametrize("aten", [False, True])
+def test_mixed_types(aten: bool) -> None:
+    """What is multiplied is of the weights' type, what comes out of the tokens'."""
+    torch.manual_seed(6)
+    layer, linear = GroupedExperts(3, 8, 8).bfloat16(), torch.nn.Linear(8, 4).bfloat16()
+    x, ids = torch.randn(5, 8), torch.randint(0, 3, (5, 1))
+    with aten_ops() if aten else torch.enable_grad():
+        y, z = layer(x, ids), functional.linear(x, linear.weight)
+        loss = functional.cross_entropy(x, linear.weight, torch.tensor([0, 1, 2, 3, -100]))
+    assert y.dtype == z.dtype == loss.dtype == torch.float32
+    assert torch.allclose(z, torch.nn.functional.linear(x.bfloat16(), linear.weight).float(), atol=0.03)
+
+
+def test_cross_entropy_in_chunks() -> None:
+    torch.manual_seed(7)
+    tokens = functional.LOGITS_CHUNK * 2 + 3
+    hidden, weight = torch.randn(tokens, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    targets = torch.randint(0, 5, (tokens,))
+    targets[::7] = -100
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    with aten_ops():
+        loss = functional.cross_entropy(hidden, weight, targets)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    for actual, gradient in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+        assert torch.allclose(actual, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_scaled_loss_scales_the_gradient() -> None:
+    """By the factor as it is, and not as bfloat16 rounds it."""
+    hidden, weight = torch.randn(9, 8).bfloat16().requires_grad_(), torch.randn(5, 8).bfloat16()
+    targets = torch.randint(0, 5, (9,))
+    (whole,) = torch.autograd.grad(functional.cross_entropy(hidden, weight, targets), hidden)
+    (third,) = torch.autograd.grad(functional.cross_entropy(hidden, weight, targets) / 3, hidden)
+    assert torch.equal(third, (whole.float() * torch.tensor(1 / 3)).bfloat16())
+
+
+def test_choice_bias_moves_against_the_load() -> None:
+    torch.manual_seed(8)
+    config = RouterConfig(score_function="sigmoid", choice_bias=True)
+    router = Router(8, 4, 1, config).bfloat16()
+    assert router.choice_bias.dtype == torch.float32
+    x = torch.randn(64, 8).bfloat16() + 1
+    before = router(x).load()
+    for _ in range(300):
+        router.update_choice_bias(router(x).load().chosen_E, rate=0.01)
+    after = router(x).load()
+    assert after.metrics()["max_violation"] < 0.5 * before.metrics()["max_violation"]
+    assert "choice_bias" in router.state_dict()
+    with pytest.raises(ValueError, match="has no choice_bias"):
+        Router(8, 4, 1).update_choice_bias(before.chosen_E)
+
+
+def test_load_of_a_routing() -> None:
+    logits = torch.tensor([[3.0, 0, 0, 0], [2, 0, 0, 0], [1, 0, 0, 0], [0, 3, 0, 0]])
+    config = RouterConfig(capacity_factor=1e-3, min_capacity=2, drop_policy="position")
+    routing = route(logits, 1, config, training=True)
+    load = routing.load()
+    assert load.chosen_E.tolist() == [3, 1, 0, 0] and load.kept_E.tolist() == [2, 1, 0, 0]
+    metrics = load.metrics()
+    assert metrics["dropped"] == pytest.approx(0.25) and metrics["dead_experts"] == 2
+    assert metrics["max_violation"] == pytest.approx(2) and metrics["entropy"] == pytest.approx(0.5623, abs=1e-4)
+    assert (load + load).metrics() == pytest.approx(metrics)
+    # Half a batch, by the load of the whole: the mean over both halves is the loss of the whole.
+    halves = [route(part, 1, config, training=True).balance_loss(chosen_E=load.chosen_E) for part in logits.split(2)]
+    assert torch.allclose(sum(halves) / 2, routing.balance_loss())
+
+
+@pytest.mark.parametrize("noise", ["rsample", "none"])
+def test_a_key_makes_choices_those_of_the_whole_batch(noise: str) -> None:
+    torch.manual_seed(9)
+    logits, config = torch.randn(32, 6), RouterConfig(choice_noise=noise)
+
+    def key(first_token: int, step: int = 5) -> torch.Tensor:
+        return torch.tensor([7, step, 1, first_token])
+
+    whole = route(logits, 2, config, training=True, key=key(0))
+    parts = [route(logits[first : first + 8], 2, config, training=True, key=key(first)) for first in range(0, 32, 8)]
+    assert torch.equal(torch.cat([part.expert_ids_TK for part in parts]), whole.expert_ids_TK)
+    other = route(logits, 2, config, training=True, key=key(0, step=6))
+    assert torch.equal(other.expert_ids_TK, whole.expert_ids_TK) == (noise == "none")
+
+
+@pytest.mark.parametrize("aten", [False, True])
+def test_route_wants_the_bias_that_the_configuration_has(aten: bool) -> None:
+    with aten_ops() if aten else torch.enable_grad():
+        with pytest.raises(ValueError, match="choice_bias is missing"):
+            route(torch.randn(2, 4), 1, RouterConfig(choice_bias=True))
+        with pytest.raises(ValueError, match="choice_bias is given"):
+            route(torch.randn(2, 4), 1, RouterConfig(), torch.zeros(4))
+
+
+def test_no_tokens_have_no_losses() -> None:
+    routing = route(torch.randn(0, 4), 1, RouterConfig())
+    assert float(routing.balance_loss()) == float(routing.z_loss()) == 0
+
+
+def test_all_activations_can_be_saved(tmp_path: Path) -> None:
+    for activation in moe.ACTIVATIONS:
+        torch.save(GroupedExperts(2, 8, 8, activation, gated=False), tmp_path / "experts.pt")
+
+
+def test_capacity_is_the_same_whatever_torchs_default_type() -> None:
+    config = RouterConfig(capacity_factor=1.1)
+    before = [config.capacity(n, 1, 1, True) for n in (10, 1001)]
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert [config.capacity(n, 1, 1, True) for n in (10, 1001)] == before
+        finally:
+            torch.set_default_dtype(torch.float32)

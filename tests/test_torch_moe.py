@@ -7,13 +7,16 @@ all that one could compare is how the terms cancel.
 """
 
 import copy
+import gc
+import io
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coterie.torch import MoE, aten_ops
+from coterie.torch import Linear, MoE, Router, aten_ops, is_moe_param
 from coterie.torch.expert_forms import recognise
 
 FP32 = 4 * 64 * 2.0**-24
@@ -360,9 +363,91 @@ def test_bf16_checkpointing_and_compilation() -> None:
         ({"k": 7}, r"^\[MoE\] k \(7\) is not in \[1, num_experts \(6\)\]$"),
         ({"residual_mix": "mean"}, r"^\[MoE\] residual_mix \(mean\) is not one of"),
         ({"noisy_gate_policy": "Gauss"}, r"^\[MoE\] noisy_gate_policy \(Gauss\) is not one of"),
+        ({"capacity_factor": -1.0}, r"^\[MoE\] capacity_factor \(-1.0\) is not 0 or a positive number$"),
+        ({"min_capacity": -1}, r"^\[MoE\] min_capacity \(-1\) is negative$"),
         ({"enable_expert_tensor_parallelism": True}, r"^\[MoE\] enable_expert_tensor_parallelism \(True\)"),
     ],
 )
 def test_refuses_in_one_line(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoE(D, EXPERTS["mlp"](), num_experts=E, **arguments)
+
+
+@pytest.mark.parametrize("aten", [False, True])
+@pytest.mark.parametrize("expert", ["mlp", "odd"])
+def test_autocast_leaves_the_gate_in_float32(expert: str, aten: bool) -> None:
+    torch.manual_seed(3)
+    layer, router = MoE(D, EXPERTS[expert](), num_experts=E, use_rts=False), Router(D, E, 2)
+    x = torch.randn(T, D)
+    with aten_ops() if aten else torch.enable_grad():
+        expected, routed = layer(x), router(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            output, l_aux, exp_counts = layer(x)
+            assert torch.equal(router(x).logits_TE, routed.logits_TE)
+    assert torch.equal(l_aux, expected[1]) and torch.equal(exp_counts, expected[2])
+    assert torch.allclose(output.float(), expected[0], rtol=0, atol=3 * 2.0**-8 * float(expected[0].abs().max()))
+
+
+@pytest.mark.parametrize("name", ["mlp", "gated"])
+def test_apply_sees_the_layers_of_every_expert(name: str) -> None:
+    torch.manual_seed(4)
+    seen = []
+
+    def initialise(module: nn.Module) -> None:
+        if type(module) is nn.Linear:
+            seen.append(module)
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.constant_(module.bias, len(seen))
+
+    layer = MoE(D, EXPERTS[name](), num_experts=3).apply(initialise)
+    experts = layer.deepspeed_moe.experts
+    assert len(seen) == 1 + 3 * (2 if name == "mlp" else 3)
+    assert not torch.equal(experts.up[0], experts.up[1]) and float(experts.down.detach().std()) < 0.03
+    if name == "mlp":  # the gate comes after the experts or before: all that counts is that they differ
+        assert len(set(experts.up_bias[:, 0].tolist())) == 3
+
+
+def test_copies_stay_experts_and_the_given_module_may_go() -> None:
+    expert = EXPERTS["mlp"]()
+    given = weakref.ref(expert[0].weight)
+    layer = MoE(D, expert, num_experts=2)
+    del expert
+    gc.collect()
+    assert given() is None
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(saved, weights_only=False)):
+        assert all(is_moe_param(p) and p.group_name == "ep_size_1" for p in other.deepspeed_moe.experts.parameters())
+        assert not any(is_moe_param(p) for p in other.deepspeed_moe.gate.parameters())
+
+
+def test_recognises_our_linear_and_experts_on_the_meta_device() -> None:
+    ours = nn.Sequential(Linear(D, INNER), nn.GELU(), Linear(INNER, D))
+    layer = MoE(D, ours, num_experts=2)
+    with torch.device("meta"):
+        empty = MoE(D, EXPERTS["mlp"](), num_experts=2)
+    assert recognise(ours, D) is not None and hasattr(empty.deepspeed_moe.experts, "up")
+    with pytest.raises(RuntimeError, match="meta device: load with assign=True"):
+        empty.load_state_dict(layer.state_dict())
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(5, D)
+    assert torch.equal(empty.eval()(x)[0], layer.eval()(x)[0])
+    assert all(is_moe_param(p) for p in empty.deepspeed_moe.experts.parameters())
+
+
+def test_no_tokens_have_no_loss() -> None:
+    for k in (1, 2, 3):
+        output, l_aux, exp_counts = MoE(D, EXPERTS["mlp"](), num_experts=E, k=k)(torch.randn(0, D))
+        assert output.shape == (0, D) and l_aux.item() == 0 and exp_counts.sum() == 0
+
+
+def test_experts_in_float64_are_summed_in_it() -> None:
+    layer = MoE(D, Odd().double(), num_experts=2, drop_tokens=False).double()
+    x = torch.randn(4, D, dtype=torch.float64)
+    output, _, _ = layer(x)
+    choice, weights, _, _ = layer.deepspeed_moe.gate(x)
+    experts = layer.deepspeed_moe.experts.deepspeed_experts
+    expected = torch.stack([w.double() * experts[int(e)](row)[0] for w, e, row in zip(weights, choice, x, strict=True)])
+    assert torch.allclose(output, expected, rtol=0, atol=1e-12)

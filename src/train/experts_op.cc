@@ -62,6 +62,8 @@ Activation activation_of(std::string_view name) {
 }
 
 void check(const Arguments& a, std::string_view activation, bool gated) {
+  TORCH_CHECK_VALUE(gated || activation_of(activation) != Activation::kClampedSwiglu, kOp, ": activation: '",
+                    activation, "' needs a gate");
   activation_of(activation);
   for (const auto& [tensor, name] : {std::pair(&a.x_TD, "x"), {&a.up_EUD, "up"}, {&a.down_EDF, "down"}}) {
     check_floating(*tensor, kOp, name);

@@ -232,8 +232,8 @@ struct HeadFunction : torch::autograd::Function<HeadFunction> {
     check_first_derivative(kOp);
     const variable_list saved = context->get_saved_variables();
     variable_list gradients(8);
-    if (context->saved_data["hidden"].toBool()) gradients[0] = saved[0] * grads[0].to(saved[0].scalar_type());
-    if (context->saved_data["weight"].toBool()) gradients[1] = saved[1] * grads[0].to(saved[1].scalar_type());
+    if (context->saved_data["hidden"].toBool()) gradients[0] = saved[0] * grads[0];  // of its type
+    if (context->saved_data["weight"].toBool()) gradients[1] = saved[1] * grads[0];
     return gradients;
   }
 };

@@ -7,12 +7,13 @@ that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie export`` writ
 ``experts_implementation="coterie"``, with which the MoE models of transformers run on our kernels.
 """
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from coterie.torch.engine import Engine, add_config_arguments, initialize
 from coterie.torch.functional import aten_ops, cross_entropy, experts, linear, route
 from coterie.torch.layers import GroupedExperts, Linear, Router
-from coterie.torch.moe import Experts, LayerConfig, RouterConfig, RouterDraws, Routing
+from coterie.torch.moe import Experts, LayerConfig, Load, RouterConfig, RouterDraws, Routing
 from coterie.torch.moe.layer import MoE
 from coterie.torch.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from coterie.torch.ranks import init_distributed
@@ -23,6 +24,7 @@ __all__ = [
     "GroupedExperts",
     "LayerConfig",
     "Linear",
+    "Load",
     "MoE",
     "Router",
     "RouterConfig",
@@ -40,7 +42,7 @@ __all__ = [
     "split_params_into_different_moe_groups_for_optimizer",
 ]
 
-if find_spec("transformers") is not None:
+if find_spec("transformers") is not None and int(version("transformers").split(".")[0]) >= 5:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import coterie.torch.transformers_experts  # noqa: F401  registers experts_implementation="coterie"

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.torch.functional import aten_ops
+from coterie.torch.layers import Linear
 from coterie.torch.moe import ACTIVATIONS, feed_forward_inner
 
 PROBES = 64
@@ -53,14 +55,15 @@ def recognise(expert: nn.Module, hidden_size: int) -> ExpertForm | None:
     if not forms:
         return None
     try:
-        return _proven(expert, hidden_size, forms)
+        with torch.device("cpu"):
+            return _proven(expert, hidden_size, forms)
     except Exception:  # whatever a foreign module does with a probe: then it is not recognised
         return None
 
 
 def _candidates(expert: nn.Module, hidden_size: int) -> list[ExpertForm]:
     """The forms that the shapes of the module's parameters allow."""
-    linears = {name: m for name, m in expert.named_modules() if type(m) is nn.Linear}
+    linears = {name: m for name, m in expert.named_modules() if type(m) in (nn.Linear, Linear)}
     tensors = dict(expert.named_parameters())
     own = sum(len(list(m.parameters())) for m in linears.values())
     uniform = len({(t.dtype, t.device, t.requires_grad) for t in tensors.values()}) == 1
@@ -94,14 +97,15 @@ def _names(modules: list[str], kind: str) -> tuple[str, ...]:
 def _proven(expert: nn.Module, hidden_size: int, forms: list[ExpertForm]) -> ExpertForm | None:
     """The one form that computes what the module does."""
     generator = torch.Generator().manual_seed(0)
-    probe = copy.deepcopy(expert).to("cpu", torch.float64)
+    probe = copy.deepcopy(expert).to_empty(device="cpu").double()
     for parameter in probe.parameters():
         scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
     # Small and large values, so that a clamp or a shift of the activation shows.
     sizes = torch.logspace(-2, 3, PROBES, dtype=torch.float64)[:, None]
     x = torch.randn(PROBES, hidden_size, generator=generator, dtype=torch.float64) * sizes
-    with torch.random.fork_rng(devices=[]):  # a dropout must not move the generator of the model
+    # A dropout must not move the generator of the model; our kernels don't have float64.
+    with torch.random.fork_rng(devices=[]), aten_ops():
         outputs = [probe.train(mode)(x) for mode in (True, False)]
     tensors = dict(probe.named_parameters())
 

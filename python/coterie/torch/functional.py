@@ -11,13 +11,14 @@ gate rows first), V vocabulary, R rows.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from coterie.torch import moe
 from coterie.torch.moe import RouterConfig, Routing, run_experts
@@ -25,6 +26,9 @@ from coterie.torch.moe import RouterConfig, Routing, run_experts
 HAS_KERNELS = find_spec("coterie._train") is not None
 if HAS_KERNELS:
     import coterie._train  # noqa: F401  registers the ops
+
+# Tokens whose logits are there at once where ATen's ops run.
+LOGITS_CHUNK = 1024
 
 _aten_everywhere = os.environ.get("COTERIE_TORCH_ATEN", "0") == "1"
 
@@ -91,7 +95,12 @@ def _to_json(**settings: str | bool | int | float) -> str:
 
 
 def route(
-    logits: Tensor, top_k: int, config: RouterConfig, choice_bias: Tensor | None = None, training: bool = False
+    logits: Tensor,
+    top_k: int,
+    config: RouterConfig,
+    choice_bias: Tensor | None = None,
+    training: bool = False,
+    key: Tensor | None = None,
 ) -> Routing:
     """Choose experts for every token and weigh the choices.
 
@@ -105,12 +114,20 @@ def route(
         [E], where the configuration has it.
     training
         Whether noise, the experts' choice and ``capacity_factor`` apply, or ``eval_capacity_factor``.
+    key
+        [4] int64 on the CPU: seed, step, layer and the number of the first token in the whole batch. Our kernels then
+        draw random choices by these and by nothing else, however a batch is cut into parts and spread over ranks.
 
     Notes
     -----
-    Random choices follow torch's generator, so that torch.manual_seed and activation checkpointing repeat them.
+    Without a key, and in ATen's ops, random choices follow torch's generator, so that torch.manual_seed and activation
+    checkpointing repeat them.
     """
     num_experts = logits.shape[1]
+    config.check_sizes(num_experts, top_k)
+    if (choice_bias is not None) != config.choice_bias:
+        what = "missing" if choice_bias is None else "given, but not in the configuration"
+        raise ValueError(f"choice_bias is {what}")
     if not uses_kernels(logits):
         router = moe.Router(0, num_experts, top_k, config).train(training)
         router.choice_bias = choice_bias
@@ -118,8 +135,7 @@ def route(
     settings = _to_json(**asdict(config), num_experts=num_experts, top_k=top_k)
     capacity_factor = config.capacity_factor if training else config.eval_capacity_factor
     drops_at_random = capacity_factor > 0 and config.drop_policy == "random"
-    key = None
-    if drops_at_random or (training and config.choice_noise != "none"):
+    if key is None and (drops_at_random or (training and config.choice_noise != "none")):
         key = torch.cat([torch.randint(2**62, (1,)), torch.zeros(3, dtype=torch.int64)])
     expert_ids, weights, kept, _ = torch.ops.coterie.route(logits, settings, choice_bias, key, training)
     return Routing(expert_ids, weights, kept, logits, training and config.chooser == "experts")
@@ -128,12 +144,18 @@ def route(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """``x W^T + b`` of x [..., D], as torch.nn.functional.linear.
 
-    With ``dtype`` x and weight may have different types: they are multiplied in the weight's, and the result has
-    ``dtype``.
+    x and weight may have different types: they are multiplied in the weight's, and the result has ``dtype``, or x's.
     """
     if uses_kernels(x):
         return torch.ops.coterie.linear(x, weight, bias, dtype=dtype)
-    return F.linear(x, weight, bias) if dtype is None else F.linear(x.to(weight.dtype), weight, bias).to(dtype)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype if dtype is None else dtype)
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in float32 whatever the types are, under autocast too."""
+    kind = x.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        return linear(x, weight.float(), dtype=torch.float32)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -156,7 +178,17 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index:
     hidden_TD, targets_T = hidden.flatten(0, -2), targets.flatten()
     if uses_kernels(hidden):
         return torch.ops.coterie.head_cross_entropy(hidden_TD, weight, targets_T, ignore_index=ignore_index)[0]
-    return F.cross_entropy(F.linear(hidden_TD, weight).float(), targets_T, ignore_index=ignore_index)
+    chunks = zip(hidden_TD.split(LOGITS_CHUNK), targets_T.split(LOGITS_CHUNK), strict=True)
+    sums = [
+        checkpoint(_sum_cross_entropy, hidden, weight, targets, ignore_index, use_reentrant=False)
+        for hidden, targets in chunks
+    ]
+    return torch.stack(sums).sum() / (targets_T != ignore_index).sum()
+
+
+def _sum_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    logits = F.linear(hidden.to(weight.dtype), weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
 
 def dispatch(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -39,17 +39,17 @@ class Router(moe.Router):
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor, draws: RouterDraws | None = None) -> Routing:
+    def forward(self, x: Tensor, draws: RouterDraws | None = None, key: Tensor | None = None) -> Routing:
         """Route the tokens of x [..., D]; what it returns is [T, K], with T all tokens in their order.
 
-        ``draws`` fixes the random choices, in plain PyTorch.
+        ``draws`` fixes the random choices, in plain PyTorch; ``key`` is as in coterie.torch.route.
         """
         x_TD = x.flatten(0, -2)
         if draws is not None:
             return super().forward(x_TD, draws)
         x_TD = self._jittered(x_TD, RouterDraws())
-        logits_TE = functional.linear(x_TD, self.weight.float(), dtype=torch.float32)
-        return functional.route(logits_TE, self.top_k, self.config, self.choice_bias, self.training)
+        logits_TE = functional.router_logits(x_TD, self.weight)
+        return functional.route(logits_TE, self.top_k, self.config, self.choice_bias, self.training, key)
 
 
 class GroupedExperts(Experts):

@@ -29,9 +29,14 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
+def _has_norm(experts: nn.Module) -> bool:
+    """Whether a norm follows each expert, which earlier transformers 5 don't speak of."""
+    return getattr(experts, "has_post_expert_norm", False)
+
+
 def _fused_activation(experts: nn.Module) -> str | None:
     """The activation with which one op computes these experts; None if there is none."""
-    usual_layout = not experts.is_transposed and not experts.has_post_expert_norm
+    usual_layout = not experts.is_transposed and not _has_norm(experts)
     usual_gate = type(experts)._apply_gate is _default_apply_gate or not experts.has_gate
     return activation_name(experts.act_fn) if usual_layout and usual_gate else None
 
@@ -48,7 +53,7 @@ def _run_in_parts(
     inner = functional.grouped_linear(rows, offset, up.mT if experts.is_transposed else up, up_bias)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     y = functional.grouped_linear(inner, offset, down.mT if experts.is_transposed else down, down_bias)
-    if experts.has_post_expert_norm:
+    if _has_norm(experts):
         y = experts.post_expert_norm(y)
     y_TKD = _Permute.apply(y, inverse, order).view(T, K, -1)
     return (y_TKD.float() * weights_TK[..., None].float()).sum(1).to(x_TD.dtype)

@@ -7,7 +7,9 @@ up projection (2F when gated: gate rows first).
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +27,16 @@ ROUTER_CHOICES = {
 }
 MOST_EXPERTS_THAT_CHOOSE = 256
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "silu": F.silu,
     "swish": F.silu,
 }
@@ -59,7 +66,7 @@ class RouterConfig:
         is worth its best score ("max", DeepSeek-V2) or the sum of its two best ("top2", DeepSeek-V3).
     choice_bias
         The router has a bias per expert, added to the scores for the choice alone (DeepSeek-V3). Training
-        with ``coterie train`` moves it against the load.
+        moves it against the load: ``coterie train`` itself, else ``Router.update_choice_bias``.
     normalize
         Divide a token's weights by their sum.
     normalize_over
@@ -104,6 +111,8 @@ class RouterConfig:
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, value, "is not 0 or a positive number")
+        _require(self.min_capacity >= 0, "min_capacity", self.min_capacity, "is negative")
+        _require(math.isfinite(self.routed_scaling), "routed_scaling", self.routed_scaling, "is not a finite number")
         if self.chooser == "experts":
             _require(self.capacity_factor > 0, "chooser", "experts", "needs a capacity_factor above 0")
             for name, wanted in (("num_groups", 1), ("choice_noise", "none"), ("choice_bias", False)):
@@ -134,8 +143,8 @@ class RouterConfig:
         if factor == 0:
             return num_tokens
         # In fp32, where 1.1 * 10 is 11: in fp64 it is a little more, and its ceiling 12.
-        even = torch.tensor(float(num_tokens * top_k)) / num_experts
-        return max(math.ceil(torch.tensor(factor) * even), self.min_capacity)
+        number = partial(torch.tensor, dtype=torch.float32, device="cpu")
+        return max(math.ceil(number(factor) * (number(num_tokens * top_k) / num_experts)), self.min_capacity)
 
 
 def _require(condition: bool, name: str, value: object, what: str) -> None:
@@ -189,7 +198,14 @@ class Routing:
     logits_TE: Tensor
     experts_chose: bool = False
 
-    def balance_loss(self, choices: str = "all") -> Tensor:
+    def load(self) -> "Load":
+        """How evenly the experts are used."""
+        num_experts = self.logits_TE.shape[-1]
+        kept_E = torch.bincount(self.expert_ids_TK[self.kept_TK], minlength=num_experts)
+        chosen_E = kept_E if self.experts_chose else torch.bincount(self.expert_ids_TK.flatten(), minlength=num_experts)
+        return Load(chosen_E, kept_E)
+
+    def balance_loss(self, choices: str = "all", chosen_E: Tensor | None = None) -> Tensor:
         """``E * sum_e f_e p_e`` (Switch Transformer eq. 4; DeepSpeed's form for K > 1).
 
         f_e is the share of the choices, before any is dropped, that go to expert e (no gradient); p_e
@@ -200,18 +216,58 @@ class Routing:
         ----------
         choices
             "all", or "first": of the first choices alone, as GShard counts.
+        chosen_E
+            The choices of every expert to take f_e from instead: those of the global batch, summed up over its parts
+            and over ranks, let single parts be uneven (``Load.chosen_E``).
         """
         if self.experts_chose:
             return self.logits_TE.new_zeros(())
         num_experts = self.logits_TE.shape[-1]
-        counted = self.expert_ids_TK if choices == "all" else self.expert_ids_TK[:, :1]
-        share_E = F.one_hot(counted, num_experts).float().mean(dim=(0, 1))
-        probability_E = self.logits_TE.softmax(-1).mean(0)
-        return num_experts * (share_E * probability_E).sum()
+        if chosen_E is None:
+            counted = self.expert_ids_TK if choices == "all" else self.expert_ids_TK[:, :1]
+            chosen_E = F.one_hot(counted, num_experts).sum(dim=(0, 1))
+        share_E = chosen_E / chosen_E.sum().clamp(min=1)
+        return num_experts * (share_E * self._mean(self.logits_TE.softmax(-1))).sum()
+
+    def _mean(self, values_T: Tensor) -> Tensor:
+        """Over the tokens; 0 of none."""
+        return values_T.sum(0) / max(values_T.shape[0], 1)
 
     def z_loss(self) -> Tensor:
         """The mean square of logsumexp of the logits (ST-MoE eq. 5)."""
-        return self.logits_TE.logsumexp(-1).square().mean()
+        return self._mean(self.logits_TE.logsumexp(-1).square())
+
+
+@dataclass
+class Load:
+    """How evenly the experts of a layer are used, counted over one routing; loads add up.
+
+    Parameters
+    ----------
+    chosen_E
+        [E] int64, choices of every expert before any was dropped.
+    kept_E
+        [E] int64, those that found a place: its tokens.
+    """
+
+    chosen_E: Tensor
+    kept_E: Tensor
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(self.chosen_E + other.chosen_E, self.kept_E + other.kept_E)
+
+    def metrics(self) -> dict[str, float]:
+        """dropped: share of the choices without a place; entropy of the choices' shares in nats, log(E) when even;
+        max_violation: fullest over mean, minus 1 (MaxVio of Wang et al. 2024); dead_experts: without any choice.
+        """
+        chosen_E = self.chosen_E.double()
+        total = max(float(chosen_E.sum()), 1.0)
+        return {
+            "dropped": 1 - float(self.kept_E.sum()) / total if chosen_E.any() else 0.0,
+            "entropy": float(torch.special.entr(chosen_E / total).sum()),
+            "max_violation": float(chosen_E.max()) * len(chosen_E) / total - 1 if chosen_E.any() else 0.0,
+            "dead_experts": int((chosen_E == 0).sum()),
+        }
 
 
 @dataclass
@@ -255,7 +311,33 @@ class Router(nn.Module):
             The random choices, which matter in training mode and for dropping alone.
         """
         draws = draws or RouterDraws()
-        return self.route(F.linear(self._jittered(x_TD, draws).float(), self.weight.float()), draws)
+        x_TD = self._jittered(x_TD, draws).float()
+        with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):
+            return self.route(F.linear(x_TD, self.weight.float()), draws)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        super()._apply(fn, recurse)
+        if self.choice_bias is not None:  # its steps are smaller than those of bf16
+            self.choice_bias = self.choice_bias.float()
+        return self
+
+    @torch.no_grad()
+    def update_choice_bias(self, chosen_E: Tensor, rate: float = 1e-3) -> None:
+        """Balance without a loss: raise the bias of experts that were chosen less than the mean, lower the others'.
+
+        Wang et al. 2024, algorithm 1; DeepSeek-V3, section 2.1.2. Once after each step of the optimizer.
+
+        Parameters
+        ----------
+        chosen_E
+            [E], choices of every expert in the global batch (``Load.chosen_E``, summed up over its parts and ranks).
+        rate
+            What the bias moves by.
+        """
+        if self.choice_bias is None:
+            raise ValueError("update_choice_bias: the router's configuration has no choice_bias")
+        load_E = chosen_E.to(self.choice_bias)
+        self.choice_bias += rate * (load_E.mean() - load_E).sign()
 
     def route(self, logits_TE: Tensor, draws: RouterDraws) -> Routing:
         """Choose and weigh by the logits of T tokens."""
@@ -422,12 +504,14 @@ def run_experts(
 
     An id outside of [0, E) is a choice of no expert; weights of None are 1.
     """
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
+        raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     inner = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     sums = torch.promote_types(x_TD.dtype, torch.float32)
     out_TD = torch.zeros_like(x_TD, dtype=sums)
     for e in range(up_EUD.shape[0]):
         token, choice = torch.where(expert_ids_TK == e)
-        up = F.linear(x_TD[token], up_EUD[e], None if up_bias_EU is None else up_bias_EU[e])
+        up = F.linear(x_TD[token].to(up_EUD.dtype), up_EUD[e], None if up_bias_EU is None else up_bias_EU[e])
         y = F.linear(
             feed_forward_inner(up, inner, gated), down_EDF[e], None if down_bias_ED is None else down_bias_ED[e]
         ).to(sums)

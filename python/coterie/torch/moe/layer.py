@@ -13,7 +13,10 @@ Legend: T tokens, D hidden, E experts, K = k.
 """
 
 import copy
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +87,7 @@ class TopKGate(nn.Module):
         x_TD = x_TD.float()
         if self.training and self.noisy_gate_policy == "Jitter":
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - JITTER, 1 + JITTER)
-        logits_TE = functional.linear(x_TD, self.wg.weight.float())
+        logits_TE = functional.router_logits(x_TD, self.wg.weight)
         used_T = used_token.reshape(-1).bool() if used_token is not None and self.k == 1 else None
         routing = self._route(logits_TE, used_T)
         counted_TK = routing.expert_ids_TK[:, : 1 if self.k == 2 else self.k]
@@ -125,8 +128,9 @@ class TopKGate(nn.Module):
 
     def _balance_loss(self, logits_TE: Tensor, counts_E: Tensor) -> Tensor:
         """E * sum_e f_e p_e with f_e the share of tokens (k > 2: of choices) of e, p_e the mean of s_e."""
-        choices = logits_TE.shape[0] * (self.k if self.k > 2 else 1)
-        return self.num_experts * (logits_TE.softmax(-1).mean(0) * counts_E / choices).sum()
+        tokens = max(logits_TE.shape[0], 1)
+        choices = tokens * (self.k if self.k > 2 else 1)
+        return self.num_experts * (logits_TE.softmax(-1).sum(0) / tokens * counts_E / choices).sum()
 
 
 class GroupedDeepSpeedExperts(nn.Module):
@@ -135,14 +139,34 @@ class GroupedDeepSpeedExperts(nn.Module):
     Every expert begins as a copy of the given one. ``up`` is [E, U, D], ``down`` [E, D, F], biases [E, U] and [E, D].
     """
 
-    def __init__(self, form: ExpertForm, num_experts: int) -> None:
+    def __init__(self, expert: nn.Module, form: ExpertForm, num_experts: int) -> None:
         super().__init__()
-        self.form = form
         self.num_experts = num_experts
         for name, names in form.parts.items():
             parts = [form.tensors[part] for part in names]
             stacked = torch.cat([part.detach() for part in parts]).expand(num_experts, *[-1] * parts[0].dim()).clone()
             self.register_parameter(name, nn.Parameter(stacked, requires_grad=parts[0].requires_grad))
+        self.form = replace(form, tensors={name: t.detach().to("meta") for name, t in form.tensors.items()})
+        self.template = (copy.deepcopy(expert).to("meta"),)  # in a tuple, so that it is no submodule
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "GroupedDeepSpeedExperts":
+        """Let ``fn`` see every expert as the module that was given, with all its layers: initialisations look for them.
+        What it does to their parameters counts."""
+        places = self._slices()
+        for e in range(self.num_experts):
+            expert = copy.deepcopy(self.template[0]).to_empty(device=self.up.device)
+            held = [
+                (parameter, places[f"deepspeed_experts.{e}.{name}"]) for name, parameter in expert.named_parameters()
+            ]
+            with torch.no_grad():
+                for parameter, (stacked, _, rows) in held:
+                    parameter.copy_(stacked[e, rows])
+            expert.apply(fn)
+            with torch.no_grad():
+                for parameter, (stacked, _, rows) in held:
+                    stacked[e, rows].copy_(parameter)
+        fn(self)
+        return self
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         biases = (getattr(self, name, None) for name in ("up_bias", "down_bias"))
@@ -170,9 +194,21 @@ class GroupedDeepSpeedExperts(nn.Module):
         for name, (parameter, e, rows) in self._slices().items():
             destination[prefix + name] = (parameter if keep_vars else parameter.detach())[e, rows]
 
+    def _leave_meta(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Give parameters without memory some, of the kind of what is loaded into them."""
+        for name, names in self.form.parts.items():
+            old, value = getattr(self, name), state_dict.get(f"{prefix}deepspeed_experts.0.{names[0]}")
+            if not old.is_meta or value is None:
+                continue
+            new = nn.Parameter(value.new_empty(old.shape), old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            setattr(self, name, new)
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._leave_meta(state_dict, prefix)
         places = self._slices()
         for name, (parameter, e, rows) in places.items():
             value = state_dict.get(prefix + name)
@@ -180,6 +216,8 @@ class GroupedDeepSpeedExperts(nn.Module):
                 missing_keys.append(prefix + name)
             elif value.shape != parameter[e, rows].shape:
                 error_msgs.append(f"{prefix}{name}: {tuple(value.shape)} instead of {tuple(parameter[e, rows].shape)}")
+            elif parameter.is_meta:
+                error_msgs.append(f"{prefix}{name}: the experts are on the meta device: load with assign=True")
             else:
                 with torch.no_grad():
                     parameter[e, rows].copy_(value)
@@ -206,12 +244,13 @@ class LoopedDeepSpeedExperts(nn.Module):
         order, offset = functional.dispatch(expert_ids_TK, len(self.deepspeed_experts))
         bounds = offset.tolist()
         weights_R = weights_TK.flatten()[order]
-        out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        sums = torch.promote_types(x_TD.dtype, torch.float32)
+        out_TD = torch.zeros_like(x_TD, dtype=sums)
         for e, expert in enumerate(self.deepspeed_experts):
             rows = slice(bounds[e], bounds[e + 1])
             token = order[rows] // expert_ids_TK.shape[1]
             y = first_output(expert(x_TD[token][None, None]))[0, 0]  # with DeepSpeed's axes: [ranks, 1, tokens, D]
-            out_TD = out_TD.index_add(0, token, y.float() * weights_R[rows, None])
+            out_TD = out_TD.index_add(0, token, y.to(sums) * weights_R[rows, None])
         return out_TD.to(x_TD.dtype)
 
 
@@ -294,16 +333,18 @@ class MoE(nn.Module):
             ("residual_mix", residual_mix, RESIDUAL_MIXES),
         ):
             _require(value in allowed, name, value, f"is not one of {allowed}")
+        for name, value in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            _require(0 <= value < math.inf, name, value, "is not 0 or a positive number")
+        _require(min_capacity >= 0, "min_capacity", min_capacity, "is negative")
         self.use_residual = use_residual
         self.num_experts = num_experts
         self.num_local_experts = num_experts // ep_size
         self.ep_size = ep_size
         form = recognise(expert, hidden_size)
-        kind, given = (LoopedDeepSpeedExperts, expert) if form is None else (GroupedDeepSpeedExperts, form)
-        experts = kind(given, self.num_local_experts)
-        for parameter in experts.parameters():
-            parameter.allreduce = False  # how DeepSpeed marks what data parallelism treats apart
-            parameter.group_name = f"ep_size_{ep_size}"
+        if form is None:
+            experts = LoopedDeepSpeedExperts(expert, self.num_local_experts)
+        else:
+            experts = GroupedDeepSpeedExperts(expert, form, self.num_local_experts)
         gate = TopKGate(
             hidden_size,
             num_experts,
@@ -317,9 +358,20 @@ class MoE(nn.Module):
             top2_2nd_expert_sampling,
         )
         self.deepspeed_moe = _Inner(gate, experts)
+        self._mark_experts()
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2) if residual_mix == "learned" else None
+
+    def _mark_experts(self) -> None:
+        """As DeepSpeed marks what data parallelism treats apart."""
+        for parameter in self.deepspeed_moe.experts.parameters():
+            parameter.allreduce = False
+            parameter.group_name = f"ep_size_{self.ep_size}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_experts()  # copies of parameters lose what is not theirs
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run the layer.
