@@ -1,5 +1,6 @@
 """How the engine chooses tokens, against transformers' logits processors and the formulas of the penalties."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -146,3 +147,16 @@ def test_logprobs_are_those_of_the_logits(llm: LLM) -> None:
 def test_bad_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         SamplingParams(**settings)
+
+
+def test_max_tokens_may_be_set_later() -> None:
+    params = SamplingParams(max_new_tokens=7)
+    assert params.max_tokens == params.for_engine().max_new_tokens == 7
+    params.max_tokens = 5
+    assert params.for_engine().max_new_tokens == 5
+    assert dataclasses.replace(params, max_tokens=3).for_engine().max_new_tokens == 3
+
+
+def test_values_that_users_of_vllm_give() -> None:
+    params = SamplingParams(stop=None, stop_token_ids=None, seed=-1, top_k=-1)
+    assert (params.stop, params.stop_token_ids, params.seed, params.top_k) == ([], [], None, 0)

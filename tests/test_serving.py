@@ -11,6 +11,7 @@ import pytest
 
 from coterie import LLM, AsyncEngine, InvalidArgument, SamplingParams, StructuredOutputsParams
 from coterie.async_engine import EngineStopped
+from coterie.tokenizer import ChatTokenizer
 
 PROMPTS = [
     "Once upon a time,",
@@ -80,6 +81,35 @@ def test_what_follows_a_stop_string_in_a_step_is_not_there(smollm2: Path, llm: L
         assert len(several[0].outputs[0].logprobs) == len(several[0].outputs[0].token_ids)
 
 
+def test_what_ends_a_text_is_left_out(llm: LLM) -> None:
+    whole = llm.generate(PROMPTS[2], SamplingParams(max_tokens=12))[0].outputs[0]
+    end = whole.token_ids[6]
+    assert end not in whole.token_ids[:6]
+    before = llm.tokenizer.decode(whole.token_ids[:6])
+    for include in (False, True):
+        params = SamplingParams(max_tokens=12, stop_token_ids=[end], include_stop_str_in_output=include)
+        output = llm.generate(PROMPTS[2], params)[0].outputs[0]
+        assert output.token_ids == whole.token_ids[:7] and output.stop_reason == end
+        assert (output.text == before) == (not include)
+    word = llm.tokenizer.decode([whole.token_ids[2]])
+    params = SamplingParams(max_tokens=12, stop=[word], min_tokens=5)
+    later = llm.generate(PROMPTS[2], params)[0].outputs[0]
+    assert later.text.startswith(llm.tokenizer.decode(whole.token_ids[:5]))
+
+
+def test_a_request_without_its_tokenizer_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        raise InvalidArgument("m.gguf: tokenizer.ggml.pre: 'new' is not supported")
+
+    monkeypatch.setattr(ChatTokenizer, "load", fail)
+    monkeypatch.delitem(llm.requests.__dict__, "tokenizer", raising=False)
+    with pytest.raises(InvalidArgument, match="is not supported"):
+        llm.generate([[1, 2, 3]], SamplingParams(stop=["x"], max_tokens=3))
+    assert llm.stats["num_waiting"] == llm.stats["num_running"] == 0
+    output = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3))[0].outputs[0]
+    assert len(output.token_ids) == 3 and output.text == ""
+
+
 def test_streams_add_up(llm: LLM, alone: list) -> None:
     pieces: dict[tuple[int, int], str] = {}
     for prompt, delta in llm.stream(PROMPTS, PARAMS):
@@ -113,6 +143,23 @@ def test_async_tasks_get_what_they_get_alone(llm: LLM, alone: list) -> None:
             return await asyncio.gather(*map(engine.generate, PROMPTS * 3, PARAMS * 3))
 
     assert texts(asyncio.run(run())) == texts(alone * 3)
+
+
+def test_async_streams_bring_every_completion_to_its_end(llm: LLM) -> None:
+    params = SamplingParams(n=3, max_tokens=4, temperature=1.0, seed=5, ignore_eos=True)
+    expected = texts(llm.generate(PROMPTS[0], params))[0]
+
+    async def run() -> dict[int, tuple]:
+        got: dict[int, tuple] = {}
+        async with AsyncEngine(llm) as engine:
+            async for delta in engine.stream(PROMPTS[0], params):
+                text, ids, _ = got.get(delta.index, ("", [], None))
+                got[delta.index] = (text + delta.text, ids + delta.token_ids, delta.finish_reason)
+                await asyncio.sleep(0.05)  # steps go on meanwhile
+        return got
+
+    got = asyncio.run(run())
+    assert [got[i] for i in range(3)] == [entry[:3] for entry in expected]
 
 
 def test_async_cancellation_and_errors(llm: LLM, alone: list) -> None:

@@ -88,6 +88,44 @@ def test_template_errors_name_the_source(ours: ChatTokenizer) -> None:
         ChatTokenizer(ours.backend, "model.gguf", None, {}).render_chat(MESSAGES[0])
 
 
+def test_templates_get_what_they_ask_for(ours: ChatTokenizer) -> None:
+    template = "{% generation %}{{ messages[0].content }}{% endgeneration %} {{ tools }} {{ enable_thinking }}"
+    chat = ChatTokenizer(ours.backend, "model.gguf", template, {})
+    assert chat.render_chat(MESSAGES[0], tools=None, enable_thinking=False) == "Who are you? None False"
+    failing = ChatTokenizer(ours.backend, "model.gguf", "{{ messages[0].content + 1 }}", {})
+    with pytest.raises(InvalidArgument, match="^model.gguf: chat_template: "):
+        failing.render_chat(MESSAGES[0])
+
+
+def test_prompts_stay_whole_whatever_training_left_in_the_file(ours: ChatTokenizer, tmp_path: Path) -> None:
+    ours.save(tmp_path)
+    trained = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    trained.enable_truncation(4)
+    trained.enable_padding(length=4)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    chat = ChatTokenizer.load(tmp_path)
+    for text in ("x", TEXTS[0]):
+        assert chat.encode(text) == ours.encode(text)
+
+
+# As tokenizer.json of the models has it.
+WORDS = {
+    "gpt-4o": ["I'm", " HTTPServer's", " user", ",", " ", "123", "456", "7", "/\n", "  ", " x"],
+    "glm4": ["I", "'m", " HTTPServer", "'s", " user", ",", " ", "123", "456", "7", "/\n", "  ", " x"],
+    "deepseek-v3": ["I", "'m", " HTTPServer", "'s", " user", ",", " ", "123", "456", "7", "/\n", "  ", " x"],
+    "deepseek-llm": ["I", "'", "m", " HTTPServer", "'", "s", " user", ",", " ", "1234567", "/", "\n", "  ", " x"],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_of_newer_models(name: str) -> None:
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.pre": name}
+    cut = tokenizer_from_gguf(metadata, "m.gguf").pre_tokenizer
+    text = "I'm HTTPServer's user, 1234567/\n   x"
+    assert [text[first:last] for _, (first, last) in cut.pre_tokenize_str(text)] == WORDS[name]
+    assert [word for word, _ in cut.pre_tokenize_str("中文abc")][-1] == "abc" or name in ("gpt-4o", "glm4")
+
+
 def test_template_runs_in_a_sandbox(ours: ChatTokenizer) -> None:
     hostile = ChatTokenizer(ours.backend, "model.gguf", "{{ messages.__class__.__mro__ }}", {})
     with pytest.raises(InvalidArgument, match="unsafe"):

@@ -69,15 +69,15 @@ class AsyncEngine:
         self._commands.put(caller)
         if self._stopped is not None:  # perhaps before it saw the caller
             raise EngineStopped(self._stopped)
+        running = request.params.n
         try:
-            while True:
+            while running > 0:
                 delta = await caller.deltas.get()
                 if isinstance(delta, BaseException):
                     raise delta
                 self._requests.check(delta)
+                running -= delta.finish_reason is not None
                 yield delta
-                if delta.finish_reason is not None and delta.output.finished:
-                    return
         finally:
             caller.gone = True
             self._commands.put(caller)
@@ -91,10 +91,16 @@ class AsyncEngine:
         return output
 
     async def chat(
-        self, messages: Messages, sampling_params: SamplingParams | None = None, priority: int = 0
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput:
         """The answer in a conversation."""
-        return await self.generate(self.llm.chat_prompts(messages)[0], sampling_params, priority)
+        prompts = self.llm.chat_prompts(messages, tools, chat_template_kwargs)
+        return await self.generate(prompts[0], sampling_params, priority)
 
     def close(self) -> None:
         """Ends all requests and the thread; nothing happens when it has ended already."""

@@ -150,14 +150,27 @@ class LLM:
         messages: Messages | list[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_text: Callable[[str], None] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several: lists of {"role": ..., "content": ...}."""
-        return self.generate(self.chat_prompts(messages), sampling_params, on_text)
+        """Answer one conversation or several: lists of {"role": ..., "content": ...}.
 
-    def chat_prompts(self, messages: Messages | list[Messages]) -> list[list[int]]:
+        `tools` and `chat_template_kwargs` (such as {"enable_thinking": False}) are for the model's chat template.
+        """
+        return self.generate(self.chat_prompts(messages, tools, chat_template_kwargs), sampling_params, on_text)
+
+    def chat_prompts(
+        self,
+        messages: Messages | list[Messages],
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[list[int]]:
         """Conversations as the model's chat template writes them, up to where the answer begins."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        return [self.tokenizer.encode_chat(conversation) for conversation in conversations]
+        if not all(conversations) or not conversations:
+            raise InvalidArgument("messages: a conversation without a message")
+        variables = {"tools": tools, **(chat_template_kwargs or {})}
+        return [self.tokenizer.encode_chat(conversation, **variables) for conversation in conversations]
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T, V]: row t is the prediction behind token t of the sequence."""

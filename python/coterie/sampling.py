@@ -49,7 +49,7 @@ class SamplingParams:
     max_tokens
         Tokens to generate at most; `max_new_tokens` is another name of it.
     min_tokens
-        No end token comes before so many; stop strings may.
+        No end token comes before so many tokens, and no stop string ends the text.
     temperature
         0 takes the likeliest token.
     top_k
@@ -65,7 +65,7 @@ class SamplingParams:
     logit_bias
         Added to the logits of these token ids.
     seed
-        Equal seeds give equal tokens; None draws one.
+        Equal seeds give equal tokens; None and -1 draw one.
     stop
         Strings that end the text; they are not part of it, unless include_stop_str_in_output.
     stop_token_ids
@@ -107,8 +107,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
             self.max_tokens = self.max_new_tokens
-        self.max_new_tokens = self.max_tokens
+        self.max_new_tokens = None  # so that max_tokens alone counts from here on
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        self.stop_token_ids = list(self.stop_token_ids or [])
+        if self.seed == -1:
+            self.seed = None
         if self.top_k == -1:
             self.top_k = 0
         if self.seed is not None and not 0 <= self.seed < 2**64:
@@ -125,6 +128,7 @@ class SamplingParams:
                 setattr(params, name, getattr(self, name))
             except TypeError:
                 raise InvalidArgument(f"{name}: {getattr(self, name)!r} is not a value of its type") from None
+        params.max_new_tokens = self.max_tokens
         params.seed = secrets.randbits(64) if self.seed is None else self.seed
         params.logit_bias = [(int(token), float(bias)) for token, bias in (self.logit_bias or {}).items()]
         return params
@@ -133,7 +137,6 @@ class SamplingParams:
 # Fields with the same name and meaning in the engine.
 _OF_ENGINE = (
     "n",
-    "max_new_tokens",
     "min_tokens",
     "temperature",
     "top_k",

@@ -72,14 +72,26 @@ class TextRequests:
     def add(self, request: PreparedRequest) -> RequestOutput:
         """Hand a request to the engine. The result grows with every step."""
         params = request.params
+        tokenizer = self._tokenizer_for(request)
         request_id = self._engine.add_request(
             request.token_ids, params.for_engine(), priority=request.priority, token_mask=request.constraint
         )
-        # A model without a tokenizer still turns token ids into token ids.
-        tokenizer = self.tokenizer if has_tokenizer(self._model) or params.stop else None
-        running = _RunningRequest(request_id, request, tokenizer)
+        ends = [*params.stop_token_ids, *(() if params.ignore_eos else self._end_token_ids)]
+        running = _RunningRequest(request_id, request, tokenizer, frozenset(ends))
         self._running[request_id] = running
         return running.output
+
+    def _tokenizer_for(self, request: PreparedRequest) -> ChatTokenizer | None:
+        """None where there is none, or none that we read: token ids still become token ids."""
+        needed = request.prompt is not None or request.params.stop
+        if not needed and not has_tokenizer(self._model):
+            return None
+        try:
+            return self.tokenizer
+        except InvalidArgument:
+            if needed:
+                raise
+            return None
 
     def abort(self, request_id: int) -> None:
         """Forget a request; nothing happens when it has ended."""
@@ -116,8 +128,11 @@ class TextRequests:
 class _RunningRequest:
     """The texts of one request."""
 
-    def __init__(self, request_id: int, request: PreparedRequest, tokenizer: ChatTokenizer | None) -> None:
+    def __init__(
+        self, request_id: int, request: PreparedRequest, tokenizer: ChatTokenizer | None, ends: frozenset[int]
+    ) -> None:
         self._params = request.params
+        self._ends = ends
         self._constraint = request.constraint
         self._tokenizer = tokenizer
         outputs = [CompletionOutput(index) for index in range(self._params.n)]
@@ -130,15 +145,18 @@ class _RunningRequest:
         pieces = []
         new_token_ids = []
         for token_id in step.new_token_ids:
-            pieces.append(text.step(token_id))
+            if step.finish_reason != "stop" or token_id not in self._ends or self._params.include_stop_str_in_output:
+                may_stop = len(completion.token_ids) + len(new_token_ids) >= self._params.min_tokens
+                pieces.append(text.step(token_id, may_stop))
             new_token_ids.append(token_id)
             if text.stopped is not None:  # what came with the same step is not there
                 break
         completion.token_ids.extend(new_token_ids)
+        if step.finish_reason is not None and text.stopped is None:
+            pieces.append(text.finish())
         if text.stopped is not None:
             completion.finish_reason, completion.stop_reason = "stop", text.stopped
         elif step.finish_reason is not None:
-            pieces.append(text.finish())
             self._finish(completion, step.finish_reason)
         completion.text += (new_text := "".join(pieces))
         if self._params.logprobs is not None:
@@ -186,11 +204,12 @@ class _TextStream:
         """The stop string that came."""
         return self._stops.found
 
-    def step(self, token_id: int) -> str:
+    def step(self, token_id: int, may_stop: bool) -> str:
         """The text that a token completes."""
         if self._decoder is None or self.stopped is not None:
             return ""
-        return self._stops.step(self._decoder.step(token_id))
+        text = self._decoder.step(token_id)
+        return self._stops.step(text) if may_stop else text
 
     def finish(self) -> str:
         """No token follows: what still waits."""

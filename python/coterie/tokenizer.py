@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import tokenizers
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from coterie import _engine
@@ -18,6 +21,17 @@ from coterie._engine import CorruptFile, InvalidArgument
 from coterie.gguf_tokenizer import tokenizer_from_gguf
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks what the assistant wrote, for training; here it is what stands in it."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements up to `{% endgeneration %}`."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def has_tokenizer(model: Path) -> bool:
@@ -68,6 +82,8 @@ class ChatTokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise CorruptFile(f"{path}: {error}") from error
+        backend.no_truncation()  # what training left in the file; as transformers, prompts stay whole
+        backend.no_padding()
         config = _read_json(directory / "tokenizer_config.json")
         special = {
             name: value["content"] if isinstance(value, dict) else value
@@ -97,17 +113,18 @@ class ChatTokenizer:
         """The text of token ids."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """Token ids of a conversation, up to where the assistant's turn begins."""
-        return self.backend.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return self.backend.encode(self.render_chat(messages, **variables), add_special_tokens=False).ids
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The conversation as the model's chat template writes it."""
+    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        """The conversation as the model's chat template writes it; `variables` are what else a template asks for."""
         if self._template is None:
             raise InvalidArgument(f"{self.source}: chat_template: the model has none; give a plain prompt")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
-        except jinja2.TemplateError as error:
+            values = {"add_generation_prompt": True, **self.special_tokens, **variables}
+            return self._template.render(messages=messages, **values)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:  # a template is a program
             raise InvalidArgument(f"{self.source}: chat_template: {error}") from error
 
     @cached_property
@@ -116,7 +133,7 @@ class ChatTokenizer:
             return None
         # Templates come with downloaded files: they run in a sandbox.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         environment.filters["tojson"] = _to_json
