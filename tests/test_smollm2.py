@@ -91,7 +91,7 @@ def test_stream_equals_text(llm: LLM) -> None:
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--dtype", "fp12"], "dtype"),
-        (["--seed", "-1"], "seed"),
+        (["--seed", "-2"], "seed"),
         (["--top-k", "-2"], "top_k"),
         (["--stop", ""], "stop"),
     ],

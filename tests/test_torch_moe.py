@@ -385,7 +385,7 @@ def test_autocast_leaves_the_gate_in_float32(expert: str, aten: bool) -> None:
             output, l_aux, exp_counts = layer(x)
             assert torch.equal(router(x).logits_TE, routed.logits_TE)
     assert torch.equal(l_aux, expected[1]) and torch.equal(exp_counts, expected[2])
-    assert torch.allclose(output.float(), expected[0], rtol=0, atol=3 * 2.0**-8 * float(expected[0].abs().max()))
+    assert torch.allclose(output.float(), expected[0], rtol=0, atol=3 * 2.0**-8 * expected[0].abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["mlp", "gated"])
