@@ -455,6 +455,8 @@ def test_an_activation_without_gradient_serves_and_is_not_trained() -> None:
     message = "^coterie::experts: activation: 'clamped_swiglu' has no gradient$"
     with pytest.raises(ValueError, match=message):
         functional.experts(x.requires_grad_(), ids, None, up, down, activation="clamped_swiglu", gated=True)
+    with pytest.raises(ValueError, match="^coterie::experts: activation: 'clamped_swiglu' needs a gate$"):
+        functional.experts(x.detach(), ids, None, up, down, activation="clamped_swiglu", gated=False)
 
 
 def test_linear_of_two_types_is_of_the_weights() -> None:

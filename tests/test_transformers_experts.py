@@ -204,6 +204,17 @@ def test_compiles_and_generates(name: str) -> None:
     assert torch.equal(ours, model.generate(tokens, max_new_tokens=8, do_sample=False))
 
 
+def test_earlier_versions_say_nothing_of_norms() -> None:
+    model = build("mixtral").eval()
+    model.set_experts_implementation("coterie")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        for module in model.modules():
+            vars(module).pop("has_post_expert_norm", None)
+        assert torch.equal(model(tokens, use_cache=False).logits, expected)
+
+
 def test_half_precision_is_refused_in_one_line() -> None:
     model = build("mixtral", torch.float16)
     model.set_experts_implementation("coterie")
