@@ -124,7 +124,7 @@ class ChatTokenizer:
         try:
             values = {"add_generation_prompt": True, **self.special_tokens, **variables}
             return self._template.render(messages=messages, **values)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:  # a template is a program
+        except Exception as error:  # a template is a program, and not ours
             raise InvalidArgument(f"{self.source}: chat_template: {error}") from error
 
     @cached_property

@@ -55,10 +55,17 @@ void KvCache::provide_memory() {
   std::vector<char*> pieces;  // in the order of use; one takes some milliseconds
   constexpr size_t kPiece = size_t{2} << 20;
   for (int64_t i = 0; i < count; ++i) {
-    auto& slab = provided_slabs_.emplace_back(slab_bytes(kSlabBlocks));
+    AlignedBuffer slab;
+    try {
+      slab = AlignedBuffer(slab_bytes(kSlabBlocks));
+    } catch (const ResourceExhausted&) {
+      break;  // it is only needed later, or never
+    }
     for (size_t at = 0; at + kPiece <= slab.size(); at += kPiece) pieces.push_back(slab.as<char>() + at);
+    provided_slabs_.push_back(std::move(slab));
   }
   std::ranges::reverse(provided_slabs_);
+  if (pieces.empty()) return;  // slabs of a small model cost nothing to touch
   provider_ = std::jthread([pieces = std::move(pieces)](const std::stop_token& stop) {
     for (size_t i = 0; i < pieces.size() && !stop.stop_requested(); ++i) provide_pages(pieces[i], kPiece);
   });

@@ -376,7 +376,7 @@ TEST_F(ServingTest, LowerPrioritiesRunFirstAndTakeTheBlocks) {
   EXPECT_EQ(texts[second], completions(alone->generate(urgent)));
 }
 
-// Who lost its blocks waits in front of those of its priority: they go on when they run already, but none begins.
+// Of those with the priority of a request that lost its blocks, who runs goes on, and nobody begins before it.
 TEST_F(ServingTest, APreemptedRequestIsNotOvertakenAndBlocksNobody) {
   const auto engine = load({.threads = 1, .max_num_batched_tokens = 70, .num_kv_blocks = 7});
   const auto request = [](int64_t prompt, int64_t from, int64_t max_new_tokens, int64_t priority) {

@@ -7,7 +7,7 @@ that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie export`` writ
 ``experts_implementation="coterie"``, with which the MoE models of transformers run on our kernels.
 """
 
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 
 from coterie.torch.engine import Engine, add_config_arguments, initialize
@@ -42,7 +42,8 @@ __all__ = [
     "split_params_into_different_moe_groups_for_optimizer",
 ]
 
-if find_spec("transformers") is not None and int(version("transformers").split(".")[0]) >= 5:
+_transformers = import_module("transformers") if find_spec("transformers") is not None else None
+if _transformers is not None and int(_transformers.__version__.split(".")[0]) >= 5:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import coterie.torch.transformers_experts  # noqa: F401  registers experts_implementation="coterie"

@@ -11,7 +11,7 @@ gate rows first), V vocabulary, R rows.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 
@@ -153,8 +153,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` in float32 whatever the types are, under autocast too."""
-    kind = x.device.type
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    with moe.without_autocast(x):
         return linear(x, weight.float(), dtype=torch.float32)
 
 

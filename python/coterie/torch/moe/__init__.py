@@ -7,7 +7,7 @@ up projection (2F when gated: gate rows first).
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -40,6 +40,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
 }
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Types are what they are, for ops on such a tensor."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -312,7 +317,7 @@ class Router(nn.Module):
         """
         draws = draws or RouterDraws()
         x_TD = self._jittered(x_TD, draws).float()
-        with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD):
             return self.route(F.linear(x_TD, self.weight.float()), draws)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
