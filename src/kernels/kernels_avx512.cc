@@ -47,6 +47,15 @@ COTERIE_INLINE VU load_halves(const uint16_t* p) {
   return reinterpret_cast<VU>(
       _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
+// Lane i has p[i] below and q[i] above.
+COTERIE_INLINE VU interleave_halves(const void* p, const void* q) {
+  typedef int16_t Words __attribute__((vector_size(64)));
+  constexpr Words kPairs = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  const __m512i high = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(q)));
+  return reinterpret_cast<VU>(_mm512_permutex2var_epi16(low, reinterpret_cast<__m512i>(kPairs), high));
+}
 COTERIE_INLINE VF load_bytes(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return __builtin_convertvector(reinterpret_cast<VI>(_mm512_maskz_cvtepi8_epi32(0xffff, bytes)), VF);

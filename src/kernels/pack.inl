@@ -49,6 +49,7 @@ COTERIE_INLINE VU units_along_k(const char* p, int64_t left) {
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE VU units_of_rows(const char* low, const char* high, int64_t n) {
   if constexpr (!kPanelBf16) return load_elements<kSourceBf16, false>(low, n);
+  if (kSourceBf16 && high && n >= kWidth) return interleave_halves(low, high);
   const VU first = load_elements<kSourceBf16, true>(low, n);
   return high ? pair_units(first, load_elements<kSourceBf16, true>(high, n)) : first >> 16;
 }
@@ -164,28 +165,51 @@ void pack_b_as(const PackSource& s, int64_t N, bool gated, int64_t first, int64_
   }
 }
 
-// A's panels with rows contiguous, kWidth units at a time through all panels. A vector may run past the
-// panel's last row where the source goes on: whole vectors are cheaper.
+// kWidth units of kWidth consecutive rows, of which `count` are there, units past K being zero. Rows must be
+// contiguous.
+template <bool kSourceBf16, bool kPanelBf16>
+COTERIE_INLINE void block_along_rows(const PackSource& s, int64_t row, int64_t count, int64_t u, VU (&rows)[kWidth]) {
+  constexpr int64_t kPerUnit = kPanelBf16 ? 2 : 1;
+  const int64_t left = s.cols - kPerUnit * u;
+  if (count >= kWidth && left >= kPerUnit * kWidth && !s.gather_cols) {
+    const int64_t line = s.col_stride * (kSourceBf16 ? 2 : 4);
+    const char* source = element(s, row, kPerUnit * u);
+#pragma GCC unroll 16
+    for (int j = 0; j < kWidth; ++j, source += kPerUnit * line) {
+      rows[j] = units_of_rows<kSourceBf16, kPanelBf16>(source, source + line, kWidth);
+    }
+  } else {
+    for (int64_t j = 0; j < kWidth; ++j) {
+      const bool inside = kPerUnit * j < left;
+      rows[j] = inside ? units_along_rows<kSourceBf16, kPanelBf16>(s, row, count, u + j) : VU{};
+    }
+  }
+}
+
+// A's panels with rows contiguous, kWidth units at a time through all panels.
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE void pack_a_along_rows(const PackSource& s, int64_t units, const RowPanels& panels, int64_t first,
                                       int64_t last, uint32_t* memory) {
+  const int64_t first_row = panels.first_row(first), end_row = panels.first_row(last);
   for (int64_t u = 0; u < units; u += kWidth) {
+    int64_t p = first, in_panel = 0;
+    int count = panels.rows(p);
     uint32_t* panel = memory;
-    for (int64_t p = first; p < last; ++p) {
-      const int count = panels.rows(p);
-      const int64_t row = panels.first_row(p);
-      for (int i0 = 0; i0 < count; i0 += kWidth) {
-        VU rows[kWidth];
-        for (int64_t j = 0; j < kWidth; ++j) {
-          const int64_t readable = u + j < units ? panels.M - row - i0 : 0;
-          rows[j] = readable > 0 ? units_along_rows<kSourceBf16, kPanelBf16>(s, row + i0, readable, u + j) : VU{};
+    uint32_t* line = panel + u / kChunkUnits * count * kChunkUnits + u % kChunkUnits;
+    for (int64_t row = first_row; row < end_row; row += kWidth) {
+      VU rows[kWidth];
+      block_along_rows<kSourceBf16, kPanelBf16>(s, row, panels.M - row, u, rows);
+      transpose(rows);
+      for (int i = 0; i < kWidth && row + i < end_row; ++i, line += kChunkUnits) {
+        if (in_panel == count) {
+          panel += count * whole_chunks(units);
+          count = panels.rows(++p);
+          in_panel = 0;
+          line = panel + u / kChunkUnits * count * kChunkUnits + u % kChunkUnits;
         }
-        transpose(rows);
-        for (int i = i0; i < count && i < i0 + kWidth; ++i) {
-          store_units(panel + (u / kChunkUnits * count + i) * kChunkUnits + u % kChunkUnits, rows[i - i0]);
-        }
+        store_units(line, rows[i]);
+        ++in_panel;
       }
-      panel += count * whole_chunks(units);
     }
   }
 }

@@ -28,6 +28,10 @@ COTERIE_INLINE VU load_halves_part(const uint16_t* p, int64_t n) {
 COTERIE_INLINE VU load_halves(const uint16_t* p) {
   return __builtin_convertvector(static_cast<VH>(*reinterpret_cast<const VHMemory*>(p)), VU);
 }
+// Lane i has p[i] below and q[i] above.
+COTERIE_INLINE VU interleave_halves(const void* p, const void* q) {
+  return load_halves(static_cast<const uint16_t*>(p)) | load_halves(static_cast<const uint16_t*>(q)) << 16;
+}
 // Stores the upper halves.
 COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
   *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);
