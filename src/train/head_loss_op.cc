@@ -19,9 +19,13 @@ using Loss = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // loss (fp32), cr
 using LossAndGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "coterie::head_cross_entropy";
 
-// Tokens per chunk: at a vocabulary of 8192 the chunk's logits take 8 MB, which stay in the L2 and L3
-// caches between the product, the softmax and the two gradients.
-constexpr int64_t kChunk = 256;
+// Tokens of a chunk. The head's gradient is read and written once in each, so chunks are long: as long as their
+// logits are this many, which about stay in a cache between the product, the softmax and the two gradients.
+constexpr int64_t kChunkLogits = 8 << 20, kLeastChunk = 256, kMostChunk = 1024;
+
+int64_t chunk_tokens(int64_t num_words) {
+  return std::clamp(kChunkLogits / std::max<int64_t>(num_words, 1), kLeastChunk, kMostChunk);
+}
 
 void check_head(const at::Tensor& hidden, const char* hidden_name, const at::Tensor& weight, const char* weight_name) {
   check_floating(hidden, kOp, hidden_name);
@@ -66,10 +70,10 @@ class HeadPass {
   }
 
   void run() {
-    const int64_t num_tokens = hidden_.size(0);
+    const int64_t num_tokens = hidden_.size(0), most = chunk_tokens(packed_head_.rows());
     if (num_tokens == 0) grad_head.zero_();
-    for (int64_t first = 0; first < num_tokens; first += kChunk) {
-      chunk(first, std::min(kChunk, num_tokens - first));
+    for (int64_t first = 0; first < num_tokens; first += most) {
+      chunk(first, std::min(most, num_tokens - first));
     }
     cross_entropy /= static_cast<double>(num_scored_);
     kl /= static_cast<double>(num_scored_);
@@ -158,7 +162,7 @@ class HeadPass {
   }
 
   static at::Tensor product(const at::Tensor& x, const PackedMatrix& head) {
-    const at::Tensor logits = at::empty({x.size(0), head.rows()}, at::kFloat);
+    const at::Tensor logits = pooled_empty({x.size(0), head.rows()}, at::kFloat);
     gemm({.a = const_matrix(x), .packed_b = &head, .c = matrix(logits)}, torch_pool());
     return logits;
   }
