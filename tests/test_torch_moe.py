@@ -10,14 +10,17 @@ import copy
 import gc
 import io
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from coterie.torch import Linear, MoE, Router, aten_ops, is_moe_param
 from coterie.torch.expert_forms import recognise
+from coterie.torch.moe.expert_parallel import run_experts_of_ranks
 
 FP32 = 4 * 64 * 2.0**-24
 T, D, INNER, E = 48, 24, 20, 6
@@ -336,8 +339,6 @@ def test_unused_tokens_go_nowhere() -> None:
 
 
 def test_bf16_checkpointing_and_compilation() -> None:
-    from torch.utils.checkpoint import checkpoint
-
     layer = build("mlp", k=2, use_residual=True)
     x = torch.randn(T, D, requires_grad=True)
     expected, l_aux, _ = layer(x)
@@ -384,8 +385,31 @@ def test_autocast_leaves_the_gate_in_float32(expert: str, aten: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             output, l_aux, exp_counts = layer(x)
             assert torch.equal(router(x).logits_TE, routed.logits_TE)
+    assert output.dtype == torch.bfloat16
     assert torch.equal(l_aux, expected[1]) and torch.equal(exp_counts, expected[2])
     assert torch.allclose(output.float(), expected[0], rtol=0, atol=3 * 2.0**-8 * expected[0].abs().max().item())
+
+
+class Alone:
+    """A group of one rank."""
+
+    size = 1
+
+    def all_to_all_v(self, sent, sent_bytes: list[int], received, received_bytes: list[int], label: str) -> None:
+        received[...] = sent
+
+
+@pytest.mark.parametrize("expert", ["mlp", "odd"])
+def test_experts_of_ranks_are_of_the_types_of_those_of_one(expert: str) -> None:
+    experts = build(expert).deepspeed_moe.experts
+    x, ids, weights = torch.randn(T, D), torch.randint(0, E, (T, 2)), torch.rand(T, 2)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected = experts(x, ids, weights)
+            actual = run_experts_of_ranks(experts, E, Alone(), x, ids, weights)
+        assert actual.dtype == expected.dtype == (torch.bfloat16 if enabled else torch.float32)
+        tolerance = 3 * 2.0**-8 if enabled else FP32
+        assert torch.allclose(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["mlp", "gated"])
@@ -435,6 +459,81 @@ def test_recognises_our_linear_and_experts_on_the_meta_device() -> None:
     x = torch.randn(5, D)
     assert torch.equal(empty.eval()(x)[0], layer.eval()(x)[0])
     assert all(is_moe_param(p) for p in empty.deepspeed_moe.experts.parameters())
+
+
+def test_assigning_takes_the_types_that_are_loaded() -> None:
+    layer, other = build(), build().bfloat16()
+    nn.init.normal_(other.deepspeed_moe.experts.up)
+    missing = "deepspeed_moe.experts.deepspeed_experts.1.0.weight"
+    expected = other.state_dict() | {missing: layer.state_dict()[missing].bfloat16()}
+    loaded = {name: value for name, value in expected.items() if name != missing}
+    assert layer.load_state_dict(loaded, assign=True, strict=False).missing_keys == [missing]
+    actual = layer.state_dict()
+    for name, value in expected.items():
+        assert actual[name].dtype == torch.bfloat16 and torch.equal(actual[name], value), name
+    assert all(is_moe_param(p) and p.requires_grad for p in layer.deepspeed_moe.experts.parameters())
+    layer.load_state_dict(build().state_dict())  # without it, types stay
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+
+
+def test_hooks_see_what_is_loaded() -> None:
+    layer, state = build(), {name.replace("deepspeed_experts", "old"): v for name, v in build().state_dict().items()}
+    nn.init.zeros_(layer.deepspeed_moe.experts.up)
+    experts, seen = layer.deepspeed_moe.experts, []
+
+    def rename(state_dict: dict, prefix: str, *_: object) -> None:
+        for name in [name for name in state_dict if name.startswith(prefix + "old.")]:
+            state_dict[name.replace("old.", "deepspeed_experts.")] = state_dict.pop(name)
+
+    experts._register_load_state_dict_pre_hook(rename)
+    experts.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    layer.load_state_dict(state)
+    assert seen == [experts] and torch.equal(experts.up, build().deepspeed_moe.experts.up)
+
+
+class Strict(nn.Module):
+    """What runs on one row, and not on none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x.flatten(0, -2))
+        return (y - y.max()).view(y.shape[0], -1).view_as(x)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_experts_without_tokens_have_gradients_of_zero(tokens: int) -> None:
+    layer = MoE(D, Strict(), num_experts=3)
+    x = torch.randn(tokens, D, requires_grad=True)
+    output, _, exp_counts = layer(x)
+    output.square().sum().backward()
+    assert output.shape == x.grad.shape == x.shape and exp_counts.sum() == tokens
+    experts = layer.deepspeed_moe.experts.deepspeed_experts
+    for expert, count in zip(experts, exp_counts, strict=True):
+        assert all(p.grad.any() == (count > 0) for p in expert.parameters())
+    # Where no rows came from other ranks, the way back to them, which all ranks take together, is still there.
+    rows = torch.zeros(0, D, requires_grad=True)
+    layer.deepspeed_moe.experts(rows, torch.zeros(0, 1, dtype=torch.int64), torch.ones(0, 1)).sum().backward()
+    assert rows.grad is not None
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_checkpointing_repeats_random_choices(k: int) -> None:
+    layer = build(k=k, use_rts=True, top2_2nd_expert_sampling=True)
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(4), requires_grad=True)
+
+    def gradients(layer: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], seed: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        output, l_aux, _ = layer(x)
+        return torch.autograd.grad(weighted_sum(output, l_aux), [x, *parameters])
+
+    parameters = list(layer.parameters())
+    expected, other = gradients(layer, 0), gradients(layer, 1)
+    actual = gradients(lambda x: checkpoint(layer, x, use_reentrant=False), 0)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
 
 
 def test_no_tokens_have_no_loss() -> None:

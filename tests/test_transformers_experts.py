@@ -6,6 +6,8 @@ to 2^-9 what ours keep in fp32 and the other way round, at most 8 tensors on the
 three layers, in the Frobenius norm: 24 * 2^-9, where a wrong path differs by 1.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 import transformers
@@ -87,10 +89,10 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: 
             assert error.norm() <= BF16 * value.double().norm(), name
 
 
-def ops_of(f) -> set[str]:
+def ops_of(f) -> Counter[str]:
     with torch.profiler.profile() as profile:
         f()
-    return {event.name for event in profile.events() if event.name.startswith("coterie::")}
+    return Counter(event.name for event in profile.events())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,6 +157,21 @@ def clamped_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
     return self.act_fn(gate.clamp(max=0.3)) * (up.clamp(-0.3, 0.3) + 1)
 
 
+def layout_experts(layout: dict[str, bool], activation: str = "silu", own_gate: bool = False) -> nn.Module:
+    kind = type("LayoutExperts", (_Experts,), {"_apply_gate": clamped_gate} if own_gate else {})
+    cls = transformers.integrations.moe.use_experts_implementation(**layout)(kind)
+    torch.manual_seed(5)
+    experts = cls(transformers.PretrainedConfig(hidden_act=activation, layout=layout))
+    experts._is_expert_parallel = True  # ids beyond the experts are choices of none
+    return experts
+
+
+def layout_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    x, weights = torch.randn(21, 24, generator=generator), torch.rand(21, 3, generator=generator)
+    return x.requires_grad_(), torch.randint(0, 6, (21, 3), generator=generator), weights.requires_grad_()
+
+
 @pytest.mark.parametrize("own_gate", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "relu2", "gelu"])
 @pytest.mark.parametrize(
@@ -166,18 +183,13 @@ def clamped_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
         {"has_gate": False, "has_bias": True},
         {"has_bias": True},
         {"has_post_expert_norm": True},
+        {"is_concatenated": False},
     ],
     ids=str,
 )
 def test_every_layout_equals_batched_mm(layout: dict[str, bool], activation: str, own_gate: bool) -> None:
-    kind = type("LayoutExperts", (_Experts,), {"_apply_gate": clamped_gate} if own_gate else {})
-    cls = transformers.integrations.moe.use_experts_implementation(**layout)(kind)
-    torch.manual_seed(5)
-    config = transformers.PretrainedConfig(hidden_act=activation, layout=layout)
-    experts = cls(config)
-    experts._is_expert_parallel = True  # ids beyond the experts are choices of none
-    x, weights = torch.randn(21, 24, requires_grad=True), torch.rand(21, 3, requires_grad=True)
-    ids = torch.randint(0, 6, (21, 3))
+    experts = layout_experts(layout, activation, own_gate)
+    x, ids, weights = layout_inputs()
 
     def run(implementation: str) -> dict[str, Tensor]:
         experts.config._experts_implementation = implementation
@@ -188,6 +200,31 @@ def test_every_layout_equals_batched_mm(layout: dict[str, bool], activation: str
         return {name: value for name, value in values.items() if value is not None}
 
     assert_close(run("coterie"), run("batched_mm"), torch.float32)
+
+
+def test_interleaved_weights_run_in_parts_on_rows_gathered_once() -> None:
+    """Whatever ``_apply_gate`` makes of them: the op takes the gate's rows for the first half."""
+    experts = layout_experts({"is_concatenated": False})
+    experts.config._experts_implementation = "coterie"
+    ran = ops_of(lambda: experts(*layout_inputs()).sum().backward())
+    assert ran["coterie::grouped_linear_backward"] == 2 and not ran["coterie::experts_backward"]
+    assert ran["aten::index_select"] == 4  # to the experts and back, forward and backward
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_trains_checkpointed_or_around_frozen_experts(name: str, checkpointing: bool) -> None:
+    model = build(name).train()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(checkpointing or ".experts." not in parameter_name)
+    expected = loss_and_gradients(model, "eager")
+    assert any(".experts." in parameter_name for parameter_name in expected) == checkpointing
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_close(loss_and_gradients(model, "coterie"), expected, torch.float32)
+    ran = ops_of(lambda: loss_and_gradients(model, "coterie"))
+    forward = ran["coterie::experts_forward"] + ran["coterie::dispatch"]  # as one op or in parts
+    assert forward == model.config.num_hidden_layers * (2 if checkpointing else 1)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -204,14 +241,17 @@ def test_compiles_and_generates(name: str) -> None:
     assert torch.equal(ours, model.generate(tokens, max_new_tokens=8, do_sample=False))
 
 
-def test_earlier_versions_say_nothing_of_norms() -> None:
-    model = build("mixtral").eval()
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_earlier_versions_say_nothing_of_gates_and_norms(name: str) -> None:
+    """transformers 5.0 has ``is_transposed`` and ``has_bias`` alone."""
+    model = build(name).eval()
     model.set_experts_implementation("coterie")
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
         for module in model.modules():
-            vars(module).pop("has_post_expert_norm", None)
+            for said in ("has_gate", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel"):
+                vars(module).pop(said, None)
         assert torch.equal(model(tokens, use_cache=False).logits, expected)
 
 

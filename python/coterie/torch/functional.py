@@ -1,9 +1,11 @@
 """The ops of a Mixture-of-Experts layer as functions.
 
-On CPU tensors they run our kernels, the ops ``torch.ops.coterie.*`` that ``coterie._train`` registers; on other
-devices, and everywhere inside ``with aten_ops():`` or with ``COTERIE_TORCH_ATEN=1``, ATen ops of the same meaning.
-Both are differentiable once, and the former go through ``torch.compile(fullgraph=True)``, activation checkpointing
-and CPU autocast. Activations and weights are float32 or bfloat16; sums are in float32.
+On CPU tensors they run our kernels, the ops ``torch.ops.coterie.*`` that ``coterie._train`` registers, and on meta
+tensors those ops' shapes; on other devices, and everywhere inside ``with aten_ops():`` or with
+``COTERIE_TORCH_ATEN=1``, ATen ops of the same meaning. Both are differentiable once, and the former go through
+``torch.compile(fullgraph=True)``, activation checkpointing and CPU autocast. Activations and weights are float32 or
+bfloat16; sums are in float32. What is multiplied is of the weights' type, what comes out of the activations'; under
+autocast both are of its type.
 
 Legend: T tokens, D hidden, E experts, K experts per token, F inner size, U rows of the up projection (2F when gated:
 gate rows first), V vocabulary, R rows.
@@ -46,7 +48,15 @@ def aten_ops() -> Iterator[None]:
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether the functions of this file run our kernels for such a tensor."""
-    return HAS_KERNELS and x.device.type == "cpu" and not _aten_everywhere
+    return HAS_KERNELS and x.device.type in ("cpu", "meta") and not _aten_everywhere
+
+
+def result_type(x: Tensor) -> torch.dtype:
+    """The type of what the kernels make of x: x's, or that of autocast, which leaves float64 alone."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def experts(
@@ -79,10 +89,10 @@ def experts(
     Returns
     -------
     Tensor
-        [T, D] of x's dtype; zeros for a token without experts.
+        [T, D] of x's dtype or autocast's; zeros for a token without experts.
     """
     parts = (x, expert_ids, weights, up, up_bias, down, down_bias, activation, gated)
-    return torch.ops.coterie.experts(*parts) if uses_kernels(x) else run_experts(*parts)
+    return torch.ops.coterie.experts(*parts) if uses_kernels(x) else run_experts(*parts).to(result_type(x))
 
 
 def _to_json(**settings: str | bool | int | float) -> str:
@@ -137,18 +147,19 @@ def route(
     drops_at_random = capacity_factor > 0 and config.drop_policy == "random"
     if key is None and (drops_at_random or (training and config.choice_noise != "none")):
         key = torch.cat([torch.randint(2**62, (1,)), torch.zeros(3, dtype=torch.int64)])
-    expert_ids, weights, kept, _ = torch.ops.coterie.route(logits, settings, choice_bias, key, training)
+    weights, expert_ids, kept, _ = torch.ops.coterie.route(logits, settings, choice_bias, key, training)
     return Routing(expert_ids, weights, kept, logits, training and config.chooser == "experts")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """``x W^T + b`` of x [..., D], as torch.nn.functional.linear.
 
-    x and weight may have different types: they are multiplied in the weight's, and the result has ``dtype``, or x's.
+    x and weight may have different types: they are multiplied in the weight's, and the result has ``dtype``, or x's
+    (under autocast, autocast's).
     """
     if uses_kernels(x):
         return torch.ops.coterie.linear(x, weight, bias, dtype=dtype)
-    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype if dtype is None else dtype)
+    return moe.linear(x, weight, bias).to(result_type(x) if dtype is None else dtype)
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -223,13 +234,13 @@ def grouped_linear(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | Non
     Returns
     -------
     Tensor
-        [R, N]; zeros for rows of no group.
+        [R, N] of x's dtype or autocast's; zeros for rows of no group.
     """
     if uses_kernels(x):
         return torch.ops.coterie.grouped_linear(x, offset, weight, bias)
-    bounds = offset.tolist()
-    rows = [x.new_zeros(bounds[0], weight.shape[1])]
+    bounds, dtype = offset.tolist(), result_type(x)
+    rows = [x.new_zeros(bounds[0], weight.shape[1], dtype=dtype)]
     for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        rows.append(F.linear(x[first:last], weight[e], None if bias is None else bias[e]))
-    rows.append(x.new_zeros(x.shape[0] - bounds[-1], weight.shape[1]))
+        rows.append(moe.linear(x[first:last], weight[e], None if bias is None else bias[e]).to(dtype))
+    rows.append(x.new_zeros(x.shape[0] - bounds[-1], weight.shape[1], dtype=dtype))
     return torch.cat(rows)

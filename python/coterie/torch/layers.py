@@ -42,12 +42,15 @@ class Router(moe.Router):
     def forward(self, x: Tensor, draws: RouterDraws | None = None, key: Tensor | None = None) -> Routing:
         """Route the tokens of x [..., D]; what it returns is [T, K], with T all tokens in their order.
 
-        ``draws`` fixes the random choices, in plain PyTorch; ``key`` is as in coterie.torch.route.
+        ``draws`` fixes the random choices, in plain PyTorch; ``key`` is as in coterie.torch.route, for the jitter too.
         """
         x_TD = x.flatten(0, -2)
         if draws is not None:
             return super().forward(x_TD, draws)
-        x_TD = self._jittered(x_TD, RouterDraws())
+        draws = RouterDraws()
+        if key is not None and self.training and self.config.jitter > 0 and functional.uses_kernels(x_TD):
+            draws.jitter_TD = torch.ops.coterie.jitter_factors(key, *x_TD.shape, self.config.jitter).to(x_TD.device)
+        x_TD = self._jittered(x_TD, draws)
         logits_TE = functional.router_logits(x_TD, self.weight)
         return functional.route(logits_TE, self.top_k, self.config, self.choice_bias, self.training, key)
 

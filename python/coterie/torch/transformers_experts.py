@@ -15,6 +15,21 @@ from coterie.torch import functional
 from coterie.torch.layers import activation_name
 
 
+class _Gather(torch.autograd.Function):
+    """The tokens of choices in another order; the gradient is a gather too, and a sum over each token's choices."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, order: Tensor, inverse: Tensor, K: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.sizes = (x_TD.shape[0], K, x_TD.shape[1])
+        return x_TD.index_select(0, order // K)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse).view(ctx.sizes).sum(1), None, None, None
+
+
 class _Permute(torch.autograd.Function):
     """Rows in another order; the gradient is a gather too, where index_select would scatter."""
 
@@ -34,10 +49,16 @@ def _has_norm(experts: nn.Module) -> bool:
     return getattr(experts, "has_post_expert_norm", False)
 
 
+def _has_gate(experts: nn.Module) -> bool:
+    """Whether the experts are gated, as all of transformers 5.0 are, which doesn't speak of it."""
+    return getattr(experts, "has_gate", True)
+
+
 def _fused_activation(experts: nn.Module) -> str | None:
     """The activation with which one op computes these experts; None if there is none."""
     usual_layout = not experts.is_transposed and not _has_norm(experts)
-    usual_gate = type(experts)._apply_gate is _default_apply_gate or not experts.has_gate
+    gate_first = getattr(experts, "is_concatenated", True)  # 5.0 doesn't speak of it either
+    usual_gate = not _has_gate(experts) or (type(experts)._apply_gate is _default_apply_gate and gate_first)
     return activation_name(experts.act_fn) if usual_layout and usual_gate else None
 
 
@@ -49,9 +70,9 @@ def _run_in_parts(
     down, down_bias = experts.down_proj, experts.down_proj_bias if experts.has_bias else None
     order, offset = functional.dispatch(expert_ids_TK, E)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(T * K, device=order.device))
-    rows = _Permute.apply(x_TD.repeat_interleave(K, dim=0), order, inverse)
+    rows = _Gather.apply(x_TD, order, inverse, K)
     inner = functional.grouped_linear(rows, offset, up.mT if experts.is_transposed else up, up_bias)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    inner = experts._apply_gate(inner) if _has_gate(experts) else experts.act_fn(inner)
     y = functional.grouped_linear(inner, offset, down.mT if experts.is_transposed else down, down_bias)
     if _has_norm(experts):
         y = experts.post_expert_norm(y)
@@ -61,14 +82,15 @@ def _run_in_parts(
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run an experts module of transformers; ids outside of its experts are choices of none."""
-    name = "gate_up_proj" if self.has_gate else "up_proj"
+    gated = _has_gate(self)
+    name = "gate_up_proj" if gated else "up_proj"
     up, up_bias = getattr(self, name), getattr(self, name + "_bias") if self.has_bias else None
     activation = _fused_activation(self)
     if activation is None:
         return _run_in_parts(self, hidden_states, top_k_index, top_k_weights, up, up_bias)
     down_bias = self.down_proj_bias if self.has_bias else None
     return functional.experts(
-        hidden_states, top_k_index, top_k_weights, up, self.down_proj, up_bias, down_bias, activation, self.has_gate
+        hidden_states, top_k_index, top_k_weights, up, self.down_proj, up_bias, down_bias, activation, gated
     )
 
 

@@ -464,6 +464,11 @@ def feed_forward_inner(up: Tensor, activation: Callable[[Tensor], Tensor], gated
     return activation(gate) * up
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` in the weight's type, whatever those of x and of the bias are."""
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
 class ExpertLinear(nn.Module):
     """The weights of one linear layer per expert in one tensor, ``[E, out, in]``."""
 
@@ -516,8 +521,8 @@ def run_experts(
     out_TD = torch.zeros_like(x_TD, dtype=sums)
     for e in range(up_EUD.shape[0]):
         token, choice = torch.where(expert_ids_TK == e)
-        up = F.linear(x_TD[token].to(up_EUD.dtype), up_EUD[e], None if up_bias_EU is None else up_bias_EU[e])
-        y = F.linear(
+        up = linear(x_TD[token], up_EUD[e], None if up_bias_EU is None else up_bias_EU[e])
+        y = linear(
             feed_forward_inner(up, inner, gated), down_EDF[e], None if down_bias_ED is None else down_bias_ED[e]
         ).to(sums)
         out_TD = out_TD.index_add(0, token, y if weights_TK is None else weights_TK[token, choice, None].to(sums) * y)

@@ -34,7 +34,7 @@ def run_experts_of_ranks(
     Returns
     -------
     Tensor
-        [T, D], in x's type.
+        [T, D], in x's type or autocast's.
     """
     order_R, offset_E1 = functional.dispatch(ids_TK, num_experts)
     order_R = order_R[: offset_E1[-1]]
@@ -49,7 +49,8 @@ def run_experts_of_ranks(
     out_AD = experts(rows_AD, ids_A[:, None], torch.ones(len(ids_A), 1))
     out_RD = _Exchange.apply(out_AD, arriving_P, sent_P, group, "combine")
     weighted_RD = out_RD.float() * weights_TK.flatten()[order_R, None]
-    return torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, token_R, weighted_RD).to(x_TD.dtype)
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, token_R, weighted_RD)
+    return out_TD.to(functional.result_type(x_TD))
 
 
 class _Exchange(torch.autograd.Function):

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coterie.torch import functional
@@ -194,21 +195,25 @@ class GroupedDeepSpeedExperts(nn.Module):
         for name, (parameter, e, rows) in self._slices().items():
             destination[prefix + name] = (parameter if keep_vars else parameter.detach())[e, rows]
 
-    def _leave_meta(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Give parameters without memory some, of the kind of what is loaded into them."""
+    def _take_kinds(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Give parameters the dtype and device of what is loaded into them; experts that aren't keep their values."""
         for name, names in self.form.parts.items():
-            old, value = getattr(self, name), state_dict.get(f"{prefix}deepspeed_experts.0.{names[0]}")
-            if not old.is_meta or value is None:
+            keys = (f"{prefix}deepspeed_experts.{e}.{part}" for e in range(self.num_experts) for part in names)
+            old, value = getattr(self, name), next((state_dict[key] for key in keys if key in state_dict), None)
+            if value is None or (value.dtype, value.device) == (old.dtype, old.device):
                 continue
-            new = nn.Parameter(value.new_empty(old.shape), old.requires_grad)
+            values = value.new_empty(old.shape) if old.is_meta else old.detach().to(value)
+            new = nn.Parameter(values, old.requires_grad)
             new.__dict__.update(old.__dict__)
             setattr(self, name, new)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if local_metadata.get("assign_to_params_buffers", False):
-            self._leave_meta(state_dict, prefix)
+            self._take_kinds(state_dict, prefix)
         places = self._slices()
         for name, (parameter, e, rows) in places.items():
             value = state_dict.get(prefix + name)
@@ -216,7 +221,7 @@ class GroupedDeepSpeedExperts(nn.Module):
                 missing_keys.append(prefix + name)
             elif value.shape != parameter[e, rows].shape:
                 error_msgs.append(f"{prefix}{name}: {tuple(value.shape)} instead of {tuple(parameter[e, rows].shape)}")
-            elif parameter.is_meta:
+            elif parameter.is_meta and not value.is_meta:
                 error_msgs.append(f"{prefix}{name}: the experts are on the meta device: load with assign=True")
             else:
                 with torch.no_grad():
@@ -226,7 +231,11 @@ class GroupedDeepSpeedExperts(nn.Module):
 
 
 class LoopedDeepSpeedExperts(nn.Module):
-    """Experts of any form, one after the other; one without tokens runs on none, so that it has its gradient."""
+    """Experts of any form, one after the other.
+
+    One without tokens runs on a row of zeros that nothing comes of: its gradients are zeros then, and not every module
+    bears to have no rows at all.
+    """
 
     def __init__(self, expert: nn.Module, num_experts: int) -> None:
         super().__init__()
@@ -249,9 +258,10 @@ class LoopedDeepSpeedExperts(nn.Module):
         for e, expert in enumerate(self.deepspeed_experts):
             rows = slice(bounds[e], bounds[e + 1])
             token = order[rows] // expert_ids_TK.shape[1]
-            y = first_output(expert(x_TD[token][None, None]))[0, 0]  # with DeepSpeed's axes: [ranks, 1, tokens, D]
+            x = x_TD[token] if len(token) else F.pad(x_TD[token], (0, 0, 0, 1))
+            y = first_output(expert(x[None, None]))[0, 0, : len(token)]  # with DeepSpeed's axes: [ranks, 1, tokens, D]
             out_TD = out_TD.index_add(0, token, y.to(sums) * weights_R[rows, None])
-        return out_TD.to(x_TD.dtype)
+        return out_TD.to(functional.result_type(x_TD))
 
 
 def first_output(output: Tensor | tuple) -> Tensor:
