@@ -1,56 +1,63 @@
 // Panels of quantized types: of A rounded on the way, of B from stored codes. panels.h says how they lie.
 
-// One group of a row: its codes, high bytes first where there are two, and what belongs to them.
-COTERIE_INLINE Factors round_activations(const float* values, float most, const QuantizedFormat& format,
-                                         int8_t (&codes)[2][kMostGroup]) {
-  const float largest = format.parts == 2 ? 127.0f * 256.0f : 127.0f;
+// One group of a row, with n elements from `first` on: its codes, high bytes first where there are two, and what
+// belongs to them.
+template <int64_t kGroup, int kParts>
+COTERIE_INLINE Factors round_activations(const void* row, DType dtype, int64_t first, int64_t n,
+                                         int8_t (&codes)[2][kGroup]) {
+  alignas(64) float values[kGroup];
+  const float most = load_group(row, dtype, first, n, kGroup, values);
+  const float largest = kParts == 2 ? 127.0f * 256.0f : 127.0f;
   const bool zeros = most < kLeastMaximum;
   const float inverse = zeros ? 0.0f : largest / most;
   Factors f;
   f.scale = zeros ? 0.0f : most / largest;
-  f.sum = format.parts == 2 ? round_group_wide(values, format.group, inverse, codes[0], codes[1])
-                            : round_group(values, format.group, inverse, 0, codes[0]);
+  f.sum = kParts == 2 ? round_group_wide(values, kGroup, inverse, codes[0], codes[1])
+                      : round_group(values, kGroup, inverse, 0, codes[0]);
   return f;
 }
 
 // Rows of a panel of A.
+template <int64_t kGroup, int kParts>
 COTERIE_INLINE void quantize_panel_a(const PackSource& s, PanelType type, int64_t first_row, int count,
                                      uint32_t* panel) {
-  const QuantizedFormat format = quantized_format(type);
-  const int64_t group = format.group, units = whole_chunks(units_of(type, s.cols)), groups = groups_of(type, s.cols);
-  const int64_t lines = count * format.parts, piece = group < 4 * kChunkUnits ? group : 4 * kChunkUnits;
+  static_assert(kGroup <= 4 * kChunkUnits, "a group lies in one chunk");
+  const int64_t units = whole_chunks(units_of(type, s.cols)), groups = groups_of(type, s.cols);
+  const int64_t lines = count * kParts;
   auto* const factors = reinterpret_cast<char*>(panel + units * lines);
-  alignas(64) float values[kMostGroup];
-  alignas(64) int8_t codes[2][kMostGroup];
+  alignas(64) int8_t codes[2][kGroup];
   for (int i = 0; i < count; ++i) {
     const char* const row = element(s, first_row + i, 0);
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = g * group, n = s.cols - first < group ? s.cols - first : group;
-      const Factors f = round_activations(values, load_group(row, s.dtype, first, n, group, values), format, codes);
+      const int64_t first = g * kGroup, n = s.cols - first, u = first / 4;
+      // What is known of a whole group makes its loops straight.
+      const Factors f = n >= kGroup ? round_activations<kGroup, kParts>(row, s.dtype, first, kGroup, codes)
+                                    : round_activations<kGroup, kParts>(row, s.dtype, first, n, codes);
       __builtin_memcpy(factors + (g * count + i) * static_cast<int64_t>(sizeof f), &f, sizeof f);
-      for (int64_t k = 0; k < group && (first + k) / 4 < units; k += piece) {
-        const int64_t u = (first + k) / 4;
-        for (int part = 0; part < format.parts; ++part) {
-          const int64_t line = u / kChunkUnits * lines + part * count + i;
-          __builtin_memcpy(panel + line * kChunkUnits + u % kChunkUnits, codes[part] + k, static_cast<size_t>(piece));
-        }
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t line = u / kChunkUnits * lines + part * count + i;
+        __builtin_memcpy(panel + line * kChunkUnits + u % kChunkUnits, codes[part], kGroup);
       }
     }
   }
 }
 
+template <int64_t kGroup, int kParts>
 void quantize_a(const PackSource& s, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
                 uint32_t* memory) {
   for (int64_t p = first; p < last; ++p) {
-    quantize_panel_a(s, type, panels.first_row(p), panels.rows(p), memory);
+    quantize_panel_a<kGroup, kParts>(s, type, panels.first_row(p), panels.rows(p), memory);
     memory += panels.rows(p) * a_row_units(type, s.cols);
   }
 }
 
 void pack_a(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
             uint32_t* memory) {
-  if (is_quantized(type)) return quantize_a(source, type, panels, first, last, memory);
-  pack_float_a(source, type, panels, first, last, memory);
+  if (!is_quantized(type)) return pack_float_a(source, type, panels, first, last, memory);
+  const QuantizedFormat format = quantized_format(type);
+  if (format.parts == 2) return quantize_a<64, 2>(source, type, panels, first, last, memory);
+  if (format.group == 64) return quantize_a<64, 1>(source, type, panels, first, last, memory);
+  quantize_a<32, 1>(source, type, panels, first, last, memory);
 }
 
 // Words [first, first + n) of `count` rows of codes, transposed into a vector of columns.

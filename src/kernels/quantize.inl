@@ -7,11 +7,6 @@ COTERIE_INLINE void store_bytes(int8_t* p, VI v) {
   const VB bytes = __builtin_convertvector(v, VB);
   __builtin_memcpy(p, &bytes, kWidth);
 }
-COTERIE_INLINE int32_t sum_integers(VI v) {
-  int32_t sum = 0;
-  for (int lane = 0; lane < kWidth; ++lane) sum += v[lane];
-  return sum;
-}
 COTERIE_INLINE VF magnitude(VF v) { return max(v, -v); }
 
 constexpr int64_t kMostGroup = 128;
@@ -39,7 +34,7 @@ COTERIE_INLINE int32_t round_group(const float* values, int64_t group, float inv
     sum += rounded;
     store_bytes(codes + i, rounded + offset);
   }
-  return sum_integers(sum);
+  return sum_lanes(sum);
 }
 
 // The same as 256 high + low.
@@ -52,7 +47,7 @@ COTERIE_INLINE int32_t round_group_wide(const float* values, int64_t group, floa
     store_bytes(high + i, upper);
     store_bytes(low + i, rounded - (upper << 8));
   }
-  return sum_integers(sum);
+  return sum_lanes(sum);
 }
 
 struct LinearCodes {

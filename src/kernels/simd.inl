@@ -98,8 +98,8 @@ COTERIE_INLINE VF sum_each(VF (&rows)[kWidth]) {
   return rows[0];
 }
 
-template <int kStep = kWidth / 2>
-COTERIE_INLINE float sum_lanes(VF v) {
+template <int kStep = kWidth / 2, typename V>
+COTERIE_INLINE auto sum_lanes(V v) {
   v += shuffle<HighBlocks<kStep>>(v, v);
   if constexpr (kStep > 1) return sum_lanes<kStep / 2>(v);
   return v[0];
