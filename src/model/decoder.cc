@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/norm.h"
+#include "kernels/parallel_rows.h"
 #include "moe/dispatcher.h"
 #include "moe/router.h"
 
@@ -66,15 +67,15 @@ const float* Decoder::forward(const Batch& batch, RoutingTrace* trace) {
 void Decoder::embed(const Batch& batch) {
   const int64_t D = config_.hidden_size;
   const size_t row_bytes = D * dtype_size(weights_.dtype);
-  for (int64_t t = 0; t < batch.num_tokens(); ++t) {
+  parallel_rows(batch.num_tokens(), D, pool_, [&](int64_t t) {
     float* x_D = x_TD_.as<float>() + t * D;
     const char* row = weights_.embedding_VD.as<char>() + batch.token_ids_T[t] * row_bytes;
     convert_to_float(row, weights_.dtype, x_D, D);
     if (config_.embedding_multiplier != 1) scale(config_.embedding_multiplier, x_D, D);
-    if (config_.positions != PositionKind::kLearned) continue;
+    if (config_.positions != PositionKind::kLearned) return;
     const float* position_D = weights_.positions_PD.data() + batch.positions_T[t] * D;
     for (int64_t i = 0; i < D; ++i) x_D[i] += position_D[i];
-  }
+  });
 }
 
 // x += attention(normed x).
@@ -99,14 +100,10 @@ void Decoder::attend(const Batch& batch, int64_t layer) {
 void Decoder::feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* expert_ids) {
   const LayerWeights& w = weights_.layers[layer];
   const LayerConfig& l = config_.layers[layer];
-  const ConstMatrix normed_TD = row_major(normed_TD_.as<const float>(), T, config_.hidden_size);
-  const Matrix mlp_TD = row_major(mlp_TD_.as<float>(), T, config_.hidden_size);
-  const Matrix experts_TD = row_major(experts_TD_.as<float>(), T, config_.hidden_size);
-  if (l.intermediate_size > 0) experts_forward(w.mlp, dense_dispatch(T), normed_TD, mlp_TD, pool_);
-  if (!l.is_moe()) return add(mlp_TD_.as<float>(), T);
+  if (!l.is_moe()) return add_experts(w.mlp, dense_dispatch(T));
 
   float* logits_TE = router_TE_.as<float>();
-  gemm({.a = normed_TD,
+  gemm({.a = row_major(normed_TD_.as<const float>(), T, config_.hidden_size),
         .packed_b = &w.router.weight_NK,
         .c = row_major(logits_TE, T, l.router.num_experts),
         .bias_N = w.router.bias()},
@@ -118,34 +115,45 @@ void Decoder::feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* exper
   if (expert_ids) expert_ids->insert(expert_ids->end(), routing.expert_ids_TK.begin(), routing.expert_ids_TK.end());
   const Dispatch dispatch = make_dispatch(routing);
   if (expert_cache_) expert_cache_->use(layer, dispatch.offset_E1);
-  experts_forward(w.experts, dispatch, normed_TD, experts_TD, pool_);
-  add_mixture(w, l.residual, T);
+  if (l.residual == ResidualKind::kNone) return add_experts(w.experts, dispatch);
+  add_mixture(w, l.residual, dispatch);
 }
 
 // x += y, times the residual multiplier.
 void Decoder::add(const float* y_TD, int64_t T) {
-  float* x_TD = x_TD_.as<float>();
+  const int64_t D = config_.hidden_size;
   const float factor = config_.residual_multiplier;
-  if (factor == 1) {
-    for (int64_t i = 0; i < T * config_.hidden_size; ++i) x_TD[i] += y_TD[i];
-  } else {
-    for (int64_t i = 0; i < T * config_.hidden_size; ++i) x_TD[i] += factor * y_TD[i];
-  }
+  parallel_rows(T, D, pool_, [&](int64_t t) {
+    float* x_D = x_TD_.as<float>() + t * D;
+    for (int64_t i = 0; i < D; ++i) x_D[i] += factor * y_TD[t * D + i];
+  });
+}
+
+// x += the experts' sum, or the MLP's, times the residual multiplier.
+void Decoder::add_experts(const PackedExperts& experts, const Dispatch& dispatch) {
+  const int64_t T = dispatch.num_tokens, D = config_.hidden_size;
+  const bool direct = config_.residual_multiplier == 1;
+  float* const out_TD = direct ? x_TD_.as<float>() : experts_TD_.as<float>();
+  const ConstMatrix normed_TD = row_major(normed_TD_.as<const float>(), T, D);
+  experts_forward(experts, dispatch, normed_TD, row_major(out_TD, T, D), pool_, /*accumulate=*/direct);
+  if (!direct) add(out_TD, T);
 }
 
 // x += the experts and the fixed MLP beside them, as ResidualKind says.
-void Decoder::add_mixture(const LayerWeights& w, ResidualKind kind, int64_t T) {
-  if (kind == ResidualKind::kNone) return add(experts_TD_.as<float>(), T);
-  const int64_t D = config_.hidden_size, num_coefficients = w.mix.weight_NK.rows();
+void Decoder::add_mixture(const LayerWeights& w, ResidualKind kind, const Dispatch& dispatch) {
+  const int64_t T = dispatch.num_tokens, D = config_.hidden_size, num_coefficients = w.mix.weight_NK.rows();
+  const ConstMatrix normed_TD = row_major(normed_TD_.as<const float>(), T, D);
+  experts_forward(w.experts, dispatch, normed_TD, row_major(experts_TD_.as<float>(), T, D), pool_);
+  experts_forward(w.mlp, dense_dispatch(T), normed_TD, row_major(mlp_TD_.as<float>(), T, D), pool_);
   float* mix_T = router_TE_.as<float>();  // the router is done with it
   if (num_coefficients > 0) {
-    gemm({.a = row_major(normed_TD_.as<const float>(), T, D),
+    gemm({.a = normed_TD,
           .packed_b = &w.mix.weight_NK,
           .c = row_major(mix_T, T, num_coefficients),
           .bias_N = w.mix.bias()},
          pool_);
   }
-  for (int64_t t = 0; t < T; ++t) {
+  parallel_rows(T, 2 * D, pool_, [&](int64_t t) {
     float experts = config_.residual_multiplier, mlp = experts;
     if (kind == ResidualKind::kLearned) {  // softmax of two is a sigmoid of their difference
       experts *= sigmoid(mix_T[2 * t] - mix_T[2 * t + 1]);
@@ -156,7 +164,7 @@ void Decoder::add_mixture(const LayerWeights& w, ResidualKind kind, int64_t T) {
     float* x_D = x_TD_.as<float>() + t * D;
     const float *y_D = experts_TD_.as<float>() + t * D, *m_D = mlp_TD_.as<float>() + t * D;
     for (int64_t i = 0; i < D; ++i) x_D[i] += experts * y_D[i] + mlp * m_D[i];
-  }
+  });
 }
 
 void Decoder::norm(const NormWeights& w, int64_t T) {
@@ -176,7 +184,10 @@ void Decoder::logits(const float* hidden_TD, int64_t T, float* logits_TV) const 
         .bias_N = weights_.head.bias()},
        pool_);
   if (config_.logits_scaling == 1) return;
-  for (int64_t i = 0; i < T * config_.vocab_size; ++i) logits_TV[i] /= config_.logits_scaling;
+  parallel_rows(T, config_.vocab_size, pool_, [&](int64_t t) {
+    float* const logits_V = logits_TV + t * config_.vocab_size;
+    for (int64_t i = 0; i < config_.vocab_size; ++i) logits_V[i] /= config_.logits_scaling;
+  });
 }
 
 }  // namespace coterie

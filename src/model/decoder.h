@@ -42,7 +42,8 @@ class Decoder {
   void feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* expert_ids);
   void norm(const NormWeights& w, int64_t T);
   void add(const float* y_TD, int64_t T);
-  void add_mixture(const LayerWeights& w, ResidualKind kind, int64_t T);
+  void add_experts(const PackedExperts& experts, const Dispatch& dispatch);
+  void add_mixture(const LayerWeights& w, ResidualKind kind, const Dispatch& dispatch);
 
   const ModelConfig& config_;
   const ModelWeights& weights_;

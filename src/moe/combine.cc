@@ -7,22 +7,29 @@
 #include "kernels/parallel_rows.h"
 
 namespace coterie {
-void combine(const Dispatch& dispatch, const float* rows_RD, bool unweighted, const Matrix& out_TD, ThreadPool& pool) {
+void combine(const Dispatch& dispatch, const float* rows_RD, bool unweighted, const Matrix& out_TD, ThreadPool& pool,
+             bool accumulate) {
   const KernelTable& kernels = active_kernels();
   const int64_t T = dispatch.num_tokens, D = out_TD.cols;
   const int64_t K = T ? static_cast<int64_t>(dispatch.row_TK.size()) / T : 0;
   COTERIE_CHECK(K <= kMostChoices, "too many choices a token");
+  COTERIE_CHECK(!accumulate || out_TD.dtype == DType::kF32, "sums are added to fp32");
   parallel_rows(T, D * (K + 1), pool, [&](int64_t t) {
-    const float* rows[kMostChoices];
-    float weights[kMostChoices];
+    const float* rows[kMostChoices + 1];
+    float weights[kMostChoices + 1];
+    void* const out = out_TD.row_range(t, 1).data;
     int64_t count = 0;
+    if (accumulate) {
+      rows[count] = static_cast<const float*>(out);
+      weights[count++] = 1.0f;
+    }
     for (int64_t k = 0; k < K; ++k) {
       const int32_t row = dispatch.row_TK[t * K + k];
       if (row < 0) continue;
       rows[count] = rows_RD + row * D;
       weights[count++] = unweighted ? 1.0f : dispatch.weight_R[row];
     }
-    kernels.combine_rows(rows, weights, count, out_TD.row_range(t, 1).data, out_TD.dtype, D);
+    kernels.combine_rows(rows, weights, count, out, out_TD.dtype, D);
   });
 }
 

@@ -56,7 +56,8 @@ std::vector<GemmProblem> problems_of_experts(const Dispatch& dispatch, const Fil
 }
 
 void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatch& dispatch, const ConstMatrix& x_TD,
-             const Matrix& out_TD, const Matrix& inner_RF, const Matrix& slopes_RU, float* down_RD, ThreadPool& pool) {
+             const Matrix& out_TD, const Matrix& inner_RF, const Matrix& slopes_RU, float* down_RD, ThreadPool& pool,
+             bool accumulate) {
   const auto up = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
     p.a = x_TD;
     p.gather_M = dispatch.token_R.data() + first;
@@ -75,9 +76,10 @@ void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatc
     p.a = inner_RF.row_range(first, count);
     source.set_down(p, shape, e);
     p.c = rows_RD.row_range(first, count);
+    p.accumulate = direct && accumulate;
   });
   grouped_gemm(down, pool);
-  if (!direct) combine(dispatch, down_RD, /*unweighted=*/false, out_TD, pool);
+  if (!direct) combine(dispatch, down_RD, /*unweighted=*/false, out_TD, pool, accumulate);
 }
 
 Workspace& forward_workspace() {
@@ -101,7 +103,7 @@ PackedExperts::PackedExperts(const ExpertShape& expert_shape, const ExpertWeight
 }
 
 void experts_forward(const PackedExperts& experts, const Dispatch& dispatch, const ConstMatrix& x_TD,
-                     const Matrix& out_TD, ThreadPool& pool) {
+                     const Matrix& out_TD, ThreadPool& pool, bool accumulate) {
   const ExpertShape& shape = experts.shape;
   check_shapes(shape, dispatch, x_TD, out_TD);
   const ExpertSource source = {&experts, nullptr};
@@ -112,7 +114,8 @@ void experts_forward(const PackedExperts& experts, const Dispatch& dispatch, con
   const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
   workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)));
   const Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F);
-  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, {}, workspace.take<float>(static_cast<size_t>(R * D)), pool);
+  float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
+  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, {}, down_RD, pool, accumulate);
 }
 
 void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, const Dispatch& dispatch,
@@ -132,7 +135,7 @@ void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, con
     slopes_RU = row_major(context->slopes_RU.data(), dtype, R, U);
   }
   float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
-  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, slopes_RU, down_RD, pool);
+  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, slopes_RU, down_RD, pool, /*accumulate=*/false);
 }
 
 }  // namespace coterie

@@ -53,8 +53,9 @@ struct ExpertsContext {
 
 // out_TD = sum over a token's rows of weight * expert(x). Overwrites out_TD (zeros where a token has
 // no row). A token's rows are summed in the order of its choices, in fp32. x_TD, out_TD: kF32 or kBF16.
+// With accumulate, the sum begins with what is in out_TD, which is fp32: a residual stream.
 void experts_forward(const PackedExperts& experts, const Dispatch& dispatch, const ConstMatrix& x_TD,
-                     const Matrix& out_TD, ThreadPool& pool);
+                     const Matrix& out_TD, ThreadPool& pool, bool accumulate = false);
 
 // The same from unpacked weights, keeping what the backward pass needs.
 void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, const Dispatch& dispatch,

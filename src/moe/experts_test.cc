@@ -222,6 +222,15 @@ void check(const Case& c, ThreadPool& pool) {
   Tensor out(c.x, c.T * c.D);
   experts_forward(packed, f.dispatch, f.x_TD(), row_major(out.data(), c.x, c.T, c.D), pool);
   expect_near(out.doubles(), expected.out_TD, bound.out_TD, relative, "packed out");
+
+  Tensor stream(DType::kF32, random_floats(c.T * c.D, f.random));
+  Doubles sum = stream.doubles(), sum_bound = sum;
+  for (size_t i = 0; i < sum.size(); ++i) {
+    sum_bound[i] = std::abs(sum[i]) + bound.out_TD[i];
+    sum[i] += expected.out_TD[i];
+  }
+  experts_forward(packed, f.dispatch, f.x_TD(), row_major(stream.floats.data(), c.T, c.D), pool, /*accumulate=*/true);
+  expect_near(stream.doubles(), sum, sum_bound, relative, "added out");
 }
 
 TEST(Experts, AllKindsAgreeWithTheObviousVersion) {
