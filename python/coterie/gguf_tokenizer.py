@@ -28,6 +28,7 @@ _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_TEKKEN = _GPT4O.replace(_ENDING, "").replace("{1,3}", "")
 _DEEPSEEK_LLM = [
     r"[\r\n]",
     r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
@@ -51,12 +52,13 @@ _WORD_PATTERNS: dict[str, list[str]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), [r"\p{N}", _GPT2]),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), [_LLAMA3]),
     **dict.fromkeys(("gpt-4o", "llama4"), [_GPT4O]),
+    "tekken": [_TEKKEN],
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-v3": _DEEPSEEK_V3,
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), [_LLAMA3.replace("{1,3}", "")]),
 }
 # Here a word that is a token stays whole, and a sequence begins with the BOS token.
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:

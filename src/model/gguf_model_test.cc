@@ -185,6 +185,8 @@ TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
       " (supported: llama, qwen2, qwen3, qwen2moe, qwen3moe, olmoe, granitemoe, phimoe, glm4moe, deepseek2, gpt-oss)";
   const Case cases[] = {
       {text("general.architecture", "gemma\n"), R"(: general.architecture: 'gemma\x0a' is not supported)" + known},
+      {with("split.count", uint32_t{3}),
+       ": split.count: one of 3 files of a model; join them first (llama-gguf-split --merge)"},
       {without("general.architecture"), ": general.architecture: '' is not supported" + known},
       {with("general.architecture", 3), ": general.architecture: is not a string"},
       {without("llama.embedding_length"), ": llama.embedding_length: is missing"},
