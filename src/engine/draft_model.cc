@@ -48,7 +48,7 @@ DraftModel::DraftModel(const EngineOptions& options, const EngineSettings& setti
       weight_mover_(make_weight_mover(options, weights_)),
       decoder_(config_, weights_, pool),
       cache_(config_, settings.kv_cache_dtype, settings.num_kv_blocks, false),
-      types_(settings.types),
+      types_(types_in_memory(settings.types, weights_)),
       cost_(config_, types_) {}
 
 int64_t DraftModel::room(const Sequence& sequence) const { return config_.max_context() - sequence.num_tokens() + 1; }

@@ -50,7 +50,7 @@ class EngineImpl : public Engine {
         cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits),
         speculator_(make_speculator(options)) {
-    if (!weight_mover_ && !options.mmap) cache_.provide_memory();
+    if (!weight_mover_ && !stay_mapped(options, weights_)) cache_.provide_memory();
   }
 
   RequestId add_request(Request request) override {
@@ -192,14 +192,14 @@ class EngineImpl : public Engine {
     if (kind == SpeculationKind::kDraft) {
       draft = std::make_unique<DraftModel>(options, settings_, config_.vocab_size, pool_);
     }
-    const StepCost cost(config_, settings_.types);
+    const StepCost cost(config_, types_in_memory(settings_.types, weights_));
     return std::make_unique<Speculator>(settings_.speculation, cost, std::move(draft));
   }
 
   // Once, when the weights are where they stay.
   void measure_cost() {
     if (cost_measured_ || weight_mover_ || cache_.num_free() == 0 || !speculator_->measure_draft()) return;
-    speculator_->set_cost(measure_step_cost(config_, settings_.types, decoder_, cache_));
+    speculator_->set_cost(measure_step_cost(config_, types_in_memory(settings_.types, weights_), decoder_, cache_));
     cost_measured_ = true;
   }
 
@@ -333,7 +333,6 @@ class EngineImpl : public Engine {
     num_speculated_tokens_ += guessed;
     num_accepted_tokens_ += accepted;
     sequence.computed(chunk.num_tokens - guessed + accepted);
-    if (sequence.index() == 0) sequence.shared().prompt_computed = true;
     output.request_id = sequence.id();
     output.index = sequence.index();
     output.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});

@@ -62,6 +62,12 @@ TEST_F(EngineTest, MappedWeightsGiveTheSameWhateverExpertsAreHeld) {
   }
 }
 
+TEST_F(EngineTest, NothingIsCopiedOfWeightsThatComeFromNoFile) {
+  const auto engine = Engine::load(directory().string(), {.mmap = true, .load_format = "dummy"});
+  engine->logits(tokens(40));
+  EXPECT_EQ(engine->stats().expert_cache_capacity, 0);
+}
+
 TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(refusal({{}, {}}), "prompt_token_ids: empty");
   EXPECT_EQ(refusal({{1, 61}, {}}), "prompt_token_ids[1]: 61 is not in [0, 61), the vocabulary");

@@ -28,9 +28,9 @@ std::vector<ScheduledChunk> Scheduler::schedule() {
   const Sequence* stalled = decode();
   bool closed = false;  // to those who wait: one of them did not fit
   for (Sequence* sequence : prefilling()) {
-    if (budget_ == 0 || (stalled && stalled->before(*sequence))) break;
-    if (sequence->index() > 0 && !sequence->shared().prompt_computed) continue;
+    if ((stalled && stalled->before(*sequence)) || !take_budget(*sequence)) break;
     if (!is_running(*sequence)) {
+      if (waits_for_blocks(*sequence)) continue;
       closed = closed || (first_preempted_ && first_preempted_->before(*sequence)) || !admit(*sequence);
       if (closed) continue;
     }
@@ -76,6 +76,20 @@ std::vector<Sequence*> Scheduler::prefilling() const {
   for (const auto& sequence : waiting_) sequences.push_back(sequence.get());
   std::ranges::sort(sequences, [](const Sequence* a, const Sequence* b) { return a->before(*b); });
   return sequences;
+}
+
+// Whether a step has tokens left for this one, if need be those of who is behind it with a lower priority.
+bool Scheduler::take_budget(const Sequence& sequence) {
+  while (budget_ == 0) {
+    if (!preempt_behind(sequence, false)) return false;
+  }
+  return true;
+}
+
+// Somebody before it is about to compute what it will find in the cache then.
+bool Scheduler::waits_for_blocks(const Sequence& sequence) const {
+  return std::ranges::any_of(
+      running_, [&](const auto& other) { return other->before(sequence) && other->computes_blocks_of(sequence); });
 }
 
 // From waiting to running, when there is room for all of its tokens beside those that others still have to compute;
@@ -141,11 +155,7 @@ void Scheduler::remove_finished() {
 template <typename Predicate>
 void Scheduler::erase(const Predicate& predicate) {
   for (Queue* queue : {&running_, &waiting_}) {
-    std::erase_if(*queue, [&](const std::unique_ptr<Sequence>& sequence) {
-      if (!predicate(*sequence)) return false;
-      if (sequence->index() == 0) sequence->shared().prompt_computed = true;  // nobody waits for it in vain
-      return true;
-    });
+    std::erase_if(*queue, [&](const std::unique_ptr<Sequence>& sequence) { return predicate(*sequence); });
   }
 }
 

@@ -3,6 +3,7 @@
 // Completions have an order: priority, then arrival. A step takes one token of each decoding completion, then prompts
 // in that order as far as the budget goes, in chunks. So decoding goes on beside a long prompt, and nobody is
 // overtaken by a later one of the same priority: a waiting completion that does not fit lets no waiting one pass it.
+// (One that waits for another to compute what both begin with does: it loses nothing.)
 // Who needs blocks when there are none takes them from the last in order behind it, which computes them again later.
 // The first in order can thus take everything, and gets to its end.
 #pragma once
@@ -66,6 +67,8 @@ class Scheduler {
 
   std::vector<Sequence*> prefilling() const;
   const Sequence* decode();
+  bool take_budget(const Sequence& sequence);
+  bool waits_for_blocks(const Sequence& sequence) const;
   bool admit(Sequence& sequence);
   int64_t num_promised_blocks() const;
   bool make_room(const Sequence& sequence, int64_t num_tokens);

@@ -20,8 +20,11 @@ Sequence::Sequence(std::shared_ptr<SharedRequest> shared, int64_t index, KvCache
       blocks_(cache),
       prefix_(cache.root(num_prompt_tokens_)) {}
 
+// Logprobs of the prompt need every hidden state.
+bool Sequence::may_adopt_blocks() const { return !sampling().prompt_logprobs || index_ > 0 || !output().empty(); }
+
 void Sequence::adopt_cached_blocks() {
-  if (sampling().prompt_logprobs && index_ == 0 && output().empty()) return;  // they need every hidden state
+  if (!may_adopt_blocks()) return;
   while (num_computed_ + KvCache::kBlockSize < num_tokens()) {
     const auto tokens = token_ids().subspan(num_computed_).first<KvCache::kBlockSize>();
     const auto cached = cache_.find(prefix_, tokens);
@@ -31,6 +34,14 @@ void Sequence::adopt_cached_blocks() {
     ++num_published_;
     num_computed_ += KvCache::kBlockSize;
   }
+}
+
+bool Sequence::computes_blocks_of(const Sequence& other) const {
+  const bool comparable = cache_.root(num_prompt_tokens_) == cache_.root(other.num_prompt_tokens_);
+  if (num_pending() <= 1 || !comparable || !other.may_adopt_blocks()) return false;
+  const auto ours = token_ids(), theirs = other.token_ids().first(other.num_tokens() - 1);
+  const int64_t common = std::ranges::mismatch(ours, theirs).in1 - ours.begin();
+  return common / KvCache::kBlockSize > num_computed_ / KvCache::kBlockSize;
 }
 
 int64_t Sequence::num_left() const {

@@ -21,7 +21,6 @@ struct SharedRequest {
   Request request;
   std::vector<int64_t> end_token_ids;  // the model's own, and the request's stop tokens
   int64_t max_model_len = 0;
-  bool prompt_computed = false;  // by completion 0; the others wait for it and find its blocks in the cache
 };
 
 class Sequence {
@@ -54,6 +53,8 @@ class Sequence {
 
   // Takes over from the prefix cache what it has of the tokens, but for the last one, whose logits are wanted.
   void adopt_cached_blocks();
+  // Whether this one still has to compute blocks that the other, not begun, could take over afterwards.
+  bool computes_blocks_of(const Sequence& other) const;
   void reserve(int64_t num_tokens) { blocks_.reserve(num_computed_ + num_tokens); }
   int64_t num_missing_blocks(int64_t num_tokens) const;  // of reserve(num_tokens)
   // So many more of the tokens are in the cache; publishes the blocks that are full now, and gives back those behind.
@@ -73,6 +74,8 @@ class Sequence {
   Timings timings() const;
 
  private:
+  bool may_adopt_blocks() const;
+
   std::shared_ptr<SharedRequest> shared_;
   int64_t index_;
   KvCache& cache_;

@@ -329,6 +329,25 @@ TEST_F(ServingTest, PrefixesAreComputedOnce) {
   EXPECT_EQ(without->generate({prompt, {.max_new_tokens = 5}}).num_cached_tokens, 0);
 }
 
+TEST_F(ServingTest, PrefixesOfRequestsThatComeTogetherAreComputedOnce) {
+  const auto alone = load({}), engine = load({.max_num_batched_tokens = 40});
+  std::map<RequestId, Request> requests;
+  for (int32_t i = 0; i < 5; ++i) {
+    Request request = {tokens(70), {.max_new_tokens = 5}};
+    for (int32_t own = 0; own <= i; ++own) request.prompt_token_ids.push_back(i);
+    requests[engine->add_request(request)] = request;
+  }
+  std::map<RequestId, Completions> texts;
+  std::map<RequestId, int64_t> cached;
+  while (engine->has_unfinished()) {
+    const std::vector<StepOutput> outputs = engine->step();
+    collect(texts, outputs);
+    for (const StepOutput& output : outputs) cached[output.request_id] = output.num_cached_tokens;
+  }
+  EXPECT_EQ(cached, (std::map<RequestId, int64_t>{{1, 0}, {2, 64}, {3, 64}, {4, 64}, {5, 64}}));
+  for (const auto& [id, request] : requests) EXPECT_EQ(texts[id], completions(alone->generate(request))) << id;
+}
+
 TEST_F(ServingTest, DecodingGoesOnBesideALongPrompt) {
   const auto engine = load({.max_num_batched_tokens = 8});
   const RequestId decoding = engine->add_request({tokens(4), {.max_new_tokens = 30}});
@@ -374,6 +393,17 @@ TEST_F(ServingTest, LowerPrioritiesRunFirstAndTakeTheBlocks) {
   while (engine->has_unfinished()) collect(texts, engine->step());
   EXPECT_EQ(texts[first], completions(alone->generate(patient)));
   EXPECT_EQ(texts[second], completions(alone->generate(urgent)));
+}
+
+TEST_F(ServingTest, LowerPrioritiesTakeTheTokensOfAStep) {
+  const auto engine = load({.max_num_seqs = 2, .max_num_batched_tokens = 2});
+  for (int64_t i = 0; i < 2; ++i) engine->add_request({tokens(2, i), {.max_new_tokens = 60, .ignore_eos = true}, 5});
+  for (int i = 0; i < 4; ++i) engine->step();
+  const RequestId urgent = engine->add_request({tokens(2, 7), {.max_new_tokens = 3, .ignore_eos = true}, -1});
+  std::map<RequestId, Completions> texts;
+  for (int i = 0; i < 4; ++i) collect(texts, engine->step());
+  EXPECT_EQ(texts[urgent][0].size(), 3u);
+  EXPECT_GT(engine->stats().num_preemptions, 0);
 }
 
 // Of those with the priority of a request that lost its blocks, who runs goes on, and nobody begins before it.

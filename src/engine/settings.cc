@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "base/log.h"
 #include "base/machine.h"
 #include "coterie/error.h"
 #include "engine/kv_cache.h"
@@ -36,6 +37,8 @@ int64_t model_len(const ModelConfig& config, int64_t wanted) {
 }
 
 int64_t quarter_of_memory() { return available_memory() / 4; }
+
+FileStore* file_of(const ModelWeights& weights) { return dynamic_cast<FileStore*>(weights.store.get()); }
 
 int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config) {
   at_least("num_kv_blocks", options.num_kv_blocks, 0);
@@ -122,16 +125,24 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
   return cache;
 }
 
+// A quarter is left to keys and values.
+bool stay_mapped(const EngineOptions& options, const ModelWeights& weights) {
+  FileStore* const store = file_of(weights);
+  return store && (options.mmap || static_cast<int64_t>(store->file().size()) > available_memory() / 4 * 3);
+}
+
 std::unique_ptr<ExpertCache> make_expert_cache(const EngineOptions& options, ModelWeights& weights) {
   at_least("expert_cache_bytes", options.expert_cache_bytes, -1);
-  if (!options.mmap || options.expert_cache_bytes < 0) return nullptr;
+  if (!stay_mapped(options, weights) || options.expert_cache_bytes < 0) return nullptr;
   const int64_t bytes = options.expert_cache_bytes > 0 ? options.expert_cache_bytes : quarter_of_memory();
   return std::make_unique<ExpertCache>(weights, static_cast<size_t>(bytes));
 }
 
 std::unique_ptr<WeightMover> make_weight_mover(const EngineOptions& options, ModelWeights& weights) {
-  const bool from_file = dynamic_cast<FileStore*>(weights.store.get()) != nullptr;
-  return from_file && !options.mmap ? std::make_unique<WeightMover>(weights) : nullptr;
+  if (!file_of(weights)) return nullptr;
+  if (!stay_mapped(options, weights)) return std::make_unique<WeightMover>(weights);
+  if (!options.mmap) log_info("weights stay in the mapped file: memory does not suffice");
+  return nullptr;
 }
 
 }  // namespace coterie

@@ -45,7 +45,11 @@ EngineSettings engine_settings(const EngineOptions& options, const StoredModel& 
 WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config,
                                 const std::string& path);
 
-// Of weights that are mapped; null where they are not, or none is wanted.
+// Whether weights stay in the mapped file that they came from: where that was asked for, and where they are too many
+// for memory.
+bool stay_mapped(const EngineOptions& options, const ModelWeights& weights);
+
+// Of weights that stay mapped; null where they don't, or none is wanted.
 std::unique_ptr<ExpertCache> make_expert_cache(const EngineOptions& options, ModelWeights& weights);
 
 // Of weights that came from a file and are to leave it; else null.

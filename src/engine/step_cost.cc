@@ -49,6 +49,14 @@ double seconds_of_step(Decoder& decoder, const ModelConfig& config, const BlockT
 
 }  // namespace
 
+WeightTypes types_in_memory(const WeightTypes& wanted, const ModelWeights& weights) {
+  WeightTypes types = wanted;
+  for (const LayerWeights& layer : weights.layers) {
+    if (!layer.experts.up_E.empty()) types.experts = layer.experts.up_E.front().type();
+  }
+  return types;
+}
+
 StepCost::StepCost(const ModelConfig& config, const WeightTypes& types) {
   for (const TensorSpec& tensor : logical_tensors(config)) dense_bytes_ += dense_bytes(tensor, config, types);
   for (const LayerConfig& layer : config.layers) {

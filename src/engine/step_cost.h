@@ -16,8 +16,12 @@
 #include "model/config.h"
 #include "model/decoder.h"
 #include "model/weight_types.h"
+#include "model/weights.h"
 
 namespace coterie {
+
+// The types that a step reads: experts that a file has in MXFP4 stay in it whatever is wanted.
+WeightTypes types_in_memory(const WeightTypes& wanted, const ModelWeights& weights);
 
 class StepCost {
  public:

@@ -52,6 +52,8 @@ class BlockFile {
 
   bool verify(ThreadPool& pool) const;  // compares the hashes of all blocks, which reads them; false: one is damaged
 
+  size_t size() const { return end_; }  // bytes up to the end of the last block
+
   // A copy of the file in huge pages, which costs as much again as the reading; ends early, with nothing, when `stop`
   // is set. Any thread. CorruptFile when it cannot be read any more.
   AlignedBuffer copy(const std::atomic<bool>& stop) const;
@@ -67,7 +69,7 @@ class BlockFile {
 
   std::shared_ptr<const ReadableFile> file_;  // stays open: another may take its name
   std::map<std::string, Block> blocks_;
-  size_t end_ = 0;  // of the last block
+  size_t end_ = 0;
   std::optional<MappedFile> mapped_;
   AlignedBuffer copy_;  // when mapped_ is empty
 };
