@@ -141,6 +141,7 @@ def test_logprobs_are_those_of_the_logits(llm: LLM) -> None:
         ({"min_tokens": 5, "max_tokens": 3}, "min_tokens: 5 exceeds max_new_tokens"),
         ({"logprobs": -1}, "logprobs: -1 is below 0"),
         ({"temperature": "hot"}, "temperature: 'hot' is not a value of its type"),
+        ({"max_tokens": "many"}, "max_tokens: 'many' is not a value of its type"),
         ({"seed": 2**64}, "seed: 18446744073709551616 is not in"),
     ],
 )
@@ -155,6 +156,21 @@ def test_max_tokens_may_be_set_later() -> None:
     params.max_tokens = 5
     assert params.for_engine().max_new_tokens == 5
     assert dataclasses.replace(params, max_tokens=3).for_engine().max_new_tokens == 3
+
+
+def test_no_max_tokens_is_as_many_as_the_model_takes(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=None, ignore_eos=True)
+    output = llm.generate([PROMPT], params)[0].outputs[0]
+    assert output.finish_reason == "length"
+    assert len(PROMPT) + len(output.token_ids) == llm.max_model_len
+
+
+def test_priorities_go_first(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=2)
+    begun = [i for i, _ in llm.stream([PROMPT, PROMPT[1:], PROMPT[2:]], params, priority=[1, 2, 0])]
+    assert begun[:3] == [2, 0, 1]
+    with pytest.raises(InvalidArgument, match="priority: 1 of them for 2 prompts"):
+        llm.generate([PROMPT, PROMPT], params, priority=[1])
 
 
 def test_values_that_users_of_vllm_give() -> None:

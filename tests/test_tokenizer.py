@@ -88,6 +88,13 @@ def test_template_errors_name_the_source(ours: ChatTokenizer) -> None:
         ChatTokenizer(ours.backend, "model.gguf", None, {}).render_chat(MESSAGES[0])
 
 
+def test_templates_write_json_as_transformers_lets_them(ours: ChatTokenizer) -> None:
+    template = "{{ tools | tojson(separators=(',', ':'), sort_keys=true) }}{{ tools | tojson }}"
+    chat = ChatTokenizer(ours.backend, "model.gguf", template, {})
+    tools = [{"b": "<é>", "a": 1}]
+    assert chat.render_chat(MESSAGES[0], tools=tools) == '[{"a":1,"b":"<é>"}][{"b": "<é>", "a": 1}]'
+
+
 def test_templates_get_what_they_ask_for(ours: ChatTokenizer) -> None:
     template = "{% generation %}{{ messages[0].content }}{% endgeneration %} {{ tools }} {{ enable_thinking }}"
     chat = ChatTokenizer(ours.backend, "model.gguf", template, {})
@@ -110,6 +117,7 @@ def test_prompts_stay_whole_whatever_training_left_in_the_file(ours: ChatTokeniz
 
 # As tokenizer.json of the models has it.
 WORDS = {
+    "tekken": ["I", "'m", " HTTPServer", "'s", " user", ",", " ", *"1234567", "/\n", "  ", " x"],
     "gpt-4o": ["I'm", " HTTPServer's", " user", ",", " ", "123", "456", "7", "/\n", "  ", " x"],
     "glm4": ["I", "'m", " HTTPServer", "'s", " user", ",", " ", "123", "456", "7", "/\n", "  ", " x"],
     "deepseek-v3": ["I", "'m", " HTTPServer", "'s", " user", ",", " ", "123", "456", "7", "/\n", "  ", " x"],
@@ -120,10 +128,11 @@ WORDS = {
 @pytest.mark.parametrize("name", WORDS)
 def test_words_of_newer_models(name: str) -> None:
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.pre": name}
+    metadata["tokenizer.ggml.add_bos_token"] = False
     cut = tokenizer_from_gguf(metadata, "m.gguf").pre_tokenizer
     text = "I'm HTTPServer's user, 1234567/\n   x"
     assert [text[first:last] for _, (first, last) in cut.pre_tokenize_str(text)] == WORDS[name]
-    assert [word for word, _ in cut.pre_tokenize_str("中文abc")][-1] == "abc" or name in ("gpt-4o", "glm4")
+    assert [word for word, _ in cut.pre_tokenize_str("中文abc")][-1] == "abc" or name in ("gpt-4o", "glm4", "tekken")
 
 
 def test_template_runs_in_a_sandbox(ours: ChatTokenizer) -> None:
@@ -176,6 +185,14 @@ def test_sentencepiece_words_keep_their_spaces() -> None:
     assert stream(tokenizer, [0, 1, 2, *euro, 0]) == ["a", " b", "c", "", "", "€", " a", ""]
 
 
+def test_what_follows_a_prompt_keeps_its_space() -> None:
+    tokenizer = sentencepiece_like()
+    for prompt in ([0], [2] * 20):
+        decoder = StreamDecoder(tokenizer, prompt=prompt)
+        assert [decoder.step(token_id) for token_id in (1, 2)] == [" b", "c"]
+        assert decoder.finish() == ""
+
+
 def test_any_bytes_can_be_streamed() -> None:
     """Random bytes are no text, but what is given out before the first fault is never taken back."""
     tokenizer = sentencepiece_like()
@@ -221,3 +238,13 @@ def test_stop_strings_hold_back_only_what_may_begin_one() -> None:
         "",
     ]
     assert stops.found is not None
+
+
+def test_a_stop_string_may_begin_where_none_may_end() -> None:
+    stops = StopStrings(["ab"])
+    assert [stops.step(piece, may_stop) for piece, may_stop in (("xab", False), ("ca", False), ("b", True))] == [
+        "xab",
+        "c",
+        "",
+    ]
+    assert stops.found == "ab"

@@ -114,6 +114,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_text: Callable[[str], None] | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Continue every prompt; they run together.
 
@@ -125,9 +126,11 @@ class LLM:
             For all prompts, or one for each. Greedy when left out.
         on_text
             Is given the text of the continuations as it grows, in whole characters.
+        priority
+            Of all prompts, or one for each: lower ones run first.
         """
         outputs: list[RequestOutput] = []
-        for delta in self._run(prompts, sampling_params, outputs):
+        for delta in self._run(prompts, sampling_params, priority, outputs):
             if on_text is not None and delta.text:
                 on_text(delta.text)
         return outputs
@@ -136,13 +139,14 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> Iterator[tuple[int, CompletionDelta]]:
         """The same, piece by piece: (which prompt, what was added to one of its continuations).
 
         Closing the iterator ends the requests.
         """
         outputs: list[RequestOutput] = []
-        for delta in self._run(prompts, sampling_params, outputs):
+        for delta in self._run(prompts, sampling_params, priority, outputs):
             yield next(i for i, output in enumerate(outputs) if output is delta.output), delta
 
     def chat(
@@ -180,15 +184,18 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
         outputs: list[RequestOutput],
     ) -> Iterator[CompletionDelta]:
         """Fills `outputs`, one for each prompt, and shows them grow."""
         if self.requests.has_unfinished:
             raise InvalidArgument("prompts: a stream of this LLM is not at its end; close it, or use AsyncEngine")
         all_prompts = [prompts] if is_single_prompt(prompts) else list(prompts)
-        all_params = _params_of(all_prompts, sampling_params)
+        all_params = _one_each("sampling_params", sampling_params or SamplingParams(), SamplingParams, all_prompts)
+        priorities = _one_each("priority", priority, int, all_prompts)
         prepared = [
-            self.requests.prepare(prompt, params) for prompt, params in zip(all_prompts, all_params, strict=True)
+            self.requests.prepare(prompt, params, priority)
+            for prompt, params, priority in zip(all_prompts, all_params, priorities, strict=True)
         ]
         try:
             outputs.extend(self.requests.add(request) for request in prepared)
@@ -201,11 +208,10 @@ class LLM:
                 self.requests.abort(output.request_id)
 
 
-def _params_of(
-    prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * len(prompts)
-    if len(sampling_params) != len(prompts):
-        raise InvalidArgument(f"sampling_params: {len(sampling_params)} of them for {len(prompts)} prompts")
-    return list(sampling_params)
+def _one_each(name: str, given: Any, kind: type, prompts: list[Prompt]) -> list[Any]:
+    """A list as long as that of the prompts, of one value for all of them or one for each."""
+    if isinstance(given, kind):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
+        raise InvalidArgument(f"{name}: {len(given)} of them for {len(prompts)} prompts")
+    return list(given)

@@ -83,7 +83,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
@@ -123,17 +123,25 @@ class SamplingParams:
     def for_engine(self) -> _engine.SamplingParams:
         """What the engine is told; a seed is drawn where none is given."""
         params = _engine.SamplingParams()
+        params.max_new_tokens = _NO_LIMIT
         for name in _OF_ENGINE:
-            try:
-                setattr(params, name, getattr(self, name))
-            except TypeError:
-                raise InvalidArgument(f"{name}: {getattr(self, name)!r} is not a value of its type") from None
-        params.max_new_tokens = self.max_tokens
+            _set(params, name, name, getattr(self, name))
+        if self.max_tokens is not None:
+            _set(params, "max_new_tokens", "max_tokens", self.max_tokens)
         params.seed = secrets.randbits(64) if self.seed is None else self.seed
         params.logit_bias = [(int(token), float(bias)) for token, bias in (self.logit_bias or {}).items()]
         return params
 
 
+def _set(params: _engine.SamplingParams, engine_name: str, name: str, value: object) -> None:
+    try:
+        setattr(params, engine_name, value)
+    except TypeError:
+        raise InvalidArgument(f"{name}: {value!r} is not a value of its type") from None
+
+
+# New tokens, where the model's length alone counts.
+_NO_LIMIT = 2**62
 # Fields with the same name and meaning in the engine.
 _OF_ENGINE = (
     "n",

@@ -137,7 +137,7 @@ class _RunningRequest:
         self._tokenizer = tokenizer
         outputs = [CompletionOutput(index) for index in range(self._params.n)]
         self.output = RequestOutput(request_id, request.prompt, request.token_ids, outputs)
-        self._texts = [_TextStream(tokenizer, self._params) for _ in outputs]
+        self._texts = [_TextStream(tokenizer, self._params, request.token_ids) for _ in outputs]
 
     def take(self, step: _engine.StepOutput) -> CompletionDelta:
         """Add what a step gave to one of the completions."""
@@ -195,8 +195,8 @@ class _RunningRequest:
 class _TextStream:
     """The text of one continuation while its tokens arrive; stays empty without a tokenizer."""
 
-    def __init__(self, tokenizer: ChatTokenizer | None, params: SamplingParams) -> None:
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, params.skip_special_tokens)
+    def __init__(self, tokenizer: ChatTokenizer | None, params: SamplingParams, prompt: list[int]) -> None:
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, params.skip_special_tokens, prompt)
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
 
     @property
@@ -208,8 +208,7 @@ class _TextStream:
         """The text that a token completes."""
         if self._decoder is None or self.stopped is not None:
             return ""
-        text = self._decoder.step(token_id)
-        return self._stops.step(text) if may_stop else text
+        return self._stops.step(self._decoder.step(token_id), may_stop)
 
     def finish(self) -> str:
         """No token follows: what still waits."""

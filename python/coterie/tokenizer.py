@@ -21,6 +21,8 @@ from coterie._engine import CorruptFile, InvalidArgument
 from coterie.gguf_tokenizer import tokenizer_from_gguf
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# What follows a prompt is decoded behind so many of its tokens: enough to be in the middle of a text.
+_TOKENS_OF_PROMPT = 8
 
 
 class _GenerationTag(Extension):
@@ -164,9 +166,15 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class StreamDecoder:
@@ -174,15 +182,16 @@ class StreamDecoder:
 
     One token may hold a part of a character, and what a token looks like may depend on its
     predecessors (a SentencePiece word keeps its space only behind another). So every new token is
-    decoded behind the tokens of the piece before it, and a piece waits while it ends in a broken
-    character.
+    decoded behind the tokens of the piece before it, at first behind the end of `prompt`, and a piece
+    waits while it ends in a broken character.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._token_ids: list[int] = []  # of the last piece given out, then those that wait
-        self._given = 0  # how many of them were given out
+        # Of the last piece given out, then those that wait.
+        self._token_ids: list[int] = list(prompt[-_TOKENS_OF_PROMPT:])
+        self._given = len(self._token_ids)  # how many of them were given out
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes, perhaps none."""
@@ -217,10 +226,13 @@ class StopStrings:
         self._waiting = ""
         self.found: str | None = None
 
-    def step(self, piece: str) -> str:
-        """The text that is certain to lie before any stop string; sets `found` to the first one."""
+    def step(self, piece: str, may_stop: bool = True) -> str:
+        """The text that is certain to lie before any stop string; sets `found` to the first one.
+
+        One that ends in a piece that may not stop is passed by.
+        """
         text = self._waiting + piece
-        places = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
+        places = [(place, stop) for stop in self._stop if may_stop and (place := text.find(stop)) >= 0]
         if places:
             place, self.found = min(places)
             self._waiting = ""
