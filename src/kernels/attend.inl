@@ -80,12 +80,21 @@ struct QueryTile {
  private:
   float* scores(int t) const { return step.scores + t * kRunKeys; }
 
+  // Asks for kWidth rows of what comes next, from row j on. The first queries do.
+  COTERIE_INLINE void ask_for(const void* const* groups, int64_t j, int64_t row_elements) const {
+    if (!groups || !groups[j / kGroupRows] || first > 0) return;
+    const auto row_bytes = row_elements * static_cast<int64_t>(sizeof(*Rows::rows));
+    const char* const rows = static_cast<const char*>(groups[j / kGroupRows]) + j % kGroupRows * row_bytes;
+    for (int64_t i = 0; i < kWidth * row_bytes; i += 64) __builtin_prefetch(rows + i);
+  }
+
   // scores[j] = scale * q . keys[j] (times the key's factor), -infinity where the query does not see the key.
   void score() const {
     const VI lanes = shuffle_mask<Lanes>(std::make_integer_sequence<int, kWidth>());
     for (int64_t j = first_key; j < last_key; j += kWidth) {
       VF dots[kQueries];
       multiply(j, dots);
+      ask_for(step.next_keys, j, step.d);
 #pragma GCC unroll 4
       for (int t = 0; t < kQueries; ++t) {
         VF score = dots[t] * step.scale;
@@ -119,6 +128,7 @@ struct QueryTile {
     const float correction = exp(broadcast(step.maxima[first + t] - maximum))[0];  // 0 at the first run
     VF sums = {};
     for (int64_t j = first_key; j < last_key; j += kWidth) {
+      if (t == 0) ask_for(step.next_values, j, step.value_stride);
       VF e = exp(load(scores(t) + j) - maximum);
       sums += e;
       if (step.value_factors) e *= load(step.value_factors[j / kGroupRows] + j % kGroupRows);

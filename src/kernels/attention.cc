@@ -1,7 +1,8 @@
-// Attention by (block of a sequence's new tokens, heads that share a KV head) tasks. A task walks the keys in runs of
-// kRunKeys at fixed absolute positions, and lets every query of its tokens and heads attend to as much of the run as
-// lies in its past. A query thus sees the same runs in the same order however the prompt was cut. Few queries read a
-// run where it lies in the cache; many bring it into fp32 scratch once, keys in panels. Both compute the same.
+// Attention by (block of a sequence's new tokens, heads that share a KV head) tasks. A task, or a few that read what
+// lies side by side, walks the keys in runs of kRunKeys at fixed absolute positions, and lets every query of its tokens
+// and heads attend to as much of the run as lies in its past. A query thus sees the same runs in the same order however
+// the prompt was cut. Few queries read a run where it lies in the cache; many bring it into fp32 scratch once, keys in
+// panels. Both compute the same.
 #include "kernels/attention.h"
 
 #include <algorithm>
@@ -45,6 +46,7 @@ struct Call {
   int64_t tokens_per_task() const { return std::min(kMostTokensPerTask, kQueriesPerTask / heads_per_task()); }
   int64_t queries_per_task() const { return tokens_per_task() * heads_per_task(); }
   int64_t parts_per_group() const { return (heads_per_group() + kHeadsPerTask - 1) / kHeadsPerTask; }
+  int64_t tasks_per_block() const { return shape.G * parts_per_group(); }
 };
 
 // Tokens [first, first + count) of a chunk.
@@ -73,6 +75,29 @@ Task task_of(const Call& call, std::span<const TokenBlock> blocks, int64_t index
           .g = g,
           .first_head = g * call.heads_per_group() + head_in_group,
           .heads = std::min(kHeadsPerTask, call.heads_per_group() - head_in_group)};
+}
+
+// Tasks [first, first + count) of one block, which walk the keys together.
+struct Walk {
+  int64_t first, count;
+};
+
+// Of a few tokens, a task reads little of each block of the cache, and what the next one reads lies behind it: together
+// they read long pieces. But there should be several walks for every thread.
+std::vector<Walk> walks_of(const Call& call, std::span<const TokenBlock> blocks, int num_threads) {
+  constexpr int64_t kWalksPerThread = 4;
+  const int64_t tasks = call.tasks_per_block(), num_blocks = static_cast<int64_t>(blocks.size());
+  const int64_t affordable = std::max<int64_t>(1, num_blocks * tasks / (kWalksPerThread * num_threads));
+  std::vector<Walk> walks;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t queries = blocks[static_cast<size_t>(block)].count * call.heads_per_task();
+    const int64_t together =
+        queries > kMostInPlace ? 1 : std::min({tasks, affordable, call.queries_per_task() / queries});
+    for (int64_t first = 0; first < tasks; first += together) {
+      walks.push_back({block * tasks + first, std::min(together, tasks - first)});
+    }
+  }
+  return walks;
 }
 
 // The last tokens see the most keys: they go first, so that no long task is left for the end.
@@ -112,6 +137,15 @@ struct Scratch {
     scores = outs + count * v;
     maxima = scores + AttendStep::kMostTileQueries * kRunKeys;
     sums = maxima + round_up(count, 16);
+  }
+  // For the queries behind the first `count`.
+  Scratch behind(const Call& call, int64_t count) const {
+    Scratch rest = *this;
+    rest.queries += count * call.padded_d();
+    rest.outs += count * call.padded_v();
+    rest.maxima += count;
+    rest.sums += count;
+    return rest;
   }
 };
 
@@ -245,8 +279,9 @@ Run run_in_scratch(const Call& call, const Task& task, int64_t first, int64_t n,
   return run;
 }
 
-// Every query of the task against the n keys from position `first` on.
-void attend_run(const Call& call, const Task& task, int64_t first, int64_t n, const Scratch& scratch) {
+// Every query of the task against the n keys from position `first` on. What lies ahead is asked for meanwhile.
+void attend_run(const Call& call, const Task& task, int64_t first, int64_t n, const Scratch& scratch,
+                const Run& ahead) {
   const Run run = can_read_in_place(call, task) ? run_in_place(call, task, first, n)
                                                 : run_in_scratch(call, task, first, n, scratch);
   active_kernels().attend({.q = scratch.queries,
@@ -260,6 +295,8 @@ void attend_run(const Call& call, const Task& task, int64_t first, int64_t n, co
                            .values = run.values,
                            .key_factors = run.has_factors ? run.key_factors : nullptr,
                            .value_factors = run.has_factors ? run.value_factors : nullptr,
+                           .next_keys = ahead.keys,
+                           .next_values = ahead.values,
                            .n = n,
                            .d = call.padded_d(),
                            .v = call.padded_v(),
@@ -271,13 +308,40 @@ void attend_run(const Call& call, const Task& task, int64_t first, int64_t n, co
                            .outs = scratch.outs});
 }
 
-void attend_task(const Call& call, const Task& task, const Scratch& scratch) {
-  const int64_t first_position = task.tokens.position(), end = first_position + task.tokens.count;
-  load_queries(call, task, scratch);
-  for (int64_t run = first_visible(call.shape, first_position) / kRunKeys * kRunKeys; run < end; run += kRunKeys) {
-    attend_run(call, task, run, std::min(kRunKeys, end - run), scratch);
+// One task of a walk, with its memory.
+struct Part {
+  Task task;
+  Scratch scratch;
+};
+
+// What is read after part i's turn at a run; nothing where that is brought into scratch first.
+Run next_turn(const Call& call, std::span<const Part> parts, size_t i, int64_t run, int64_t end) {
+  const bool last = i + 1 == parts.size();
+  const Task& task = parts[last ? 0 : i + 1].task;
+  const int64_t first = last ? run + kRunKeys : run;
+  if (first >= end || !can_read_in_place(call, task)) return {};
+  return run_in_place(call, task, first, std::min(kRunKeys, end - first));
+}
+
+// The tasks take turns at each run.
+void attend_walk(const Call& call, std::span<const TokenBlock> blocks, const Walk& walk, Scratch scratch) {
+  static thread_local std::vector<Part> parts;
+  parts.clear();
+  for (int64_t i = 0; i < walk.count; ++i) {
+    const Task task = task_of(call, blocks, walk.first + i);
+    load_queries(call, task, scratch);
+    parts.push_back({task, scratch});
+    scratch = scratch.behind(call, task.queries());
   }
-  store_outs(call, task, scratch);
+  const TokenBlock& tokens = parts.front().task.tokens;
+  const int64_t first = tokens.position(), end = first + tokens.count;
+  for (int64_t run = first_visible(call.shape, first) / kRunKeys * kRunKeys; run < end; run += kRunKeys) {
+    const int64_t n = std::min(kRunKeys, end - run);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      attend_run(call, parts[i].task, run, n, parts[i].scratch, next_turn(call, parts, i, run, end));
+    }
+  }
+  for (const Part& part : parts) store_outs(call, part.task, part.scratch);
 }
 
 // A token's row of keys, or of values.
@@ -320,9 +384,10 @@ void attention(std::span<const AttentionChunk> chunks, const float* q_THd, const
   const size_t floats = Scratch::floats(call);
   workspace.reserve(Workspace::padded(floats * 4 * static_cast<size_t>(pool.num_threads())));
   float* const memory = workspace.take<float>(floats * static_cast<size_t>(pool.num_threads()));
-  pool.run(static_cast<int64_t>(blocks.size()) * shape.G * call.parts_per_group(), [&](int64_t index, int thread) {
+  const std::vector<Walk> walks = walks_of(call, blocks, pool.num_threads());
+  pool.run(static_cast<int64_t>(walks.size()), [&](int64_t index, int thread) {
     const Scratch scratch(memory + static_cast<size_t>(thread) * floats, call);
-    attend_task(call, task_of(call, blocks, index), scratch);
+    attend_walk(call, blocks, walks[static_cast<size_t>(index)], scratch);
   });
 }
 

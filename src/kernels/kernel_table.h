@@ -93,6 +93,8 @@ struct AttendStep {
   const void* const* values = nullptr;          // groups [kGroupRows][v], rows value_stride elements apart
   const float* const* key_factors = nullptr;    // groups [kGroupRows], of the keys' elements; null: ones
   const float* const* value_factors = nullptr;  // the same of the values
+  const void* const* next_keys = nullptr;  // null, or groups that are asked for meanwhile; null where there is none
+  const void* const* next_values = nullptr;
   int64_t n = 0;
   int64_t d = 0;
   int64_t v = 0;
