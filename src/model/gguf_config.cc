@@ -45,8 +45,8 @@ constexpr GgufArchitecture kArchitectures[] = {
 const GgufArchitecture& architecture_of(const GgufSource& file) {
   const GgufMetadata general(file, "general");
   if (const int64_t parts = general.integer("/split.count").value_or(1); parts > 1) {
-    general.fail("/split.count", "one of " + std::to_string(parts) +
-                                     " files of a model; join them first (llama-gguf-split --merge)");
+    general.fail("/split.count",
+                 "one of " + std::to_string(parts) + " files of a model; join them first (llama-gguf-split --merge)");
   }
   const std::string name = general.text("architecture").value_or("");
   std::string known;
