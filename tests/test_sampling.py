@@ -169,8 +169,10 @@ def test_priorities_go_first(llm: LLM) -> None:
     params = SamplingParams(max_tokens=2)
     begun = [i for i, _ in llm.stream([PROMPT, PROMPT[1:], PROMPT[2:]], params, priority=[1, 2, 0])]
     assert begun[:3] == [2, 0, 1]
-    with pytest.raises(InvalidArgument, match="priority: 1 of them for 2 prompts"):
-        llm.generate([PROMPT, PROMPT], params, priority=[1])
+    for given in ({"priority": [1]}, {"sampling_params": []}):
+        name, values = next(iter(given.items()))
+        with pytest.raises(InvalidArgument, match=f"{name}: {len(values)} of them for 2 prompts"):
+            llm.generate([PROMPT, PROMPT], **given)
 
 
 def test_values_that_users_of_vllm_give() -> None:

@@ -29,10 +29,10 @@ struct EngineOptions {
   std::string attention_dtype = "";       // of attention's projections where it differs from dtype
   std::string head_dtype = "";            // of the head likewise
   bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)
-  bool mmap = false;                      // leave the weights in that file, mapped: less memory, runs slower; for
-                                          // models larger than memory, too
-  int64_t expert_cache_bytes = 0;         // with mmap, memory for the experts that are chosen most; 0: a quarter of the
-                                          // machine's, -1: none
+  bool mmap = false;                      // leave the weights in that file, mapped: less memory, runs slower; those
+                                          // of more than three quarters of memory stay there anyway
+  int64_t expert_cache_bytes = 0;         // of mapped weights, memory for the experts that are chosen most; 0: a
+                                          // quarter of the machine's, -1: none
   int threads = 0;                        // 0: as many as the process may use
   int64_t max_model_len = 0;              // tokens of prompt and output together; 0: the model's own limit
   int64_t max_num_seqs = 256;             // completions that run at once; others wait
@@ -145,8 +145,8 @@ struct EngineStats {
   int64_t num_preemptions = 0;     // completions that gave up their blocks, and computed them again later
   // Weights that were packed before are used where they are mapped until a copy in huge pages is complete.
   bool weights_settled = true;
-  // With mmap: experts that fit into memory of our own, and that are there; uses of an expert by a forward pass, and
-  // those that found it there.
+  // Of mapped weights: experts that fit into memory of our own, and that are there; uses of an expert by a forward
+  // pass, and those that found it there.
   int64_t expert_cache_capacity = 0, experts_held = 0, expert_uses = 0, expert_hits = 0;
   int64_t num_speculated_tokens = 0;  // guesses that were computed
   int64_t num_accepted_tokens = 0;    // those of them that came true

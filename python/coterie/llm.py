@@ -191,7 +191,8 @@ class LLM:
         if self.requests.has_unfinished:
             raise InvalidArgument("prompts: a stream of this LLM is not at its end; close it, or use AsyncEngine")
         all_prompts = [prompts] if is_single_prompt(prompts) else list(prompts)
-        all_params = _one_each("sampling_params", sampling_params or SamplingParams(), SamplingParams, all_prompts)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        all_params = _one_each("sampling_params", params, SamplingParams, all_prompts)
         priorities = _one_each("priority", priority, int, all_prompts)
         prepared = [
             self.requests.prepare(prompt, params, priority)

@@ -47,7 +47,7 @@ class SamplingParams:
     n
         Continuations of each prompt.
     max_tokens
-        Tokens to generate at most; `max_new_tokens` is another name of it.
+        Tokens to generate at most, None: as many as the model takes; `max_new_tokens` is another name of it.
     min_tokens
         No end token comes before so many tokens, and no stop string ends the text.
     temperature

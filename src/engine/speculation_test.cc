@@ -7,6 +7,7 @@
 #include <random>
 
 #include "engine/prompt_lookup.h"
+#include "kernels/quantized.h"
 #include "model/test_model.h"
 
 namespace coterie {
@@ -80,6 +81,18 @@ TEST(StepCost, CountsTheBytesOfTheWeights) {
   EXPECT_NEAR(cost_of(64, 8).bytes(1), rest + 8 * expert, 1);
   EXPECT_NEAR(cost_of(64, 8).bytes(2), rest + 15 * expert, 1);
   EXPECT_NEAR(cost_of(64, 8).bytes(1000), rest + 64 * expert, 1);
+}
+
+TEST(StepCost, ExpertsInFourBitsOfTheirFileCostWhatTheyWeigh) {
+  NativeThreadPool pool(1);
+  const QuantizedMatrix codes(PanelType::kMxfp4, 4, 32);
+  ModelWeights weights;
+  weights.layers.resize(2);
+  const WeightTypes wanted = weight_types("bf16");
+  EXPECT_EQ(types_in_memory(wanted, weights).experts, PanelType::kBF16);
+  weights.layers[1].experts.up_E.emplace_back(codes.view(), pool);
+  EXPECT_EQ(types_in_memory(wanted, weights).experts, PanelType::kMxfp4);
+  EXPECT_EQ(types_in_memory(wanted, weights).attention, PanelType::kBF16);
 }
 
 // Expected experts, against draws.
