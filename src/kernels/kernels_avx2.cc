@@ -1,7 +1,9 @@
 // The table for CPUs with AVX2 and FMA (Haswell, Zen and later).
 #include <immintrin.h>
 
+#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <utility>

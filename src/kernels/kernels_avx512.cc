@@ -1,7 +1,9 @@
 // The table for CPUs with AVX-512 and its bf16 dot product (Zen 4, Cooper Lake, Sapphire Rapids and later).
 #include <immintrin.h>
 
+#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <utility>

@@ -1,7 +1,9 @@
 // The table for any x86-64 CPU: SSE2, which the baseline ABI promises. Also the model of a new port.
 #include <emmintrin.h>
 
+#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <utility>

@@ -47,15 +47,22 @@ COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t
 }
 
 // Sums of a panel that are worked on group by group: in registers with few rows, else in the tile.
-template <int kRows>
+template <int kRows, int kLines>
 struct GroupSums {
-  static constexpr bool kInRegisters = kRows <= kFewRows;
+  static constexpr bool kInRegisters = kRows + kLines <= 12;
   float* tile;
   VF registers[kInRegisters ? kRows : 1][2] = {};
 
-  COTERIE_INLINE VF get(int row, int v, bool first) const {
+  COTERIE_INLINE explicit GroupSums(float* panel_tile) : tile(panel_tile) {
+    if constexpr (!kInRegisters) {
+#pragma GCC unroll 32
+      for (int i = 0; i < 2 * kRows; ++i) store(tile + i * kWidth, VF{});
+    }
+  }
+
+  COTERIE_INLINE VF get(int row, int v) const {
     if constexpr (kInRegisters) return registers[row][v];
-    return first ? VF{} : load(tile + (2 * row + v) * kWidth);
+    return load(tile + (2 * row + v) * kWidth);
   }
   COTERIE_INLINE void set(int row, int v, VF sum) {
     if constexpr (kInRegisters) {
@@ -75,10 +82,19 @@ struct GroupSums {
 
 COTERIE_INLINE VF load_scales(const uint16_t* p) { return reinterpret_cast<VF>(load_halves(p) << 16); }
 
+// Of the rows of a panel of A and one group, where they lie.
+struct GroupFactors {
+  const uint32_t* words;
+
+  COTERIE_INLINE uint32_t sum(int row) const { return words[2 * row + 1]; }
+  COTERIE_INLINE float scale(int row) const { return std::bit_cast<float>(words[2 * row]); }
+};
+static_assert(sizeof(Factors) == 2 * sizeof(uint32_t) && offsetof(Factors, sum) == sizeof(uint32_t));
+
 // sums += scales of A and B * dots, and minimums * scales and sums of A.
 template <PanelType kType, int kRows, int kLines>
-COTERIE_INLINE void add_group(const Factors (&factors)[kRows], const uint16_t* scales, const VI (&dots)[kLines][2],
-                              bool first, GroupSums<kRows>& sums) {
+COTERIE_INLINE void add_group(const GroupFactors& factors, const uint16_t* scales, const VI (&dots)[kLines][2],
+                              GroupSums<kRows, kLines>& sums) {
   constexpr bool kMinimum = quantized_format(kType).stored_minimum;
   // The second part of the code is the lower one.
   const auto dot = [&](int i, int v) {
@@ -92,12 +108,11 @@ COTERIE_INLINE void add_group(const Factors (&factors)[kRows], const uint16_t* s
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-    const VF scale_a = broadcast(factors[i].scale);
-    const VF sum_a = broadcast(factors[i].scale * static_cast<float>(factors[i].sum));
+    const VF scale_a = broadcast(factors.scale(i));
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      VF sum = fma(to_floats(dot(i, v)), scale[v] * scale_a, sums.get(i, v, first));
-      if constexpr (kMinimum) sum = fma(minimum[v], sum_a, sum);
+      VF sum = fma(to_floats(dot(i, v)), scale[v] * scale_a, sums.get(i, v));
+      if constexpr (kMinimum) sum = fma(minimum[v], broadcast(std::bit_cast<float>(factors.sum(i))), sum);
       sums.set(i, v, sum);
     }
   }
@@ -111,16 +126,15 @@ void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, float* 
   constexpr int64_t kUnitOfB = kFormat.bits * 2 * kWidth / 8;
   constexpr int kLines = kRows * kFormat.parts;
   const int64_t units = units_of(kType, K);
-  const auto* group_factors = reinterpret_cast<const char*>(a + whole_chunks(units) * kLines);
-  GroupSums<kRows> sums = {.tile = tile};
+  GroupFactors factors = {a + whole_chunks(units) * kLines};
+  GroupSums<kRows, kLines> sums(tile);
   for (int64_t first = 0; first < units; first += kGroupUnits) {
-    Factors factors[kRows];
-    __builtin_memcpy(factors, group_factors, sizeof factors);
-    group_factors += sizeof factors;
     VI dots[kLines][2] = {};
-    for (int i = 0; i < kRows; ++i) {
-      VI(&start)[2] = dots[kLines - kRows + i];
-      start[0] = start[1] = -kFormat.offset * factors[i].sum + VI{};
+    if constexpr (!kFormat.stored_minimum) {
+      for (int i = 0; i < kRows; ++i) {
+        VI(&start)[2] = dots[kLines - kRows + i];
+        start[0] = start[1] = reinterpret_cast<VI>(broadcast_unit(factors.sum(i)));
+      }
     }
     const int64_t end = units - first < kGroupUnits ? units : first + kGroupUnits;
     for (int64_t u = first; u < end; u += kStep) {
@@ -133,14 +147,11 @@ void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, float* 
         b += (end - u) * kUnitOfB;
       }
     }
-    add_group<kType>(factors, reinterpret_cast<const uint16_t*>(b), dots, first == 0, sums);
+    add_group<kType>(factors, reinterpret_cast<const uint16_t*>(b), dots, sums);
     b += (kFormat.stored_minimum ? 2 : 1) * kWidth;
+    factors.words += 2 * kRows;
   }
-  if (units == 0) {
-    for (int i = 0; i < 2 * kRows * kWidth; i += kWidth) store(tile + i, VF{});
-  } else {
-    sums.finish();
-  }
+  sums.finish();
 }
 
 template <PanelType kType, int... kIndex>

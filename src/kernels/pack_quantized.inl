@@ -3,8 +3,8 @@
 // One group of a row, with n elements from `first` on: its codes, high bytes first where there are two, and what
 // belongs to them.
 template <int64_t kGroup, int kParts>
-COTERIE_INLINE Factors round_activations(const void* row, DType dtype, int64_t first, int64_t n,
-                                         int8_t (&codes)[2][kGroup]) {
+COTERIE_INLINE Factors round_activations(const void* row, DType dtype, const QuantizedFormat& format, int64_t first,
+                                         int64_t n, int8_t (&codes)[2][kGroup]) {
   alignas(64) float values[kGroup];
   const float most = load_group(row, dtype, first, n, kGroup, values);
   const float largest = kParts == 2 ? 127.0f * 256.0f : 127.0f;
@@ -12,8 +12,10 @@ COTERIE_INLINE Factors round_activations(const void* row, DType dtype, int64_t f
   const float inverse = zeros ? 0.0f : largest / most;
   Factors f;
   f.scale = zeros ? 0.0f : most / largest;
-  f.sum = kParts == 2 ? round_group_wide(values, kGroup, inverse, codes[0], codes[1])
-                      : round_group(values, kGroup, inverse, 0, codes[0]);
+  const int32_t sum = kParts == 2 ? round_group_wide(values, kGroup, inverse, codes[0], codes[1])
+                                  : round_group(values, kGroup, inverse, 0, codes[0]);
+  f.sum = format.stored_minimum ? std::bit_cast<uint32_t>(f.scale * static_cast<float>(sum))
+                                : static_cast<uint32_t>(-format.offset * sum);
   return f;
 }
 
@@ -24,6 +26,7 @@ COTERIE_INLINE void quantize_panel_a(const PackSource& s, PanelType type, int64_
   static_assert(kGroup <= 4 * kChunkUnits, "a group lies in one chunk");
   const int64_t units = whole_chunks(units_of(type, s.cols)), groups = groups_of(type, s.cols);
   const int64_t lines = count * kParts;
+  const QuantizedFormat format = quantized_format(type);
   auto* const factors = reinterpret_cast<char*>(panel + units * lines);
   alignas(64) int8_t codes[2][kGroup];
   for (int i = 0; i < count; ++i) {
@@ -31,8 +34,8 @@ COTERIE_INLINE void quantize_panel_a(const PackSource& s, PanelType type, int64_
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * kGroup, n = s.cols - first, u = first / 4;
       // What is known of a whole group makes its loops straight.
-      const Factors f = n >= kGroup ? round_activations<kGroup, kParts>(row, s.dtype, first, kGroup, codes)
-                                    : round_activations<kGroup, kParts>(row, s.dtype, first, n, codes);
+      const Factors f = n >= kGroup ? round_activations<kGroup, kParts>(row, s.dtype, format, first, kGroup, codes)
+                                    : round_activations<kGroup, kParts>(row, s.dtype, format, first, n, codes);
       __builtin_memcpy(factors + (g * count + i) * static_cast<int64_t>(sizeof f), &f, sizeof f);
       for (int part = 0; part < kParts; ++part) {
         const int64_t line = u / kChunkUnits * lines + part * count + i;

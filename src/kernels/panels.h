@@ -65,7 +65,9 @@ constexpr int mxfp4_doubled(int code) {
 // Of one row of a panel of A and one group.
 struct Factors {
   float scale = 0.0f;
-  int32_t sum = 0;  // of the codes
+  // What the minimums of B add: the sum of the codes, as an integer times -offset, or where minimums are stored as a
+  // float times scale.
+  uint32_t sum = 0;
 };
 
 inline constexpr int64_t kChunkUnits = 16;
