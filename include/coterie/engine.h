@@ -37,7 +37,8 @@ struct EngineOptions {
   int64_t max_model_len = 0;              // tokens of prompt and output together; 0: the model's own limit
   int64_t max_num_seqs = 256;             // completions that run at once; others wait
   int64_t max_num_batched_tokens = 2048;  // tokens of a step: first one for each decoding completion, then prompts
-  std::string kv_cache_dtype = "auto";    // "auto" (bf16 unless dtype is fp32), "fp32", "bf16" or "int8"
+  std::string kv_cache_dtype = "auto";    // "fp32", "bf16", "int8"; "auto": int8 where attention's weights are in few
+                                          // bits and not latent, else bf16, beside fp32 fp32
   int64_t num_kv_blocks = 0;              // blocks of 16 tokens; 0: by kv_cache_bytes
   int64_t kv_cache_bytes = 0;             // taken as it is needed, for 4096 tokens (at most 256 MiB) at once; 0: a
                                           // quarter of the memory that the process may use, at most what max_num_seqs

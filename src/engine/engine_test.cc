@@ -45,6 +45,16 @@ TEST_F(EngineTest, RunsWithoutWeightsOfAFile) {
   EXPECT_EQ(answer().completions[0].token_ids, first);
 }
 
+TEST_F(EngineTest, CacheFollowsTheWeightsOfAttention) {
+  const std::vector<int32_t> ids = tokens(40);
+  const auto logits = [&](EngineOptions options) { return Engine::load(directory().string(), options)->logits(ids); };
+  const std::vector<float> few = logits({.dtype = "int4"}),
+                           plain = logits({.dtype = "int4", .attention_dtype = "bf16"});
+  EXPECT_EQ(few, logits({.dtype = "int4", .kv_cache_dtype = "int8"}));
+  EXPECT_NE(few, logits({.dtype = "int4", .kv_cache_dtype = "bf16"}));
+  EXPECT_EQ(plain, logits({.dtype = "int4", .attention_dtype = "bf16", .kv_cache_dtype = "bf16"}));
+}
+
 // Mapped, with room for two experts, for all, and for none: the same logits again and again while experts come and go.
 TEST_F(EngineTest, MappedWeightsGiveTheSameWhateverExpertsAreHeld) {
   const std::vector<int32_t> ids = tokens(40);

@@ -14,8 +14,9 @@ namespace {
 // Models below this many parameters are packed in the time that it takes to look for a file.
 constexpr int64_t kSmallModel = 16'000'000;
 
-DType cache_dtype(const std::string& name, DType weights) {
-  if (name == "auto") return weights;
+// By itself in few bits where attention's weights are. Rows of latent attention hold two things under one factor.
+DType cache_dtype(const std::string& name, const WeightTypes& types, const ModelConfig& config) {
+  if (name == "auto") return is_quantized(types.attention) && !config.is_latent() ? DType::kI8 : types.dtype();
   if (name == "int8") return DType::kI8;
   if (name == "fp32" || name == "bf16") return dtype_from_name(name);
   throw InvalidArgument("kv_cache_dtype: '" + name + "' is not one of auto, fp32, bf16, int8");
@@ -98,7 +99,7 @@ EngineSettings engine_settings(const EngineOptions& options, const StoredModel& 
   const ModelConfig& config = model.config();
   EngineSettings settings;
   settings.types = types_of(options, model);
-  settings.kv_cache_dtype = cache_dtype(options.kv_cache_dtype, settings.types.dtype());
+  settings.kv_cache_dtype = cache_dtype(options.kv_cache_dtype, settings.types, config);
   at_least("threads", options.threads, 0);
   settings.threads = options.threads > 0 ? options.threads : available_cpus();
   settings.max_model_len = model_len(config, options.max_model_len);

@@ -5,60 +5,120 @@
 constexpr int64_t kGroupRows = AttendStep::kGroupRows, kRunKeys = AttendStep::kRunKeys;
 constexpr int kTileQueries = kVectorBytes == 64 ? 4 : 2;
 static_assert(kTileQueries <= AttendStep::kMostTileQueries);
+constexpr int64_t kPanelWidth = 2 * kWidth;
+static_assert(AttendStep::kPadding % kPanelWidth == 0);
 
-// Rows of a group, in each type that they come in: `at` is elements i, i + 1, ... of row r.
+// What queries and keys, and weights and values, are multiplied as: units of 32 bits, which hold one number or two.
 
-struct FloatRows {
-  const float* rows;
-  int64_t stride;
-  COTERIE_INLINE VF at(int64_t r, int64_t i) const { return load(rows + r * stride + i); }
+struct FloatUnits {
+  using Element = float;  // of a cache
+  using Sum = VF;
+  static constexpr int64_t kHeld = 1;
+  static constexpr bool kExact = false;
+
+  // Consecutive elements.
+  static COTERIE_INLINE VU along(const Element* row) { return load_units(row); }
+  static COTERIE_INLINE VF multiply_add(VU a, VU b, VF sum) {
+    return fma(reinterpret_cast<VF>(a), reinterpret_cast<VF>(b), sum);
+  }
+  // The weights of keys [first, last) become units in place. Returns what sums of their products are multiplied with.
+  static COTERIE_INLINE float round_weights(float*, int64_t, int64_t) { return 1.0f; }
 };
-struct HalfRows {
-  const uint16_t* rows;
-  int64_t stride;
-  COTERIE_INLINE VF at(int64_t r, int64_t i) const {
-    return reinterpret_cast<VF>(load_halves(rows + r * stride + i) << 16);
+
+// bf16.
+struct HalfUnits {
+  using Element = uint16_t;
+  using Sum = VF;
+  static constexpr int64_t kHeld = 2;
+  static constexpr bool kExact = false;
+
+  static COTERIE_INLINE VU along(const Element* row) { return load_units(row); }
+  static COTERIE_INLINE VF multiply_add(VU a, VU b, VF sum) { return multiply_add_bf16(a, b, sum); }
+  static COTERIE_INLINE float round_weights(float* weights, int64_t first, int64_t last) {
+    auto* const halves = reinterpret_cast<uint16_t*>(weights);
+    for (int64_t j = first; j < last; j += kWidth) store_halves(halves + j, round_to_bf16(load(weights + j)));
+    return 1.0f;
   }
 };
-struct ByteRows {
-  const int8_t* rows;
-  int64_t stride;
-  COTERIE_INLINE VF at(int64_t r, int64_t i) const { return load_bytes(rows + r * stride + i); }
+
+// Integers: of 8 bits in the cache, of 16 for queries and weights. Sums are exact, in whatever order.
+struct IntegerUnits {
+  using Element = int8_t;
+  using Sum = VI;
+  static constexpr int64_t kHeld = 2;
+  static constexpr bool kExact = true;
+
+  static COTERIE_INLINE VU along(const Element* row) { return load_byte_pairs(row); }
+  static COTERIE_INLINE VI multiply_add(VU a, VU b, VI sum) { return multiply_add_halves(a, b, sum); }
+  static COTERIE_INLINE float round_weights(float* weights, int64_t first, int64_t last) {
+    constexpr float kLargest = 32767.0f;
+    static_assert(kRunKeys * 32767 * 127 <= std::numeric_limits<int32_t>::max());
+    VF most = {};
+    for (int64_t j = first; j < last; j += kWidth) most = max(most, load(weights + j));
+    const float largest = max_lanes(most), inverse = largest > kLeastMaximum ? kLargest / largest : 0.0f;
+    auto* const halves = reinterpret_cast<uint16_t*>(weights);
+    for (int64_t j = first; j < last; j += kWidth) {
+      store_halves(halves + j, reinterpret_cast<VU>(nearest(load(weights + j) * inverse)) << 16);
+    }
+    return largest / kLargest;
+  }
 };
 
+COTERIE_INLINE VF as_floats(VF sums) { return sums; }
+COTERIE_INLINE VF as_floats(VI sums) { return to_floats(sums); }
+
+// The units of kPanelWidth columns, each of one row, or of one and the next.
+template <typename Units>
+COTERIE_INLINE void across(const typename Units::Element* row, int64_t stride, VU* units) {
+  if constexpr (Units::kHeld == 1) {
+    units[0] = Units::along(row);
+    units[1] = Units::along(row + kWidth);
+  } else {
+    interleave_pairs(Units::along(row), Units::along(row + stride), units);
+  }
+}
+
 // Lane r of the result is q . keys[r]: each lane of q has a sum of its own, and then halves of them are added.
-template <typename Rows>
-COTERIE_INLINE VF dot_rows(const float* q, const Rows& keys, int64_t first, int64_t d) {
-  VF sums[kWidth] = {};
-  for (int64_t i = 0; i < d; i += kWidth) {
-    const VF part = load(q + i);
+template <typename Units>
+COTERIE_INLINE auto dot_rows(const uint32_t* q, const typename Units::Element* keys, int64_t d) {
+  typename Units::Sum sums[kWidth] = {};
+  for (int64_t i = 0; i < d; i += Units::kHeld * kWidth, q += kWidth) {
+    const VU part = load_units(q);
 #pragma GCC unroll 16
-    for (int r = 0; r < kWidth; ++r) sums[r] = fma(part, keys.at(first + r, i), sums[r]);
+    for (int r = 0; r < kWidth; ++r) sums[r] = Units::multiply_add(part, Units::along(keys + r * d + i), sums[r]);
   }
   return sum_each(sums);
 }
 
-// The same sums, in the same order, of keys that are columns of a panel: those of dimensions lane, lane + kStep, ...
-template <int kQueries, int kStep = 1>
-COTERIE_INLINE void dot_columns(const float* q, const float* keys, int64_t d, int lane, VF (&sums)[kQueries]) {
-  if constexpr (kStep == kWidth) {
-    for (int64_t i = lane; i < d; i += kWidth) {
-      const VF part = load(keys + i * 2 * kWidth);
+// The same sums of keys that are columns of a panel, in the same order: those of units lane, lane + kStep, ...
+template <typename Units, int kQueries, int kStep = 1>
+COTERIE_INLINE void dot_columns(const uint32_t* q, const uint32_t* keys, int64_t units, int lane,
+                                typename Units::Sum (&sums)[kQueries]) {
+  if constexpr (kStep == kWidth || Units::kExact) {
+    for (int64_t u = lane; u < units; u += kStep) {
+      const VU part = load_units(keys + u * kPanelWidth);
 #pragma GCC unroll 4
-      for (int t = 0; t < kQueries; ++t) sums[t] = fma(broadcast(q[t * d + i]), part, sums[t]);
+      for (int t = 0; t < kQueries; ++t) {
+        sums[t] = Units::multiply_add(broadcast_unit(q[t * units + u]), part, sums[t]);
+      }
     }
   } else {
-    VF others[kQueries] = {};
-    dot_columns<kQueries, 2 * kStep>(q, keys, d, lane, sums);
-    dot_columns<kQueries, 2 * kStep>(q, keys, d, lane + kStep, others);
+    typename Units::Sum others[kQueries] = {};
+    dot_columns<Units, kQueries, 2 * kStep>(q, keys, units, lane, sums);
+    dot_columns<Units, kQueries, 2 * kStep>(q, keys, units, lane + kStep, others);
 #pragma GCC unroll 4
     for (int t = 0; t < kQueries; ++t) sums[t] += others[t];
   }
 }
 
-// Queries [first, first + kQueries) of a step, each of which sees a key.
-template <typename Rows, int kQueries>
+// Queries [first, first + kQueries) of a step, each of which sees a key; keys and values where they lie in the cache,
+// or as panels.
+template <typename Units, bool kInPlace, int kQueries>
 struct QueryTile {
+  using Element = typename Units::Element;
+  using Sum = typename Units::Sum;
+  static constexpr int64_t kHeld = Units::kHeld;
+
   const AttendStep& step;
   int64_t first;
   AttendStep::Keys seen[kQueries];
@@ -71,33 +131,45 @@ struct QueryTile {
   }
 
   void attend() const {
-    float corrections[kQueries];
+    Factors factors[kQueries];
     score();
-    for (int t = 0; t < kQueries; ++t) corrections[t] = weigh(t);
-    add_values(corrections);
+    for (int t = 0; t < kQueries; ++t) factors[t] = weigh(t);
+    if constexpr (Units::kExact) {  // what a query does not see has a weight of zero
+      add_units<kQueries>(0, {first_key / kHeld, (last_key + kHeld - 1) / kHeld}, factors);
+    } else {
+      add_values(factors);
+    }
   }
 
  private:
+  // Of what a query has so far, and of what comes.
+  struct Factors {
+    float correction = 1.0f, scale = 1.0f;
+  };
+
   float* scores(int t) const { return step.scores + t * kRunKeys; }
+  const uint32_t* weights(int t) const { return reinterpret_cast<const uint32_t*>(scores(t)); }
+  int64_t query_units() const { return step.d / kHeld; }
 
   // Asks for kWidth rows of what comes next, from row j on. The first queries do.
   COTERIE_INLINE void ask_for(const void* const* groups, int64_t j, int64_t row_elements) const {
     if (!groups || !groups[j / kGroupRows] || first > 0) return;
-    const auto row_bytes = row_elements * static_cast<int64_t>(sizeof(*Rows::rows));
+    const auto row_bytes = row_elements * static_cast<int64_t>(sizeof(Element));
     const char* const rows = static_cast<const char*>(groups[j / kGroupRows]) + j % kGroupRows * row_bytes;
     for (int64_t i = 0; i < kWidth * row_bytes; i += 64) __builtin_prefetch(rows + i);
   }
 
-  // scores[j] = scale * q . keys[j] (times the key's factor), -infinity where the query does not see the key.
+  // scores[j] = scale * q . keys[j] (times what q and the key are multiplied with), -infinity where the query does not
+  // see the key.
   void score() const {
     const VI lanes = shuffle_mask<Lanes>(std::make_integer_sequence<int, kWidth>());
     for (int64_t j = first_key; j < last_key; j += kWidth) {
-      VF dots[kQueries];
+      Sum dots[kQueries];
       multiply(j, dots);
-      ask_for(step.next_keys, j, step.d);
+      if constexpr (kInPlace) ask_for(step.next_keys, j, step.d);
 #pragma GCC unroll 4
       for (int t = 0; t < kQueries; ++t) {
-        VF score = dots[t] * step.scale;
+        VF score = as_floats(dots[t]) * (step.q_factors ? step.scale * step.q_factors[first + t] : step.scale);
         if (step.key_factors) score *= load(step.key_factors[j / kGroupRows] + j % kGroupRows);
         const VI key = lanes + static_cast<int32_t>(j);
         const AttendStep::Keys keys = seen[t];
@@ -108,114 +180,163 @@ struct QueryTile {
   }
 
   // The queries times keys j, j + 1, ...
-  COTERIE_INLINE void multiply(int64_t j, VF (&dots)[kQueries]) const {
-    const float* const q = step.q + first * step.d;
-    if (step.key_panels) {
-      for (VF& dot : dots) dot = VF{};
-      const int64_t width = 2 * kWidth;
-      dot_columns<kQueries>(q, step.key_panels + j / width * width * step.d + j % width, step.d, 0, dots);
+  COTERIE_INLINE void multiply(int64_t j, Sum (&dots)[kQueries]) const {
+    const uint32_t* const q = step.q + first * query_units();
+    if constexpr (kInPlace) {
+      const Element* const keys = static_cast<const Element*>(step.keys[j / kGroupRows]) + j % kGroupRows * step.d;
+      for (int t = 0; t < kQueries; ++t) dots[t] = dot_rows<Units>(q + t * query_units(), keys, step.d);
     } else {
-      const Rows keys = {static_cast<decltype(Rows::rows)>(step.keys[j / kGroupRows]), step.d};
-      for (int t = 0; t < kQueries; ++t) dots[t] = dot_rows(q + t * step.d, keys, j % kGroupRows, step.d);
+      for (Sum& dot : dots) dot = Sum{};
+      const uint32_t* const keys = step.key_panels + j / kPanelWidth * step.key_panel_units + j % kPanelWidth;
+      dot_columns<Units, kQueries>(q, keys, query_units(), 0, dots);
     }
   }
 
-  // The scores become weights, by the maximum so far; returns what corrects the earlier ones.
-  float weigh(int t) const {
+  // The scores become weights, by the maximum so far.
+  Factors weigh(int t) const {
     VF maxima = broadcast(step.maxima[first + t]);
     for (int64_t j = first_key; j < last_key; j += kWidth) maxima = max(maxima, load(scores(t) + j));
     const float maximum = max_lanes(maxima);
-    const float correction = exp(broadcast(step.maxima[first + t] - maximum))[0];  // 0 at the first run
+    Factors factors;
+    factors.correction = exp(broadcast(step.maxima[first + t] - maximum))[0];  // 0 at the first run
     VF sums = {};
     for (int64_t j = first_key; j < last_key; j += kWidth) {
-      if (t == 0) ask_for(step.next_values, j, step.value_stride);
+      if constexpr (kInPlace) {
+        if (t == 0) ask_for(step.next_values, j, step.value_stride);
+      }
       VF e = exp(load(scores(t) + j) - maximum);
       sums += e;
-      if (step.value_factors) e *= load(step.value_factors[j / kGroupRows] + j % kGroupRows);
+      if (step.value_factors) {  // which may be anything where no key was stored
+        e = e > 0.0f ? e * load(step.value_factors[j / kGroupRows] + j % kGroupRows) : VF{};
+      }
       store(scores(t) + j, e);
     }
     step.maxima[first + t] = maximum;
-    step.sums[first + t] = step.sums[first + t] * correction + sum_lanes(sums);
-    return correction;
+    step.sums[first + t] = step.sums[first + t] * factors.correction + sum_lanes(sums);
+    factors.scale = Units::round_weights(scores(t), first_key, last_key);
+    return factors;
   }
 
-  // The keys that all of them see together; at both ends each one its own. (A weight of zero would not do: what it is
+  struct Range {
+    int64_t first = 0, last = 0;  // of units
+    bool empty() const { return first >= last; }
+  };
+
+  // The units that all of them see together; at both ends each one its own. (A weight of zero would not do: what it is
   // multiplied with may be infinite.)
-  void add_values(float (&corrections)[kQueries]) const {
-    const AttendStep::Keys shared = {seen[kQueries - 1].first, seen[0].last};
-    if (shared.empty()) return add_own_values({0, step.n}, corrections);
-    add_own_values({0, shared.first}, corrections);
-    add_rows<kQueries, kQueries == 1 ? 8 : 4>(0, shared, corrections);
-    add_own_values({shared.last, step.n}, corrections);
+  void add_values(Factors (&factors)[kQueries]) const {
+    const Range shared = {(seen[kQueries - 1].first + kHeld - 1) / kHeld, seen[0].last / kHeld};
+    if (shared.empty()) return add_own_values({0, kRunKeys}, factors);
+    add_own_values({0, shared.first}, factors);
+    add_units<kQueries>(0, shared, factors);
+    add_own_values({shared.last, kRunKeys}, factors);
   }
 
-  // Of the keys in `part` what each query sees.
-  void add_own_values(AttendStep::Keys part, float (&corrections)[kQueries]) const {
+  // Of the units in `part` what each query sees.
+  void add_own_values(Range part, Factors (&factors)[kQueries]) const {
     for (int t = 0; t < kQueries; ++t) {
-      AttendStep::Keys own = seen[t];
+      Range own = {seen[t].first / kHeld, (seen[t].last + kHeld - 1) / kHeld};
       if (own.first < part.first) own.first = part.first;
       if (own.last > part.last) own.last = part.last;
-      if (!own.empty()) add_rows<1, 8>(t, own, &corrections[t]);
+      if (!own.empty()) add_units<1, /*kMasked=*/kHeld != 1>(t, own, &factors[t]);
     }
   }
 
-  // out = out * correction + sum of scores[j] * values[j] for queries [t, t + kCount), kVectors vectors of dimensions
+  // out = out * correction + scale * sum of weights * values for queries [t, t + kCount), of a few panels of dimensions
   // at a time. The corrections are made then, and become 1.
-  template <int kCount, int kVectors>
-  void add_rows(int t, AttendStep::Keys keys, float* corrections) const {
+  template <int kCount, bool kMasked = false>
+  void add_units(int t, Range units, Factors* factors) const {
     int64_t i = 0;
-    for (; i + kVectors * kWidth <= step.v; i += kVectors * kWidth) add_part<kCount, kVectors>(t, keys, corrections, i);
-    if constexpr (kVectors > 4) {
-      for (; i + 4 * kWidth <= step.v; i += 4 * kWidth) add_part<kCount, 4>(t, keys, corrections, i);
+    if constexpr (kCount == 1) {
+      for (; i + 4 * kPanelWidth <= step.v; i += 4 * kPanelWidth) add_part<kCount, 4, kMasked>(t, units, factors, i);
     }
-    for (; i < step.v; i += kWidth) add_part<kCount, 1>(t, keys, corrections, i);
-    for (int c = 0; c < kCount; ++c) corrections[c] = 1.0f;
+    for (; i + 2 * kPanelWidth <= step.v; i += 2 * kPanelWidth) add_part<kCount, 2, kMasked>(t, units, factors, i);
+    for (; i < step.v; i += kPanelWidth) add_part<kCount, 1, kMasked>(t, units, factors, i);
+    for (int c = 0; c < kCount; ++c) factors[c].correction = 1.0f;
   }
 
-  template <int kCount, int kVectors>
-  void add_part(int t, AttendStep::Keys keys, const float* corrections, int64_t i) const {
-    VF sums[kCount][kVectors];
-    float* const out = step.outs + (first + t) * step.v + i;
+  template <int kCount, int kPanels, bool kMasked>
+  void add_part(int t, Range units, const Factors* factors, int64_t i) const {
+    constexpr int kVectors = 2 * kPanels;
+    Sum sums[kCount][kVectors] = {};
+    float* const outs = step.outs + (first + t) * step.v + i;
+    const auto corrected = [&](int c, int v) { return load(outs + c * step.v + v * kWidth) * factors[c].correction; };
+    if constexpr (!Units::kExact) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kCount; ++c) {
+      for (int c = 0; c < kCount; ++c) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sums[c][v] = load(out + c * step.v + v * kWidth) * corrections[c];
+        for (int v = 0; v < kVectors; ++v) sums[c][v] = corrected(c, v);
+      }
     }
-    for (int64_t j = keys.first; j < keys.last;) {
-      const Rows values = {static_cast<decltype(Rows::rows)>(step.values[j / kGroupRows]), step.value_stride};
-      const int64_t group_end = (j / kGroupRows + 1) * kGroupRows, end = group_end < keys.last ? group_end : keys.last;
-      for (; j < end; ++j) {
-        VF row[kVectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) row[v] = values.at(j % kGroupRows, i + v * kWidth);
+    for (int64_t u = units.first; u < units.last; ++u) {
+      VU values[kVectors];
+      load_values<kPanels>(u, i, values);
+      if constexpr (kMasked) hide(u, seen[t], values);
 #pragma GCC unroll 4
-        for (int c = 0; c < kCount; ++c) {
-          const VF weight = broadcast(scores(t + c)[j]);
+      for (int c = 0; c < kCount; ++c) {
+        const VU weight = broadcast_unit(weights(t + c)[u]);
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sums[c][v] = fma(weight, row[v], sums[c][v]);
-        }
+        for (int v = 0; v < kVectors; ++v) sums[c][v] = Units::multiply_add(weight, values[v], sums[c][v]);
       }
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kCount; ++c) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) store(out + c * step.v + v * kWidth, sums[c][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        VF out = as_floats(sums[c][v]);
+        if constexpr (Units::kExact) out = fma(out, broadcast(factors[c].scale), corrected(c, v));
+        store(outs + c * step.v + v * kWidth, out);
+      }
     }
+  }
+
+  // Of unit u, dimensions i, i + 1, ...
+  template <int kPanels>
+  COTERIE_INLINE void load_values(int64_t u, int64_t i, VU (&values)[2 * kPanels]) const {
+    const int64_t j = u * kHeld;
+    const Element* const row =
+        kInPlace ? static_cast<const Element*>(step.values[j / kGroupRows]) + j % kGroupRows * step.value_stride + i
+                 : nullptr;
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      if constexpr (kInPlace) {
+        across<Units>(row + p * kPanelWidth, step.value_stride, values + 2 * p);
+      } else {
+        const uint32_t* const panel =
+            step.value_panels + (i / kPanelWidth + p) * step.value_panel_units + u * kPanelWidth;
+        values[2 * p] = load_units(panel);
+        values[2 * p + 1] = load_units(panel + kWidth);
+      }
+    }
+  }
+
+  // Zeros in the place of a value whose key is not seen.
+  template <int kVectors>
+  static COTERIE_INLINE void hide(int64_t u, AttendStep::Keys keys, VU (&values)[kVectors]) {
+    const uint32_t low = 2 * u >= keys.first ? 0xffffu : 0u, high = 2 * u + 1 < keys.last ? 0xffff0000u : 0u;
+    for (VU& value : values) value &= low | high;
   }
 };
 
 // Queries come by their positions: those that see keys of the run are neighbours.
-template <typename Rows>
-void attend_rows(const AttendStep& step) {
+template <typename Units, bool kInPlace>
+void attend_tiles(const AttendStep& step) {
   int64_t first = 0, last = step.queries;
   while (first < last && step.seen(first).empty()) ++first;
   while (first < last && step.seen(last - 1).empty()) --last;
-  for (; first + kTileQueries <= last; first += kTileQueries) QueryTile<Rows, kTileQueries>(step, first).attend();
-  for (; first < last; ++first) QueryTile<Rows, 1>(step, first).attend();
+  for (; first + kTileQueries <= last; first += kTileQueries) {
+    QueryTile<Units, kInPlace, kTileQueries>(step, first).attend();
+  }
+  for (; first < last; ++first) QueryTile<Units, kInPlace, 1>(step, first).attend();
+}
+
+template <typename Units>
+void attend_units(const AttendStep& step) {
+  return step.key_panels ? attend_tiles<Units, false>(step) : attend_tiles<Units, true>(step);
 }
 
 void attend(const AttendStep& step) {
-  if (step.dtype == DType::kBF16) return attend_rows<HalfRows>(step);
-  if (step.dtype == DType::kI8) return attend_rows<ByteRows>(step);
-  attend_rows<FloatRows>(step);
+  if (step.dtype == DType::kBF16) return attend_units<HalfUnits>(step);
+  if (step.dtype == DType::kI8) return attend_units<IntegerUnits>(step);
+  attend_units<FloatUnits>(step);
 }

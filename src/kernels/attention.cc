@@ -1,13 +1,15 @@
 // Attention by (block of a sequence's new tokens, heads that share a KV head) tasks. A task, or a few that read what
 // lies side by side, walks the keys in runs of kRunKeys at fixed absolute positions, and lets every query of its tokens
 // and heads attend to as much of the run as lies in its past. A query thus sees the same runs in the same order however
-// the prompt was cut. Few queries read a run where it lies in the cache; many bring it into fp32 scratch once, keys in
-// panels. Both compute the same.
+// the prompt was cut. Few queries read a run where it lies in the cache; many bring it into scratch once, in panels.
+// Both compute the same: in the type of the cache, where that has one that is made for products. Queries and weights
+// are rounded to bf16 beside a cache in bf16, and to integers of 16 bits beside one of 8; sums are in fp32 or exact.
 #include "kernels/attention.h"
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -26,13 +28,17 @@ constexpr int64_t kRunKeys = AttendStep::kRunKeys;
 constexpr int64_t kMostTokensPerTask = 64;
 constexpr int64_t kHeadsPerTask = 16;
 constexpr int64_t kQueriesPerTask = 256;
-constexpr int64_t kPadding = 16;  // AttendStep wants multiples of this
+constexpr int64_t kPadding = AttendStep::kPadding;
 constexpr int64_t kGroupRows = AttendStep::kGroupRows;
 constexpr int64_t kRunGroups = kRunKeys / kGroupRows;
 // Up to here converting every key for each query costs less than writing it to memory and reading it.
 constexpr int64_t kMostInPlace = 16;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Of what lies in scratch: numbers in fp32, or halves that are bf16 or integers.
+DType scratch_dtype(DType cache) { return cache == DType::kF32 ? DType::kF32 : DType::kBF16; }
+int64_t scratch_size(DType cache) { return static_cast<int64_t>(dtype_size(scratch_dtype(cache))); }
 
 struct Call {
   const float* q_THd;
@@ -114,34 +120,40 @@ std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks, int
 }
 
 // Panels of keys in fp32.
-PanelProduct key_product() { return {active_kernels(), DType::kF32}; }
+PanelProduct product_of(DType cache) { return {active_kernels(), scratch_dtype(cache)}; }
 
-// A thread's memory. Columns from d (or v) on are zero: they take part in the arithmetic, with no effect.
+// A thread's memory, large enough for fp32. Columns from d (or v) on are zero: they take part in the arithmetic, with
+// no effect.
 struct Scratch {
-  uint32_t* key_panels;
-  float *rows, *key_factors, *value_factors, *queries, *outs, *scores, *maxima, *sums;
+  uint32_t *key_panels = nullptr, *value_panels = nullptr;
+  char *rows = nullptr, *queries = nullptr;  // in scratch_dtype
+  float *key_factors = nullptr, *value_factors = nullptr, *query_factors = nullptr;
+  float *outs = nullptr, *scores = nullptr, *maxima = nullptr, *sums = nullptr;
 
-  static size_t floats(const Call& call) {
-    const int64_t queries = call.queries_per_task(), d = call.padded_d(), v = call.padded_v();
-    return static_cast<size_t>(key_product().size_of_b(kRunKeys, d) + kRunKeys * (std::max(d, v) + 2) +
-                               queries * (d + v) + AttendStep::kMostTileQueries * kRunKeys + 2 * round_up(queries, 16));
-  }
-  Scratch(float* memory, const Call& call) {
+  // Memory from `memory` on, or how much it takes.
+  size_t lay_out(float* memory, const Call& call) {
     const int64_t count = call.queries_per_task(), d = call.padded_d(), v = call.padded_v();
-    key_panels = reinterpret_cast<uint32_t*>(memory);
-    rows = memory + key_product().size_of_b(kRunKeys, d);
-    key_factors = rows + kRunKeys * std::max(d, v);
-    value_factors = key_factors + kRunKeys;
-    queries = value_factors + kRunKeys;
-    outs = queries + count * d;
-    scores = outs + count * v;
-    maxima = scores + AttendStep::kMostTileQueries * kRunKeys;
-    sums = maxima + round_up(count, 16);
+    const PanelProduct product = product_of(DType::kF32);
+    float* next = memory;
+    const auto take = [&](int64_t floats) { return std::exchange(next, next + round_up(floats, 16)); };
+    key_panels = reinterpret_cast<uint32_t*>(take(product.size_of_b(kRunKeys, d)));
+    value_panels = reinterpret_cast<uint32_t*>(take(product.size_of_b(v, kRunKeys)));
+    rows = reinterpret_cast<char*>(take(kRunKeys * std::max(d, v)));
+    queries = reinterpret_cast<char*>(take(count * d));
+    key_factors = take(kRunKeys);
+    value_factors = take(kRunKeys);
+    query_factors = take(count);
+    outs = take(count * v);
+    scores = take(AttendStep::kMostTileQueries * kRunKeys);
+    maxima = take(count);
+    sums = take(count);
+    return static_cast<size_t>(next - memory);
   }
   // For the queries behind the first `count`.
-  Scratch behind(const Call& call, int64_t count) const {
+  Scratch behind(const Call& call, DType cache, int64_t count) const {
     Scratch rest = *this;
-    rest.queries += count * call.padded_d();
+    rest.queries += count * call.padded_d() * scratch_size(cache);
+    rest.query_factors += count;
     rest.outs += count * call.padded_v();
     rest.maxima += count;
     rest.sums += count;
@@ -175,43 +187,49 @@ void store_cache_row(const float* values, DType dtype, int64_t d, const CacheRow
   }
 }
 
-// `count` rows of one head that lie one behind the other, d numbers each, and zeros up to `padded`. Integers stay as
-// they are; their factors are copied.
-void load_cache_rows(const CacheRow& first, DType dtype, int64_t count, int64_t d, int64_t padded, float* rows,
-                     float* factors) {
+// A row of scratch: d elements, and zeros up to `padded`.
+void fill_up(char* row, DType dtype, int64_t d, int64_t padded) {
+  const int64_t size = scratch_size(dtype);
+  std::fill(row + d * size, row + padded * size, char{0});
+}
+
+// Positions [first, first + n) of one head as rows of scratch. The factors of integers are copied.
+void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n, int64_t G, int64_t d,
+              char* rows, float* factors) {
   const KernelTable& kernels = active_kernels();
-  if (dtype == DType::kI8) std::copy(first.factor, first.factor + count, factors);
-  const int64_t row_bytes = d * static_cast<int64_t>(dtype_size(dtype));
-  for (int64_t i = 0; i < count; ++i, rows += padded) {
-    const char* data = first.data + i * row_bytes;
-    if (dtype == DType::kI8) {
-      kernels.integers_row(reinterpret_cast<const int8_t*>(data), d, rows);
+  const int64_t padded = round_up(d, kPadding), row_bytes = padded * scratch_size(kv.dtype);
+  for (int64_t j = 0; j < n; ++j, rows += row_bytes) {
+    const CacheRow row = cache_row(blocks, kv, first + j, g, G, d);
+    if (kv.dtype == DType::kI8) {
+      factors[j] = *row.factor;
+      kernels.widen_row(reinterpret_cast<const int8_t*>(row.data), d, reinterpret_cast<int16_t*>(rows));
     } else {
-      kernels.convert_row(data, dtype, rows, DType::kF32, d);
+      std::copy(row.data, row.data + d * scratch_size(kv.dtype), rows);
     }
-    std::fill(rows + d, rows + padded, 0.0f);
+    fill_up(rows, kv.dtype, d, padded);
   }
 }
 
-// Positions [first, first + n) of one head, d numbers each.
-void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n, int64_t G, int64_t d,
-              float* rows, float* factors) {
-  const int64_t padded = round_up(d, kPadding);
-  for (int64_t j = 0; j < n;) {
-    const int64_t count = std::min(n - j, kv.block_size - (first + j) % kv.block_size);  // to the block's end
-    load_cache_rows(cache_row(blocks, kv, first + j, g, G, d), kv.dtype, count, d, padded, rows + j * padded,
-                    factors + j);
-    j += count;
-  }
+// The largest code of a query for which no sum of products with codes of 8 bits overflows.
+int32_t largest_code(int64_t d) {
+  return static_cast<int32_t>(std::min<int64_t>(32767, std::numeric_limits<int32_t>::max() / (127 * d)));
 }
 
 void load_queries(const Call& call, const Task& task, const Scratch& scratch) {
   const AttentionShape& shape = call.shape;
-  const int64_t padded = call.padded_d(), count = task.queries();
+  const KernelTable& kernels = active_kernels();
+  const DType cache = task.tokens.chunk->kv.dtype;
+  const int64_t d = call.padded_d(), count = task.queries();
   for (int64_t i = 0; i < count; ++i) {
-    const float* q = call.q_THd + (task.row(i) * shape.H + task.head(i)) * shape.d;
-    std::copy(q, q + shape.d, scratch.queries + i * padded);
-    std::fill(scratch.queries + i * padded + shape.d, scratch.queries + (i + 1) * padded, 0.0f);
+    const float* const q = call.q_THd + (task.row(i) * shape.H + task.head(i)) * shape.d;
+    char* const row = scratch.queries + i * d * scratch_size(cache);
+    if (cache == DType::kI8) {
+      auto* const codes = reinterpret_cast<int16_t*>(row);
+      scratch.query_factors[i] = kernels.quantize_row_wide(q, shape.d, largest_code(d), codes);
+    } else {
+      kernels.convert_row(q, DType::kF32, row, cache, shape.d);
+    }
+    fill_up(row, cache, shape.d, d);
     scratch.maxima[i] = shape.sinks_H ? shape.sinks_H[task.head(i)] : -std::numeric_limits<float>::infinity();
     scratch.sums[i] = shape.sinks_H ? 1.0f : 0.0f;  // exp(sink - maximum)
   }
@@ -232,12 +250,10 @@ int64_t first_visible(const AttentionShape& shape, int64_t position) {
   return shape.window > 0 ? std::max<int64_t>(0, position - shape.window + 1) : 0;
 }
 
-// Where the keys and values of a run are, by groups.
+// Where the keys and values of a run are: in panels, or by groups.
 struct Run {
-  DType dtype = DType::kF32;
-  bool has_factors = false;
+  PanelsOfB key_panels, value_panels;
   int64_t value_stride = 0;
-  const float* key_panels = nullptr;  // then there are no groups of keys
   const void *keys[kRunGroups] = {}, *values[kRunGroups] = {};
   const float *key_factors[kRunGroups] = {}, *value_factors[kRunGroups] = {};
 };
@@ -250,7 +266,7 @@ bool can_read_in_place(const Call& call, const Task& task) {
 Run run_in_place(const Call& call, const Task& task, int64_t first, int64_t n) {
   const AttentionShape& shape = call.shape;
   const PagedKv& kv = task.tokens.chunk->kv;
-  Run run{.dtype = kv.dtype, .has_factors = kv.dtype == DType::kI8, .value_stride = kv.v_blocks ? shape.v : shape.d};
+  Run run{.value_stride = kv.v_blocks ? shape.v : shape.d};
   for (int64_t j = 0; j < n; j += kGroupRows) {
     const CacheRow key = cache_row(kv.k_blocks, kv, first + j, task.g, shape.G, shape.d);
     const CacheRow value = kv.v_blocks ? cache_row(kv.v_blocks, kv, first + j, task.g, shape.G, shape.v) : key;
@@ -263,18 +279,23 @@ Run run_in_place(const Call& call, const Task& task, int64_t first, int64_t n) {
 Run run_in_scratch(const Call& call, const Task& task, int64_t first, int64_t n, const Scratch& scratch) {
   const AttentionShape& shape = call.shape;
   const PagedKv& kv = task.tokens.chunk->kv;
-  const int64_t d = call.padded_d();
+  const PanelProduct product = product_of(kv.dtype);
+  const auto rows = [&](int64_t cols) {
+    return row_major(static_cast<const void*>(scratch.rows), product.type, n, cols);
+  };
+  Run run;
   load_run(kv, kv.k_blocks, task.g, first, n, shape.G, shape.d, scratch.rows, scratch.key_factors);
-  key_product().pack_b(row_major(static_cast<const void*>(scratch.rows), DType::kF32, n, d), scratch.key_panels);
-  Run run{.has_factors = kv.dtype == DType::kI8,
-          .value_stride = kv.v_blocks ? call.padded_v() : d,
-          .key_panels = reinterpret_cast<const float*>(scratch.key_panels)};
-  if (kv.v_blocks) load_run(kv, kv.v_blocks, task.g, first, n, shape.G, shape.v, scratch.rows, scratch.value_factors);
+  ConstMatrix values = rows(call.padded_d());
+  run.key_panels = product.pack_b(values, scratch.key_panels);
+  if (kv.v_blocks) {
+    load_run(kv, kv.v_blocks, task.g, first, n, shape.G, shape.v, scratch.rows, scratch.value_factors);
+    values = rows(call.padded_v());
+  }
+  values.cols = call.padded_v();  // of a key its first elements
+  run.value_panels = product.pack_b(values.transposed(), scratch.value_panels);
   for (int64_t i = 0; i < kRunGroups; ++i) {
-    const int64_t row = i * kGroupRows;
-    run.key_factors[i] = scratch.key_factors + row;
-    run.values[i] = scratch.rows + row * run.value_stride;
-    run.value_factors[i] = (kv.v_blocks ? scratch.value_factors : scratch.key_factors) + row;
+    run.key_factors[i] = scratch.key_factors + i * kGroupRows;
+    run.value_factors[i] = (kv.v_blocks ? scratch.value_factors : scratch.key_factors) + i * kGroupRows;
   }
   return run;
 }
@@ -284,17 +305,23 @@ void attend_run(const Call& call, const Task& task, int64_t first, int64_t n, co
                 const Run& ahead) {
   const Run run = can_read_in_place(call, task) ? run_in_place(call, task, first, n)
                                                 : run_in_scratch(call, task, first, n, scratch);
-  active_kernels().attend({.q = scratch.queries,
+  const DType cache = task.tokens.chunk->kv.dtype;
+  const bool has_factors = cache == DType::kI8;
+  active_kernels().attend({.q = reinterpret_cast<const uint32_t*>(scratch.queries),
+                           .q_factors = has_factors ? scratch.query_factors : nullptr,
                            .queries = task.queries(),
                            .heads = task.heads,
                            .position = task.tokens.position() - first,
                            .window = call.shape.window,
-                           .dtype = run.dtype,
-                           .key_panels = run.key_panels,
+                           .dtype = cache,
+                           .key_panels = run.key_panels.data,
+                           .value_panels = run.value_panels.data,
+                           .key_panel_units = run.key_panels.panel_units,
+                           .value_panel_units = run.value_panels.panel_units,
                            .keys = run.keys,
                            .values = run.values,
-                           .key_factors = run.has_factors ? run.key_factors : nullptr,
-                           .value_factors = run.has_factors ? run.value_factors : nullptr,
+                           .key_factors = has_factors ? run.key_factors : nullptr,
+                           .value_factors = has_factors ? run.value_factors : nullptr,
                            .next_keys = ahead.keys,
                            .next_values = ahead.values,
                            .n = n,
@@ -331,7 +358,7 @@ void attend_walk(const Call& call, std::span<const TokenBlock> blocks, const Wal
     const Task task = task_of(call, blocks, walk.first + i);
     load_queries(call, task, scratch);
     parts.push_back({task, scratch});
-    scratch = scratch.behind(call, task.queries());
+    scratch = scratch.behind(call, task.tokens.chunk->kv.dtype, task.queries());
   }
   const TokenBlock& tokens = parts.front().task.tokens;
   const int64_t first = tokens.position(), end = first + tokens.count;
@@ -381,13 +408,15 @@ void attention(std::span<const AttentionChunk> chunks, const float* q_THd, const
   const Call call = {q_THd, shape, out_THv};
   const std::vector<TokenBlock> blocks = token_blocks(chunks, call.tokens_per_task());
   static thread_local Workspace workspace;
-  const size_t floats = Scratch::floats(call);
+  Scratch scratch;
+  const size_t floats = scratch.lay_out(nullptr, call);
   workspace.reserve(Workspace::padded(floats * 4 * static_cast<size_t>(pool.num_threads())));
   float* const memory = workspace.take<float>(floats * static_cast<size_t>(pool.num_threads()));
   const std::vector<Walk> walks = walks_of(call, blocks, pool.num_threads());
   pool.run(static_cast<int64_t>(walks.size()), [&](int64_t index, int thread) {
-    const Scratch scratch(memory + static_cast<size_t>(thread) * floats, call);
-    attend_walk(call, blocks, walks[static_cast<size_t>(index)], scratch);
+    Scratch own;
+    own.lay_out(memory + static_cast<size_t>(thread) * floats, call);
+    attend_walk(call, blocks, walks[static_cast<size_t>(index)], own);
   });
 }
 

@@ -2,7 +2,10 @@
 //
 // Tolerance: a score is off by at most (d + 2) u scale sum|q k| =: s, so every weight by a factor of at most
 // exp(2 s) (its own score and the sum's); the exponentials, corrections and the two sums over S keys add
-// (2 S + 32) u. An output is a mean of values, hence off by at most that times the largest |v|.
+// (2 S + 32) u. An output is a mean of values, hence off by at most that times the largest |v|. Beside a cache in bf16
+// queries and weights are rounded to a relative w = 2^-9, which adds scale sum|q k| w to s, and w to a weight. Beside
+// one of integers queries are off by r = max|q| / 65534, which adds scale d r max|k| to s; weights (times the values'
+// factors) by max / 65534 in each of S keys.
 #include "kernels/attention.h"
 
 #include <gtest/gtest.h>
@@ -83,9 +86,12 @@ void check(const Shape& shape, ThreadPool& pool) {
   std::vector<double> expected(out.size());
   reference::attention(sequence.q.data(), sequence.kv, shape.S, shape.S, sequence.shape, expected.data());
   const double d = static_cast<double>(shape.d), u = kUnitRoundoff;
-  const double score = (d + 2) * u * sequence.shape.scale * d * largest(sequence.q) * largest(sequence.k);
+  const double S = static_cast<double>(shape.S), integers = shape.dtype == DType::kI8 ? 1.0 / 65534 : 0;
+  const double halves = shape.dtype == DType::kBF16 ? std::ldexp(1.0, -9) : 0;
+  const double products = sequence.shape.scale * d * largest(sequence.q) * largest(sequence.k);
+  const double score = ((d + 2) * u + halves + integers) * products;
   const double values = largest(shape.values_in_keys ? sequence.k : sequence.v);
-  const double tolerance = (2 * score + (2 * static_cast<double>(shape.S) + 32) * u) * values;
+  const double tolerance = (std::expm1(2 * score) + (2 * S + 32) * u + halves + S * integers) * values;
   for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], expected[i], tolerance) << i;
 }
 
@@ -119,21 +125,21 @@ TEST(Attention, WindowsSinksAndValuesInKeys) {
   });
 }
 
-// The same bits however the prompt is cut, and with any number of threads. Keys of 48 numbers in blocks of 16 or 32 are
-// read where they lie by single tokens, and brought into scratch by many; others always are.
+// The same bits however the prompt is cut, and with any number of threads. Keys of 64 or 96 numbers in blocks of 16 or
+// 32 are read where they lie by single tokens, and brought into scratch by many; others always are.
 TEST(Attention, ChunksAndThreadsDoNotMatter) {
   NativeThreadPool one(1), two(2), three(3);
   for_each_isa([&] {
     for (const Shape& shape :
          {Shape{140, 6, 2, 40, 16}, Shape{140, 6, 2, 40, 16, DType::kBF16}, Shape{140, 6, 2, 40, 16, DType::kI8},
           Shape{140, 6, 2, 40, 16, DType::kF32, /*window=*/37, /*sinks=*/true},
-          Shape{140, 34, 1, 40, 16, DType::kF32, 0, false, /*values_in_keys=*/24}, Shape{140, 6, 2, 48, 16},
-          Shape{140, 6, 2, 48, 16, DType::kBF16}, Shape{140, 6, 2, 48, 16, DType::kI8}, Shape{140, 6, 2, 48, 8},
-          Shape{140, 6, 6, 144, 32}, Shape{140, 6, 6, 144, 32, DType::kBF16}, Shape{140, 6, 6, 144, 32, DType::kI8},
-          Shape{140, 6, 2, 48, 16, DType::kI8, /*window=*/37, /*sinks=*/true},
-          Shape{140, 6, 2, 48, 16, DType::kBF16, /*window=*/64, /*sinks=*/true},
-          Shape{140, 4, 1, 48, 16, DType::kBF16, 0, false, /*values_in_keys=*/32},
-          Shape{140, 4, 1, 48, 16, DType::kI8, 0, false, /*values_in_keys=*/32}}) {
+          Shape{140, 34, 1, 40, 16, DType::kF32, 0, false, /*values_in_keys=*/24}, Shape{140, 6, 2, 64, 16},
+          Shape{140, 6, 2, 64, 16, DType::kBF16}, Shape{140, 6, 2, 64, 16, DType::kI8}, Shape{140, 6, 2, 64, 8},
+          Shape{140, 6, 6, 160, 32}, Shape{140, 6, 6, 160, 32, DType::kBF16}, Shape{140, 6, 6, 160, 32, DType::kI8},
+          Shape{140, 6, 2, 64, 16, DType::kI8, /*window=*/37, /*sinks=*/true},
+          Shape{140, 6, 2, 64, 16, DType::kBF16, /*window=*/64, /*sinks=*/true},
+          Shape{140, 4, 1, 96, 16, DType::kBF16, 0, false, /*values_in_keys=*/32},
+          Shape{140, 4, 1, 96, 16, DType::kI8, 0, false, /*values_in_keys=*/32}}) {
       std::mt19937 random(9);
       Sequence whole(shape, random);
       const std::vector<float> expected = whole.run_chunk(0, shape.S, one);
@@ -165,9 +171,9 @@ TEST(Attention, Int8CacheIsCloseToTheValuesPutIn) {
     Sequence rounded({90, 6, 2, 33, 16, DType::kI8}, random);
     const std::vector<float> out = rounded.run_chunk(0, 90, pool), expected = exact.run_chunk(0, 90, pool);
     const double step = 1.0 / 254 + 4 * kUnitRoundoff;
-    const double score = exact.shape.scale * 33 * largest(exact.q) * step * largest(exact.k);
-    const double fp32 = (2 * 90 + 32 + 2 * 33) * kUnitRoundoff;
-    const double tolerance = (std::expm1(2 * score) + step + fp32) * largest(exact.v);
+    const double score = exact.shape.scale * 33 * largest(exact.q) * (step + 1.0 / 65534) * largest(exact.k);
+    const double fp32 = (2 * 90 + 32 + 2 * 33) * kUnitRoundoff, weights = 90.0 / 65534;
+    const double tolerance = (std::expm1(2 * score) + step + fp32 + weights) * largest(exact.v);
     double most = 0;
     for (size_t i = 0; i < out.size(); ++i) {
       ASSERT_NEAR(out[i], expected[i], tolerance) << i;

@@ -76,21 +76,25 @@ struct AttendStep {
   static constexpr int64_t kGroupRows = 16;
   static constexpr int64_t kRunKeys = 64;  // most keys of a run
   static constexpr int64_t kMostTileQueries = 4;
+  static constexpr int64_t kPadding = 32;  // d and v are multiples of it
 
   struct Keys {
     int64_t first = 0, last = 0;
     bool empty() const { return first >= last; }
   };
 
-  const float* q = nullptr;  // [queries][d]
-  int64_t queries = 0;       // `heads` of each token
+  const uint32_t* q = nullptr;       // [queries][d] of kF32 or kBF16; with kI8 integers of 16 bits
+  const float* q_factors = nullptr;  // [queries], of the integers; null: ones
+  int64_t queries = 0;               // `heads` of each token
   int64_t heads = 1;
-  int64_t position = 0;                         // of the first token, counted from the first key; may be below it
-  int64_t window = 0;                           // a token sees so many keys, its own the last of them; 0: all
-  DType dtype = DType::kF32;                    // of keys and values: kF32, kBF16 or kI8
-  const float* key_panels = nullptr;            // null, or all keys as panels of B in fp32
-  const void* const* keys = nullptr;            // groups [kGroupRows][d]; the last one may be read to its end
-  const void* const* values = nullptr;          // groups [kGroupRows][v], rows value_stride elements apart
+  int64_t position = 0;                    // of the first token, counted from the first key; may be below it
+  int64_t window = 0;                      // a token sees so many keys, its own the last of them; 0: all
+  DType dtype = DType::kF32;               // of keys and values: kF32, kBF16 or kI8
+  const uint32_t* key_panels = nullptr;    // null, or all keys [n, d] as panels of B: fp32, bf16, or 16-bit integers
+  const uint32_t* value_panels = nullptr;  // then values^T [v, n] likewise
+  int64_t key_panel_units = 0, value_panel_units = 0;  // of one panel
+  const void* const* keys = nullptr;            // else groups [kGroupRows][d]; the last one may be read to its end
+  const void* const* values = nullptr;          // and groups [kGroupRows][v], rows value_stride elements apart
   const float* const* key_factors = nullptr;    // groups [kGroupRows], of the keys' elements; null: ones
   const float* const* value_factors = nullptr;  // the same of the values
   const void* const* next_keys = nullptr;  // null, or groups that are asked for meanwhile; null where there is none
@@ -250,7 +254,9 @@ struct KernelTable {
   void (*convert_row)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t n);
   // out = in / factor, rounded to the nearest integer; returns the factor, the largest |in| / 127 (0 for zeros).
   float (*quantize_row)(const float* in, int64_t n, int8_t* out);
-  void (*integers_row)(const int8_t* in, int64_t n, float* out);  // out = in
+  // The same with codes of 16 bits, up to `largest`, at most 32767.
+  float (*quantize_row_wide)(const float* in, int64_t n, int32_t largest, int16_t* out);
+  void (*widen_row)(const int8_t* in, int64_t n, int16_t* out);  // out = in
   void (*scale_row)(const void* in, DType in_dtype, float scale, void* out, DType out_dtype, int64_t n);
   void (*add_row)(const void* in, DType dtype, float* sum, int64_t n);  // sum += in
   float (*dot_row)(const void* a, DType a_dtype, const float* b, int64_t n);

@@ -60,7 +60,8 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.adamw_row = adamw_row;
   table.convert_row = convert_row;
   table.quantize_row = quantize_row;
-  table.integers_row = integers_row;
+  table.quantize_row_wide = quantize_row_wide;
+  table.widen_row = widen_row;
   table.scale_row = scale_row;
   table.add_row = add_row;
   table.dot_row = dot_row;

@@ -24,8 +24,9 @@ constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4, kPanelRowsQuantized = 4;
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 COTERIE_INLINE VF root(VF a) { return _mm256_sqrt_ps(a); }
-COTERIE_INLINE VF load_bytes(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+// 2 kWidth bytes as signed halves.
+COTERIE_INLINE VU load_byte_pairs(const int8_t* p) {
+  return reinterpret_cast<VU>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
 // To the nearest whole number, ties to even.

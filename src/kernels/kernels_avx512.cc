@@ -58,9 +58,10 @@ COTERIE_INLINE VU interleave_halves(const void* p, const void* q) {
   const __m512i high = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(q)));
   return reinterpret_cast<VU>(_mm512_permutex2var_epi16(low, reinterpret_cast<__m512i>(kPairs), high));
 }
-COTERIE_INLINE VF load_bytes(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return __builtin_convertvector(reinterpret_cast<VI>(_mm512_maskz_cvtepi8_epi32(0xffff, bytes)), VF);
+// 2 kWidth bytes as signed halves.
+COTERIE_INLINE VU load_byte_pairs(const int8_t* p) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<VU>(_mm512_maskz_cvtepi8_epi16(0xffffffff, bytes));
 }
 // Stores the upper halves.
 COTERIE_INLINE __m256i upper_halves(VU v) {
@@ -95,6 +96,12 @@ COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
 // acc + a.low * b.low + a.high * b.high of bf16 pairs; denormals count as zero.
 COTERIE_INLINE VF multiply_add_bf16(VU a, VU b, VF acc) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// acc + the sum of the two products of signed 16-bit halves of a lane.
+COTERIE_INLINE VI multiply_add_halves(VU a, VU b, VI acc) {
+  return reinterpret_cast<VI>(
+      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 
 // To the nearest whole number, ties to even.

@@ -24,10 +24,10 @@ COTERIE_INLINE VF root(VF a) {
   for (int lane = 0; lane < kWidth; ++lane) a[lane] = std::sqrt(a[lane]);
   return a;
 }
-COTERIE_INLINE VF load_bytes(const int8_t* p) {
-  VF v;
-  for (int lane = 0; lane < kWidth; ++lane) v[lane] = p[lane];
-  return v;
+// 2 kWidth bytes as signed halves.
+COTERIE_INLINE VU load_byte_pairs(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<VU>(_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8));
 }
 
 // To the nearest whole number, ties to even.

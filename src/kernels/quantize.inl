@@ -1,13 +1,10 @@
 // Rounding groups of weights and of activations to codes. panels.h says what the types are.
 
-typedef int8_t VB __attribute__((vector_size(kWidth)));  // a byte for every lane
-
 COTERIE_INLINE VF to_floats(VI v) { return __builtin_convertvector(v, VF); }
 COTERIE_INLINE void store_bytes(int8_t* p, VI v) {
   const VB bytes = __builtin_convertvector(v, VB);
   __builtin_memcpy(p, &bytes, kWidth);
 }
-COTERIE_INLINE VF magnitude(VF v) { return max(v, -v); }
 
 constexpr int64_t kMostGroup = 128;
 // Below this a group counts as zeros: its reciprocal would not be a number.

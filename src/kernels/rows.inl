@@ -31,28 +31,31 @@ void convert_row(const void* in, DType in_dtype, void* out, DType out_dtype, int
   }
 }
 
-typedef int8_t VB __attribute__((vector_size(kWidth)));
-float quantize_row(const float* in, int64_t n, int8_t* out) {
-  VF largest = {};
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const VF x = load_floats(in, i, lanes_left(i, n));
-    largest = max(largest, max(x, -x));
-  }
-  const float factor = max_lanes(largest) / 127.0f;
+// out = in / factor, rounded to the nearest integer, the largest of which is `largest`; returns the factor.
+template <typename Code>
+COTERIE_INLINE float quantize_row_as(const float* in, int64_t n, float largest, Code* out) {
+  typedef Code Codes __attribute__((vector_size(kWidth * sizeof(Code))));
+  VF most = {};
+  for (int64_t i = 0; i < n; i += kWidth) most = max(most, magnitude(load_floats(in, i, lanes_left(i, n))));
+  const float factor = max_lanes(most) / largest;
   const float inverse = factor > 0.0f ? 1.0f / factor : 0.0f;
-  const float bias = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point
   for (int64_t i = 0; i < n; i += kWidth) {
     const int64_t m = lanes_left(i, n);
-    const VF rounded = (load_floats(in, i, m) * inverse + bias) - bias;
-    const VB bytes = __builtin_convertvector(__builtin_convertvector(rounded, VI), VB);
-    __builtin_memcpy(out + i, &bytes, static_cast<size_t>(m));
+    const Codes codes = __builtin_convertvector(nearest(load_floats(in, i, m) * inverse), Codes);
+    __builtin_memcpy(out + i, &codes, static_cast<size_t>(m) * sizeof(Code));
   }
   return factor;
 }
 
-void integers_row(const int8_t* in, int64_t n, float* out) {
+float quantize_row(const float* in, int64_t n, int8_t* out) { return quantize_row_as(in, n, 127.0f, out); }
+float quantize_row_wide(const float* in, int64_t n, int32_t largest, int16_t* out) {
+  return quantize_row_as(in, n, static_cast<float>(largest), out);
+}
+
+void widen_row(const int8_t* in, int64_t n, int16_t* out) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(out + i, load_bytes(in + i));
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth)
+    store_units(reinterpret_cast<uint32_t*>(out + i), load_byte_pairs(in + i));
   for (; i < n; ++i) out[i] = in[i];
 }
 

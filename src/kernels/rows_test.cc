@@ -24,17 +24,21 @@ TEST(Rows, QuantizedRowsComeBackWithinHalfAStep) {
   std::mt19937 random(4);
   for_each_isa([&] {
     for (int64_t n : kWidths) {
-      std::vector<float> x = random_floats(n, random, 3.0f), back(x.size());
+      std::vector<float> x = random_floats(n, random, 3.0f);
       std::vector<int8_t> bytes(x.size());
+      std::vector<int16_t> wide(x.size());
       const float factor = active_kernels().quantize_row(x.data(), n, bytes.data());
       float largest = 0;
       for (const float value : x) largest = std::max(largest, std::abs(value));
       EXPECT_EQ(factor, largest / 127.0f);
-      active_kernels().integers_row(bytes.data(), n, back.data());
+      active_kernels().widen_row(bytes.data(), n, wide.data());
       for (size_t i = 0; i < x.size(); ++i) {
-        ASSERT_EQ(back[i], static_cast<float>(bytes[i]));
-        ASSERT_NEAR(factor * back[i], x[i], (0.5 + 2 * 127 * 2 * u) * factor) << "n " << n << " at " << i;
+        ASSERT_EQ(wide[i], bytes[i]);
+        ASSERT_NEAR(factor * bytes[i], x[i], (0.5 + 2 * 127 * 2 * u) * factor) << "n " << n << " at " << i;
       }
+      const float fine = active_kernels().quantize_row_wide(x.data(), n, 32767, wide.data());
+      EXPECT_EQ(fine, largest / 32767.0f);
+      for (size_t i = 0; i < x.size(); ++i) ASSERT_NEAR(fine * wide[i], x[i], (0.5 + 2 * 32767 * 2 * u) * fine);
       std::fill(x.begin(), x.end(), 0.0f);
       EXPECT_EQ(active_kernels().quantize_row(x.data(), n, bytes.data()), 0.0f);
       EXPECT_EQ(bytes, std::vector<int8_t>(x.size(), 0));

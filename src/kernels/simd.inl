@@ -1,5 +1,5 @@
 // The small vector type that all kernels are written in. Included inside an ISA's target region and
-// anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_bytes, load_part,
+// anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_byte_pairs, load_part,
 // store_part, stream_floats and multiply_add_bf16, which cannot be said in GCC's vector language.
 //
 // Everything is always_inline: a function that stayed out of line could be merged with the baseline's.
@@ -25,6 +25,7 @@ COTERIE_INLINE void store(float* p, VF v) { *reinterpret_cast<VFMemory*>(p) = v;
 COTERIE_INLINE VU load_units(const void* p) { return *static_cast<const VUMemory*>(p); }
 COTERIE_INLINE void store_units(uint32_t* p, VU v) { *reinterpret_cast<VUMemory*>(p) = v; }
 COTERIE_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
+COTERIE_INLINE VF magnitude(VF v) { return max(v, -v); }
 
 // Round to nearest even to the upper half, as to_bfloat16 does; what the lower half holds is undefined.
 COTERIE_INLINE VU round_to_bf16(VF value) {
@@ -75,6 +76,19 @@ COTERIE_INLINE void transpose(VU (&rows)[kWidth]) {
   if constexpr (kStep > 1) transpose<kStep / 2>(rows);
 }
 
+typedef uint16_t VPairs __attribute__((vector_size(kVectorBytes)));  // the halves of units
+template <int kFirst, int... kHalf>
+COTERIE_INLINE VU interleave_halves_from(VU a, VU b, std::integer_sequence<int, kHalf...>) {
+  constexpr VPairs kOrder = {static_cast<uint16_t>(kFirst + kHalf / 2 + kHalf % 2 * 2 * kWidth)...};
+  return reinterpret_cast<VU>(__builtin_shuffle(reinterpret_cast<VPairs>(a), reinterpret_cast<VPairs>(b), kOrder));
+}
+// Unit i of both results together has half i of a below and half i of b above.
+COTERIE_INLINE void interleave_pairs(VU a, VU b, VU* units) {
+  constexpr auto kHalves = std::make_integer_sequence<int, 2 * kWidth>();
+  units[0] = interleave_halves_from<0>(a, b, kHalves);
+  units[1] = interleave_halves_from<kWidth>(a, b, kHalves);
+}
+
 // A block [kWidth][kWidth] transposed into the rows of a tile [kWidth][2 * kWidth].
 COTERIE_INLINE void turn_sums(const float* sums, float* tile) {
   VU rows[kWidth];
@@ -87,8 +101,8 @@ COTERIE_INLINE void turn_sums(const float* sums, float* tile) {
 
 // Lane i of the result is the sum of the lanes of rows[i]. Destroys rows. The order of the additions
 // is the same for every i.
-template <int kStep = kWidth / 2>
-COTERIE_INLINE VF sum_each(VF (&rows)[kWidth]) {
+template <int kStep = kWidth / 2, typename V>
+COTERIE_INLINE V sum_each(V (&rows)[kWidth]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kStep; ++i) {
     rows[i] =

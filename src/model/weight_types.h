@@ -14,7 +14,7 @@ struct WeightTypes {
   PanelType attention = PanelType::kF32;  // projections
   PanelType head = PanelType::kF32;
 
-  // Of the embedding, and by default of the KV cache.
+  // Of the embedding, and of a KV cache that is not in few bits.
   DType dtype() const { return experts == PanelType::kF32 ? DType::kF32 : DType::kBF16; }
   // "int4", or "int4, attention int8, head int8" where they differ.
   std::string description() const;

@@ -34,7 +34,7 @@ WeightCache = Annotated[
 ]
 Mmap = Annotated[bool, typer.Option("--mmap", help="Leave weights in that file, mapped: less memory, runs slower.")]
 KvCacheDType = Annotated[
-    str, typer.Option(help="Of the KV cache: auto (bf16, with fp32 weights fp32), fp32, bf16 or int8.")
+    str, typer.Option(help="Of the KV cache: auto (int8 beside int8 and int4, else bf16 or fp32), fp32, bf16 or int8.")
 ]
 Threads = Annotated[int, typer.Option(help="0: as many as the process may use.")]
 Speculation = Annotated[
