@@ -12,19 +12,17 @@ namespace {
 
 struct Entry {
   DType dtype;
-  size_t size;
   std::string_view name;
 };
 constexpr Entry kEntries[] = {
-    {DType::kF32, 4, "fp32"}, {DType::kBF16, 2, "bf16"}, {DType::kF16, 2, "fp16"},  {DType::kI8, 1, "int8"},
-    {DType::kU8, 1, "uint8"}, {DType::kI32, 4, "int32"}, {DType::kI64, 8, "int64"},
+    {DType::kF32, "fp32"}, {DType::kBF16, "bf16"}, {DType::kF16, "fp16"},  {DType::kI8, "int8"},
+    {DType::kU8, "uint8"}, {DType::kI32, "int32"}, {DType::kI64, "int64"},
 };
 
 const Entry& entry(DType dtype) { return kEntries[static_cast<size_t>(dtype)]; }
 
 }  // namespace
 
-size_t dtype_size(DType dtype) { return entry(dtype).size; }
 std::string_view dtype_name(DType dtype) { return entry(dtype).name; }
 
 DType dtype_from_name(std::string_view name) {

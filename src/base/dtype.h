@@ -10,7 +10,11 @@ namespace coterie {
 
 enum class DType : uint8_t { kF32, kBF16, kF16, kI8, kU8, kI32, kI64 };
 
-size_t dtype_size(DType dtype);                // bytes per element
+// Bytes per element.
+constexpr size_t dtype_size(DType dtype) {
+  constexpr size_t kSizes[] = {4, 2, 2, 1, 1, 4, 8};
+  return kSizes[static_cast<size_t>(dtype)];
+}
 std::string_view dtype_name(DType dtype);      // "fp32", "bf16", ...
 DType dtype_from_name(std::string_view name);  // InvalidArgument for another name
 

@@ -35,13 +35,13 @@ const char* finish_reason_name(FinishReason reason) {
 
 std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& dtype, int threads,
                                     int64_t max_model_len, int64_t max_num_seqs, int64_t max_num_batched_tokens,
-                                    const std::string& kv_cache_dtype, int64_t num_kv_blocks, int64_t kv_cache_bytes,
-                                    bool enable_prefix_caching, const std::string& attention_dtype,
-                                    const std::string& head_dtype, bool weight_cache, bool mmap,
-                                    const std::string& load_format, int64_t expert_cache_bytes,
-                                    const std::string& speculation, const std::string& draft_model,
-                                    int64_t max_speculated_tokens, int64_t prompt_lookup_min, int64_t prompt_lookup_max,
-                                    bool adaptive_speculation) {
+                                    const std::string& kv_cache_dtype, int64_t block_size, int64_t num_kv_blocks,
+                                    int64_t kv_cache_bytes, bool enable_prefix_caching,
+                                    const std::string& attention_dtype, const std::string& head_dtype,
+                                    bool weight_cache, bool mmap, const std::string& load_format,
+                                    int64_t expert_cache_bytes, const std::string& speculation,
+                                    const std::string& draft_model, int64_t max_speculated_tokens,
+                                    int64_t prompt_lookup_min, int64_t prompt_lookup_max, bool adaptive_speculation) {
   nb::gil_scoped_release release;
   return Engine::load(path, {.dtype = dtype,
                              .attention_dtype = attention_dtype,
@@ -54,6 +54,7 @@ std::unique_ptr<Engine> load_engine(const std::string& path, const std::string& 
                              .max_num_seqs = max_num_seqs,
                              .max_num_batched_tokens = max_num_batched_tokens,
                              .kv_cache_dtype = kv_cache_dtype,
+                             .block_size = block_size,
                              .num_kv_blocks = num_kv_blocks,
                              .kv_cache_bytes = kv_cache_bytes,
                              .enable_prefix_caching = enable_prefix_caching,
@@ -187,12 +188,12 @@ void bind_engine(nb::module_& m) {
       .def(nb::new_(&load_engine), "path"_a, "dtype"_a = defaults.dtype, "threads"_a = defaults.threads,
            "max_model_len"_a = defaults.max_model_len, "max_num_seqs"_a = defaults.max_num_seqs,
            "max_num_batched_tokens"_a = defaults.max_num_batched_tokens, "kv_cache_dtype"_a = defaults.kv_cache_dtype,
-           "num_kv_blocks"_a = defaults.num_kv_blocks, "kv_cache_bytes"_a = defaults.kv_cache_bytes,
-           "enable_prefix_caching"_a = defaults.enable_prefix_caching, "attention_dtype"_a = defaults.attention_dtype,
-           "head_dtype"_a = defaults.head_dtype, "weight_cache"_a = defaults.weight_cache, "mmap"_a = defaults.mmap,
-           "load_format"_a = defaults.load_format, "expert_cache_bytes"_a = defaults.expert_cache_bytes,
-           "speculation"_a = defaults.speculation, "draft_model"_a = defaults.draft_model,
-           "max_speculated_tokens"_a = defaults.max_speculated_tokens,
+           "block_size"_a = defaults.block_size, "num_kv_blocks"_a = defaults.num_kv_blocks,
+           "kv_cache_bytes"_a = defaults.kv_cache_bytes, "enable_prefix_caching"_a = defaults.enable_prefix_caching,
+           "attention_dtype"_a = defaults.attention_dtype, "head_dtype"_a = defaults.head_dtype,
+           "weight_cache"_a = defaults.weight_cache, "mmap"_a = defaults.mmap, "load_format"_a = defaults.load_format,
+           "expert_cache_bytes"_a = defaults.expert_cache_bytes, "speculation"_a = defaults.speculation,
+           "draft_model"_a = defaults.draft_model, "max_speculated_tokens"_a = defaults.max_speculated_tokens,
            "prompt_lookup_min"_a = defaults.prompt_lookup_min, "prompt_lookup_max"_a = defaults.prompt_lookup_max,
            "adaptive_speculation"_a = defaults.adaptive_speculation)
       .def("add_request", &add_request, "token_ids"_a, "sampling"_a, "priority"_a = 0, "token_mask"_a = nb::none())

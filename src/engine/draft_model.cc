@@ -47,7 +47,7 @@ DraftModel::DraftModel(const EngineOptions& options, const EngineSettings& setti
                             engine_weight_cache(options, settings, config_, options.draft_model))),
       weight_mover_(make_weight_mover(options, weights_)),
       decoder_(config_, weights_, pool),
-      cache_(config_, settings.kv_cache_dtype, settings.num_kv_blocks, false),
+      cache_(config_, settings.kv_cache_dtype, settings.block_size, settings.num_kv_blocks, false),
       types_(types_in_memory(settings.types, weights_)),
       cost_(config_, types_) {}
 
@@ -84,7 +84,7 @@ bool DraftModel::prepare(const DraftTask& task) {
   const auto same = std::ranges::mismatch(draft.token_ids, ids).in1 - draft.token_ids.begin();
   draft.token_ids.resize(std::min<size_t>(same, ids.size() - 1));  // the last one's logits are wanted
   const int64_t needed = task.sequence->num_tokens() + task.num_tokens - 1;
-  if (KvCache::blocks_for(needed) - draft.blocks.num_blocks() > cache_.num_free()) {
+  if (cache_.blocks_for(needed) - draft.blocks.num_blocks() > cache_.num_free()) {
     draft.token_ids.clear();
     draft.blocks.clear();
     return false;

@@ -12,10 +12,11 @@ namespace {
 TEST_F(TemporaryDirectoryTest, DraftModelGuessesAsIfItSawATextForTheFirstTime) {
   write_random_model(directory(), small_config());
   NativeThreadPool pool(1);
-  const EngineOptions options = {.num_kv_blocks = 12, .speculation = "draft", .draft_model = directory().string()};
+  const EngineOptions options = {
+      .block_size = 16, .num_kv_blocks = 12, .speculation = "draft", .draft_model = directory().string()};
   const EngineSettings settings = engine_settings(options, StoredModel(directory().string()));
   DraftModel model(options, settings, 61, pool);
-  KvCache cache(small_config(), DType::kF32, 12);
+  KvCache cache(small_config(), DType::kF32, 16, 12);
   const auto shared = std::make_shared<SharedRequest>();
   for (int32_t i = 0; i < 40; ++i) shared->request.prompt_token_ids.push_back((i * i + 3) % 61);
   shared->request.sampling.max_new_tokens = 50;
@@ -37,9 +38,10 @@ TEST_F(TemporaryDirectoryTest, DraftModelGuessesAsIfItSawATextForTheFirstTime) {
 TEST_F(TemporaryDirectoryTest, DraftModelGuessesNothingWithoutRoom) {
   write_random_model(directory(), small_config());
   NativeThreadPool pool(1);
-  const EngineOptions options = {.num_kv_blocks = 3, .speculation = "draft", .draft_model = directory().string()};
+  const EngineOptions options = {
+      .block_size = 16, .num_kv_blocks = 3, .speculation = "draft", .draft_model = directory().string()};
   DraftModel model(options, engine_settings(options, StoredModel(directory().string())), 61, pool);
-  KvCache cache(small_config(), DType::kF32, 6);
+  KvCache cache(small_config(), DType::kF32, 16, 6);
   const auto shared = std::make_shared<SharedRequest>();
   shared->request.prompt_token_ids.assign(30, 5);
   Sequence one(shared, 0, cache), two(shared, 1, cache);

@@ -47,7 +47,8 @@ class EngineImpl : public Engine {
         expert_cache_(make_expert_cache(options, weights_)),
         weight_mover_(make_weight_mover(options, weights_)),
         decoder_(config_, weights_, pool_, expert_cache_.get()),
-        cache_(config_, settings_.kv_cache_dtype, settings_.num_kv_blocks, settings_.enable_prefix_caching),
+        cache_(config_, settings_.kv_cache_dtype, settings_.block_size, settings_.num_kv_blocks,
+               settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits),
         speculator_(make_speculator(options)) {
     if (!weight_mover_ && !stay_mapped(options, weights_)) cache_.provide_memory();
@@ -227,7 +228,7 @@ class EngineImpl : public Engine {
     }
     const auto prompt = static_cast<int64_t>(request.prompt_token_ids.size());
     const int64_t most = prompt + std::min(sampling.max_new_tokens, settings_.max_model_len - prompt);
-    const int64_t needed = KvCache::blocks_for(most - 1);  // the last token is only chosen
+    const int64_t needed = cache_.blocks_for(most - 1);  // the last token is only chosen
     if (needed > cache_.num_blocks()) {
       throw InvalidArgument("prompt_token_ids: " + std::to_string(prompt) + " tokens and max_new_tokens (" +
                             std::to_string(sampling.max_new_tokens) + ") need " + std::to_string(needed) +
@@ -382,9 +383,9 @@ class EngineImpl : public Engine {
     check_tokens("token_ids", token_ids, settings_.max_model_len);
     move_weights();
     const auto num_tokens = static_cast<int64_t>(token_ids.size());
-    if (KvCache::blocks_for(num_tokens) > cache_.num_blocks()) {
+    if (cache_.blocks_for(num_tokens) > cache_.num_blocks()) {
       throw InvalidArgument("token_ids: " + std::to_string(num_tokens) + " tokens need " +
-                            std::to_string(KvCache::blocks_for(num_tokens)) + " blocks of the KV cache, which has " +
+                            std::to_string(cache_.blocks_for(num_tokens)) + " blocks of the KV cache, which has " +
                             std::to_string(cache_.num_blocks()));
     }
     BlockTable blocks(cache_);

@@ -96,9 +96,10 @@ TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(load({.max_num_seqs = 0}), "max_num_seqs: 0 is below 1");
   EXPECT_EQ(load({.max_num_batched_tokens = -5}), "max_num_batched_tokens: -5 is below 1");
   EXPECT_EQ(load({.kv_cache_dtype = "fp8"}), "kv_cache_dtype: 'fp8' is not one of auto, fp32, bf16, int8");
+  EXPECT_EQ(load({.block_size = 20}), "block_size: 20 is not a multiple of 16");
   EXPECT_EQ(load({.num_kv_blocks = -1}), "num_kv_blocks: -1 is negative");
   EXPECT_EQ(load({.load_format = "pt"}), "load_format: 'pt' is not one of auto, dummy");
-  EXPECT_EQ(load({.kv_cache_bytes = 1000}), "kv_cache_bytes: 1000 is less than a block (10240)");
+  EXPECT_EQ(load({.kv_cache_bytes = 1000}), "kv_cache_bytes: 1000 is less than a block (40960)");
   EXPECT_EQ(invalid_message([] { Engine::load("/nowhere"); }, ""), "/nowhere: no such file or directory");
 }
 
@@ -189,7 +190,7 @@ TEST_F(EngineTest, BatchedSequencesEqualSingleOnes) {
   NativeThreadPool pool(2);
   const ModelWeights weights = load_weights(stored.config(), stored.tensors(), WeightTypes{}, pool);
   Decoder decoder(stored.config(), weights, pool);
-  KvCache cache(stored.config(), DType::kF32, 16);
+  KvCache cache(stored.config(), DType::kF32, 16, 16);
   const std::vector<int32_t> a = tokens(37), b = tokens(19, 5);
   const auto alone = [&](const std::vector<int32_t>& ids) {
     BlockTable blocks(cache);

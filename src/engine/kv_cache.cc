@@ -9,13 +9,13 @@
 namespace coterie {
 namespace {
 
-int64_t key_bytes(const ModelConfig& config, DType dtype) {
-  return kv_block_bytes(dtype, KvCache::kBlockSize, config.cache_heads(), config.cache_key_dim());
+int64_t key_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {
+  return kv_block_bytes(dtype, block_size, config.cache_heads(), config.cache_key_dim());
 }
 
-int64_t value_bytes(const ModelConfig& config, DType dtype) {
+int64_t value_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {
   if (config.cache_value_dim() == 0) return 0;
-  return kv_block_bytes(dtype, KvCache::kBlockSize, config.cache_heads(), config.cache_value_dim());
+  return kv_block_bytes(dtype, block_size, config.cache_heads(), config.cache_value_dim());
 }
 
 int64_t dynamic_context(const RopeScaling& scaling) {
@@ -30,17 +30,19 @@ constexpr KvCache::Prefix kRootOfLength = KvCache::Prefix{1} << 63;  // publishe
 
 }  // namespace
 
-KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t max_blocks, bool keep_released)
+KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int64_t max_blocks, bool keep_released)
     : dtype_(dtype),
+      block_size_(block_size),
+      slab_blocks_(std::max<int64_t>(1, kSlabTokens / block_size)),
       num_layers_(config.num_layers()),
-      key_bytes_(key_bytes(config, dtype)),
-      value_bytes_(value_bytes(config, dtype)),
+      key_bytes_(key_bytes(config, dtype, block_size)),
+      value_bytes_(value_bytes(config, dtype, block_size)),
       dynamic_context_(dynamic_context(config.rope_scaling)),
       max_blocks_(max_blocks),
       keep_released_(keep_released) {}
 
-int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype) {
-  return config.num_layers() * (key_bytes(config, dtype) + value_bytes(config, dtype));
+int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {
+  return config.num_layers() * (key_bytes(config, dtype, block_size) + value_bytes(config, dtype, block_size));
 }
 
 KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
@@ -49,15 +51,15 @@ KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
 }
 
 void KvCache::provide_memory() {
-  const int64_t whole_slabs_left = (max_blocks_ - static_cast<int64_t>(blocks_.size())) / kSlabBlocks;
-  const auto affordable = static_cast<int64_t>(kProvidedBytes / slab_bytes(kSlabBlocks));
-  const int64_t count = std::min({blocks_for(kProvidedTokens) / kSlabBlocks, affordable, whole_slabs_left});
+  const int64_t whole_slabs_left = (max_blocks_ - static_cast<int64_t>(blocks_.size())) / slab_blocks_;
+  const auto affordable = static_cast<int64_t>(kProvidedBytes / slab_bytes(slab_blocks_));
+  const int64_t count = std::min({blocks_for(kProvidedTokens) / slab_blocks_, affordable, whole_slabs_left});
   std::vector<char*> pieces;  // in the order of use; one takes some milliseconds
   constexpr size_t kPiece = size_t{2} << 20;
   for (int64_t i = 0; i < count; ++i) {
     AlignedBuffer slab;
     try {
-      slab = AlignedBuffer(slab_bytes(kSlabBlocks));
+      slab = AlignedBuffer(slab_bytes(slab_blocks_));
     } catch (const ResourceExhausted&) {
       break;  // it is only needed later, or never
     }
@@ -94,10 +96,8 @@ void KvCache::release(int32_t block) {
   if (!keep_released_) forget(block);
 }
 
-std::optional<KvCache::CachedBlock> KvCache::find(Prefix before, std::span<const int32_t, kBlockSize> token_ids) {
-  Key key{before};
-  std::ranges::copy(token_ids, key.token_ids.begin());
-  const auto found = published_.find(key);
+std::optional<KvCache::CachedBlock> KvCache::find(Prefix before, std::span<const int32_t> token_ids) {
+  const auto found = published_.find({before, {token_ids.begin(), token_ids.end()}});
   if (found == published_.end()) return {};
   Block& b = blocks_[found->second];
   if (b.holders++ == 0) {
@@ -107,10 +107,10 @@ std::optional<KvCache::CachedBlock> KvCache::find(Prefix before, std::span<const
   return CachedBlock{found->second, b.prefix};
 }
 
-KvCache::Prefix KvCache::publish(Prefix before, std::span<const int32_t, kBlockSize> token_ids, int32_t block) {
+KvCache::Prefix KvCache::publish(Prefix before, std::span<const int32_t> token_ids, int32_t block) {
   Block& b = blocks_[block];
   b.key.before = before;
-  std::ranges::copy(token_ids, b.key.token_ids.begin());
+  b.key.token_ids.assign(token_ids.begin(), token_ids.end());
   const auto [entry, is_new] = published_.try_emplace(b.key, block);
   if (is_new) b.prefix = ++last_prefix_;
   return blocks_[entry->second].prefix;
@@ -127,7 +127,7 @@ void KvCache::forget(int32_t block) {
 
 void KvCache::add_slab() {
   const auto first = static_cast<int64_t>(blocks_.size());
-  const int64_t count = std::min(kSlabBlocks, max_blocks_ - first);
+  const int64_t count = std::min(slab_blocks_, max_blocks_ - first);
   if (provided_slabs_.empty()) {
     slabs_.emplace_back(slab_bytes(count));
   } else {
@@ -148,8 +148,8 @@ size_t KvCache::KeyHash::operator()(const Key& key) const {
 }
 
 void* KvCache::at(int32_t block, int64_t layer, int64_t offset) const {
-  const int64_t layers_before = (block % kSlabBlocks) * num_layers_ + layer;
-  const void* data = slabs_[block / kSlabBlocks].data();
+  const int64_t layers_before = (block % slab_blocks_) * num_layers_ + layer;
+  const void* data = slabs_[block / slab_blocks_].data();
   return static_cast<char*>(const_cast<void*>(data)) + layers_before * layer_bytes() + offset;
 }
 
@@ -157,7 +157,7 @@ BlockTable::BlockTable(KvCache& cache)
     : cache_(cache), keys_L_(cache.num_layers()), values_L_(cache.num_layers()), views_L_(cache.num_layers()) {}
 
 void BlockTable::reserve(int64_t num_tokens) {
-  while (num_blocks() < KvCache::blocks_for(num_tokens)) append(cache_.allocate());
+  while (num_blocks() < cache_.blocks_for(num_tokens)) append(cache_.allocate());
 }
 
 void BlockTable::append(int32_t block) {
@@ -166,13 +166,13 @@ void BlockTable::append(int32_t block) {
     keys_L_[layer].push_back(cache_.keys(block, layer));
     values_L_[layer].push_back(cache_.values(block, layer));
     views_L_[layer] = {keys_L_[layer].data(), cache_.has_values() ? values_L_[layer].data() : nullptr, cache_.dtype(),
-                       KvCache::kBlockSize};
+                       cache_.block_size()};
   }
 }
 
 // The last blocks first: of a chain whose memory is needed, the end is forgotten before the beginning.
 void BlockTable::trim(int64_t num_tokens) {
-  const int64_t kept = KvCache::blocks_for(num_tokens);
+  const int64_t kept = cache_.blocks_for(num_tokens);
   for (; num_blocks() > kept; blocks_.pop_back()) cache_.release(blocks_.back());
   for (auto* parts_L : {&keys_L_, &values_L_}) {
     for (std::vector<void*>& parts : *parts_L) parts.resize(blocks_.size());

@@ -1,5 +1,5 @@
 // The paged KV cache: one pool of blocks for all sequences, each sequence with a table of the blocks
-// that hold its tokens. A block holds kBlockSize tokens of every layer, keys and values; several tables may
+// that hold its tokens. A block holds block_size tokens of every layer, keys and values; several tables may
 // hold the same block.
 //
 // It is also the prefix cache: a full block may be published under its tokens and all that came before them. Blocks
@@ -7,7 +7,6 @@
 // One thread at a time. Legend: L layers, G KV heads, d head_dim.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <list>
 #include <optional>
@@ -25,8 +24,6 @@ namespace coterie {
 
 class KvCache {
  public:
-  static constexpr int64_t kBlockSize = 16;
-
   // Stands for the contents of a chain of full blocks from a sequence's start. Never given twice.
   using Prefix = uint64_t;
   static constexpr Prefix kEmptyPrefix = 0;
@@ -35,12 +32,12 @@ class KvCache {
     Prefix prefix = kEmptyPrefix;  // of the chain that ends with the block
   };
 
-  // Memory is taken as blocks are first used, in slabs of kSlabBlocks, up to max_blocks. Unless keep_released, blocks
+  // Memory is taken as blocks are first used, in slabs of kSlabTokens, up to max_blocks. Unless keep_released, blocks
   // that nobody holds are forgotten at once.
-  KvCache(const ModelConfig& config, DType dtype, int64_t max_blocks, bool keep_released = true);
+  KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int64_t max_blocks, bool keep_released = true);
 
-  static int64_t blocks_for(int64_t num_tokens) { return (num_tokens + kBlockSize - 1) / kBlockSize; }
-  static int64_t block_bytes(const ModelConfig& config, DType dtype);  // of all layers
+  // Of all layers.
+  static int64_t block_bytes(const ModelConfig& config, DType dtype, int64_t block_size);
 
   // Takes memory for the first 4096 tokens, at most 256 MiB, before they come, on a thread of its own. At most once.
   void provide_memory();
@@ -50,9 +47,9 @@ class KvCache {
 
   // The block that was published for these tokens behind `before`, with one holder more; none where nobody did, or
   // where it is forgotten.
-  std::optional<CachedBlock> find(Prefix before, std::span<const int32_t, kBlockSize> token_ids);
+  std::optional<CachedBlock> find(Prefix before, std::span<const int32_t> token_ids);
   // Makes a held, full block known. Another one with the same contents stays the known one.
-  Prefix publish(Prefix before, std::span<const int32_t, kBlockSize> token_ids, int32_t block);
+  Prefix publish(Prefix before, std::span<const int32_t> token_ids, int32_t block);
 
   // Where the chain of a sequence begins. Beyond the original context, keys of a model whose rotary positions are
   // stretched by the length of the prompt (RopeScalingKind::kDynamic) are of use to prompts of that length alone.
@@ -64,17 +61,19 @@ class KvCache {
   void* values(int32_t block, int64_t layer) const { return at(block, layer, key_bytes_); }
   bool has_values() const { return value_bytes_ > 0; }
 
+  int64_t block_size() const { return block_size_; }
+  int64_t blocks_for(int64_t num_tokens) const { return (num_tokens + block_size_ - 1) / block_size_; }
   int64_t num_layers() const { return num_layers_; }
   DType dtype() const { return dtype_; }
   int64_t num_blocks() const { return max_blocks_; }
   int64_t num_free() const { return max_blocks_ - num_held_; }
 
  private:
-  static constexpr int64_t kSlabBlocks = 32;
+  static constexpr int64_t kSlabTokens = 512;
 
   struct Key {
     Prefix before = kEmptyPrefix;
-    std::array<int32_t, kBlockSize> token_ids = {};
+    std::vector<int32_t> token_ids = {};
 
     bool operator==(const Key&) const = default;
   };
@@ -95,6 +94,7 @@ class KvCache {
   void forget(int32_t block);
 
   DType dtype_;
+  int64_t block_size_, slab_blocks_;
   int64_t num_layers_;
   int64_t key_bytes_, value_bytes_;  // of one layer of one block
   int64_t dynamic_context_;          // the original context under kDynamic, else 0

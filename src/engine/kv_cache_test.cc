@@ -11,10 +11,12 @@
 namespace coterie {
 namespace {
 
+constexpr int64_t kBlockSize = 16;
+
 TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
   const ModelConfig config = small_config();
-  const int64_t part_bytes = config.num_kv_heads * KvCache::kBlockSize * config.head_dim * 2;
-  KvCache cache(config, DType::kBF16, 70);  // more than two slabs
+  const int64_t part_bytes = config.num_kv_heads * kBlockSize * config.head_dim * 2;
+  KvCache cache(config, DType::kBF16, kBlockSize, 70);  // more than two slabs
   cache.provide_memory();
   std::vector<int32_t> blocks;
   for (int i = 0; i < 70; ++i) blocks.push_back(cache.allocate());
@@ -48,47 +50,47 @@ TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
 }
 
 TEST(KvCache, TableGivesBackItsEnd) {
-  KvCache cache(small_config(), DType::kF32, 4);
+  KvCache cache(small_config(), DType::kF32, kBlockSize, 4);
   BlockTable table(cache);
-  table.reserve(4 * KvCache::kBlockSize);
+  table.reserve(4 * kBlockSize);
   const int32_t second = table.block(1);
-  table.trim(KvCache::kBlockSize + 1);
+  table.trim(kBlockSize + 1);
   EXPECT_EQ(table.num_blocks(), 2);
   EXPECT_EQ(cache.num_free(), 2);
-  table.trim(3 * KvCache::kBlockSize);  // nothing to give
+  table.trim(3 * kBlockSize);  // nothing to give
   EXPECT_EQ(table.num_blocks(), 2);
-  table.reserve(3 * KvCache::kBlockSize);
+  table.reserve(3 * kBlockSize);
   EXPECT_EQ(table.block(1), second);
   EXPECT_EQ(table.layers()[1].k_blocks[2], cache.keys(table.block(2), 1));
 }
 
 TEST(KvCache, TableGrowsByBlocksAndGivesThemBack) {
   const ModelConfig config = small_config();
-  KvCache cache(config, DType::kF32, 4);
+  KvCache cache(config, DType::kF32, kBlockSize, 4);
   {
     BlockTable table(cache);
     table.reserve(1);
     EXPECT_EQ(table.num_blocks(), 1);
     void* first = table.layers()[2].k_blocks[0];
-    table.reserve(KvCache::kBlockSize);
+    table.reserve(kBlockSize);
     EXPECT_EQ(table.num_blocks(), 1);
-    table.reserve(KvCache::kBlockSize + 1);
+    table.reserve(kBlockSize + 1);
     EXPECT_EQ(table.num_blocks(), 2);
     EXPECT_EQ(table.layers()[2].k_blocks[0], first);  // what it holds stays where it is
     EXPECT_EQ(static_cast<int64_t>(table.layers().size()), config.num_layers());
-    EXPECT_THROW(table.reserve(5 * KvCache::kBlockSize), ResourceExhausted);
+    EXPECT_THROW(table.reserve(5 * kBlockSize), ResourceExhausted);
   }
   EXPECT_EQ(cache.num_free(), 4);
 }
 
-std::array<int32_t, KvCache::kBlockSize> block_tokens(int32_t from) {
-  std::array<int32_t, KvCache::kBlockSize> tokens;
-  for (int32_t i = 0; i < KvCache::kBlockSize; ++i) tokens[i] = from + i;
+std::vector<int32_t> block_tokens(int32_t from) {
+  std::vector<int32_t> tokens(kBlockSize);
+  for (int32_t i = 0; i < kBlockSize; ++i) tokens[i] = from + i;
   return tokens;
 }
 
 TEST(KvCache, PublishedBlocksAreFoundBehindTheirOwnPrefixOnly) {
-  KvCache cache(small_config(), DType::kF32, 4);
+  KvCache cache(small_config(), DType::kF32, kBlockSize, 4);
   const auto a = block_tokens(0), b = block_tokens(5);
   const int32_t first = cache.allocate(), second = cache.allocate();
   const KvCache::Prefix after_a = cache.publish(KvCache::kEmptyPrefix, a, first);
@@ -109,7 +111,7 @@ TEST(KvCache, PublishedBlocksAreFoundBehindTheirOwnPrefixOnly) {
 }
 
 TEST(KvCache, TheLeastRecentlyUsedBlockIsForgottenFirst) {
-  KvCache cache(small_config(), DType::kF32, 3);
+  KvCache cache(small_config(), DType::kF32, kBlockSize, 3);
   std::vector<int32_t> blocks;
   for (int32_t i = 0; i < 3; ++i) {
     blocks.push_back(cache.allocate());
@@ -126,7 +128,7 @@ TEST(KvCache, TheLeastRecentlyUsedBlockIsForgottenFirst) {
 }
 
 TEST(KvCache, ForgetsAtOnceWhenToldTo) {
-  KvCache cache(small_config(), DType::kF32, 2, false);
+  KvCache cache(small_config(), DType::kF32, kBlockSize, 2, false);
   const int32_t block = cache.allocate();
   cache.publish(KvCache::kEmptyPrefix, block_tokens(0), block);
   EXPECT_EQ(cache.find(KvCache::kEmptyPrefix, block_tokens(0))->block, block);  // while it is held

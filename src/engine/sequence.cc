@@ -25,14 +25,15 @@ bool Sequence::may_adopt_blocks() const { return !sampling().prompt_logprobs || 
 
 void Sequence::adopt_cached_blocks() {
   if (!may_adopt_blocks()) return;
-  while (num_computed_ + KvCache::kBlockSize < num_tokens()) {
-    const auto tokens = token_ids().subspan(num_computed_).first<KvCache::kBlockSize>();
+  const int64_t block_size = cache_.block_size();
+  while (num_computed_ + block_size < num_tokens()) {
+    const auto tokens = token_ids().subspan(num_computed_, block_size);
     const auto cached = cache_.find(prefix_, tokens);
     if (!cached) break;
     blocks_.append(cached->block);
     prefix_ = cached->prefix;
     ++num_published_;
-    num_computed_ += KvCache::kBlockSize;
+    num_computed_ += block_size;
   }
 }
 
@@ -41,7 +42,7 @@ bool Sequence::computes_blocks_of(const Sequence& other) const {
   if (num_pending() <= 1 || !comparable || !other.may_adopt_blocks()) return false;
   const auto ours = token_ids(), theirs = other.token_ids().first(other.num_tokens() - 1);
   const int64_t common = std::ranges::mismatch(ours, theirs).in1 - ours.begin();
-  return common / KvCache::kBlockSize > num_computed_ / KvCache::kBlockSize;
+  return common / cache_.block_size() > num_computed_ / cache_.block_size();
 }
 
 int64_t Sequence::num_left() const {
@@ -50,14 +51,15 @@ int64_t Sequence::num_left() const {
 }
 
 int64_t Sequence::num_missing_blocks(int64_t num_tokens) const {
-  return std::max<int64_t>(KvCache::blocks_for(num_computed_ + num_tokens) - blocks_.num_blocks(), 0);
+  return std::max<int64_t>(cache_.blocks_for(num_computed_ + num_tokens) - blocks_.num_blocks(), 0);
 }
 
 void Sequence::computed(int64_t num_tokens) {
   num_computed_ += num_tokens;
   blocks_.trim(num_computed_);
-  for (; (num_published_ + 1) * KvCache::kBlockSize <= num_computed_; ++num_published_) {
-    const auto tokens = token_ids().subspan(num_published_ * KvCache::kBlockSize).first<KvCache::kBlockSize>();
+  const int64_t block_size = cache_.block_size();
+  for (; (num_published_ + 1) * block_size <= num_computed_; ++num_published_) {
+    const auto tokens = token_ids().subspan(num_published_ * block_size, block_size);
     prefix_ = cache_.publish(prefix_, tokens, blocks_.block(num_published_));
   }
 }

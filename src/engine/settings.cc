@@ -28,6 +28,12 @@ int64_t at_least(const char* field, int64_t value, int64_t least) {
                         (least == 0 ? " is negative" : " is below " + std::to_string(least)));
 }
 
+int64_t block_size(int64_t wanted) {
+  constexpr int64_t kUnit = 16;  // of rows that attention reads together
+  if (wanted > 0 && wanted % kUnit == 0) return wanted;
+  throw InvalidArgument("block_size: " + std::to_string(wanted) + " is not a multiple of " + std::to_string(kUnit));
+}
+
 int64_t model_len(const ModelConfig& config, int64_t wanted) {
   const int64_t most = config.max_context();
   if (wanted < 0 || wanted > most) {
@@ -45,13 +51,13 @@ int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, 
   at_least("num_kv_blocks", options.num_kv_blocks, 0);
   at_least("kv_cache_bytes", options.kv_cache_bytes, 0);
   if (options.num_kv_blocks > 0) return options.num_kv_blocks;
-  const int64_t block_bytes = KvCache::block_bytes(config, settings.kv_cache_dtype);
+  const int64_t block_bytes = KvCache::block_bytes(config, settings.kv_cache_dtype, settings.block_size);
   if (options.kv_cache_bytes > 0) {
     if (options.kv_cache_bytes >= block_bytes) return options.kv_cache_bytes / block_bytes;
     throw InvalidArgument("kv_cache_bytes: " + std::to_string(options.kv_cache_bytes) + " is less than a block (" +
                           std::to_string(block_bytes) + ")");
   }
-  const int64_t of_one = KvCache::blocks_for(settings.max_model_len);
+  const int64_t of_one = (settings.max_model_len + settings.block_size - 1) / settings.block_size;
   return std::max(of_one, std::min(settings.limits.max_num_seqs * of_one, quarter_of_memory() / block_bytes));
 }
 
@@ -107,6 +113,7 @@ EngineSettings engine_settings(const EngineOptions& options, const StoredModel& 
   // Each running completion takes a token of a step at least.
   settings.limits.max_num_seqs =
       std::min(at_least("max_num_seqs", options.max_num_seqs, 1), options.max_num_batched_tokens);
+  settings.block_size = block_size(options.block_size);
   settings.num_kv_blocks = kv_blocks(options, settings, config);
   settings.enable_prefix_caching = options.enable_prefix_caching;
   settings.speculation = speculation_settings(options);

@@ -31,6 +31,7 @@ struct EngineSettings {
   DType kv_cache_dtype = DType::kF32;
   int threads = 1;
   int64_t max_model_len = 0;
+  int64_t block_size = 0;
   int64_t num_kv_blocks = 0;
   bool enable_prefix_caching = true;
   SchedulerLimits limits;

@@ -229,7 +229,7 @@ class SpeculatorTest : public ::testing::Test {
     return static_cast<int64_t>(proposal.size());
   }
 
-  KvCache cache_{small_config(), DType::kF32, 100};
+  KvCache cache_{small_config(), DType::kF32, 16, 100};
   Scheduler scheduler_{cache_, {8, 64}};
   std::shared_ptr<SharedRequest> shared_ = std::make_shared<SharedRequest>();
   Sequence* sequence_ = nullptr;

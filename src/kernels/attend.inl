@@ -151,12 +151,12 @@ struct QueryTile {
   const uint32_t* weights(int t) const { return reinterpret_cast<const uint32_t*>(scores(t)); }
   int64_t query_units() const { return step.d / kHeld; }
 
-  // Asks for kWidth rows of what comes next, from row j on. The first queries do.
+  // Asks for kWidth rows of what comes next, from row j on. The first queries do. Nobody reads them a second time soon.
   COTERIE_INLINE void ask_for(const void* const* groups, int64_t j, int64_t row_elements) const {
     if (!groups || !groups[j / kGroupRows] || first > 0) return;
     const auto row_bytes = row_elements * static_cast<int64_t>(sizeof(Element));
     const char* const rows = static_cast<const char*>(groups[j / kGroupRows]) + j % kGroupRows * row_bytes;
-    for (int64_t i = 0; i < kWidth * row_bytes; i += 64) __builtin_prefetch(rows + i);
+    for (int64_t i = 0; i < kWidth * row_bytes; i += 64) __builtin_prefetch(rows + i, /*rw=*/0, /*locality=*/0);
   }
 
   // scores[j] = scale * q . keys[j] (times what q and the key are multiplied with), -infinity where the query does not

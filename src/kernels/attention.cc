@@ -171,12 +171,34 @@ int64_t values_bytes(DType dtype, int64_t block_size, int64_t G, int64_t d) {
   return round_up(G * block_size * d * static_cast<int64_t>(dtype_size(dtype)), sizeof(float));
 }
 
-CacheRow cache_row(void* const* blocks, const PagedKv& kv, int64_t position, int64_t g, int64_t G, int64_t d) {
-  auto* const block = static_cast<char*>(blocks[position / kv.block_size]);
-  const int64_t row = g * kv.block_size + position % kv.block_size;
-  auto* const factors = reinterpret_cast<float*>(block + values_bytes(kv.dtype, kv.block_size, G, d));
-  return {block + row * d * static_cast<int64_t>(dtype_size(kv.dtype)), factors + row};
-}
+// Rows of head g, one position after the other.
+class CacheRows {
+ public:
+  CacheRows(const PagedKv& kv, void* const* blocks, int64_t position, int64_t g, int64_t G, int64_t d)
+      : block_(blocks + position / kv.block_size),
+        first_row_(g * kv.block_size),
+        block_size_(kv.block_size),
+        offset_(position % kv.block_size),
+        row_bytes_(d * static_cast<int64_t>(dtype_size(kv.dtype))),
+        values_bytes_(values_bytes(kv.dtype, kv.block_size, G, d)) {}
+
+  CacheRow get() const {
+    auto* const block = static_cast<char*>(*block_);
+    const int64_t row = first_row_ + offset_;
+    return {block + row * row_bytes_, reinterpret_cast<float*>(block + values_bytes_) + row};
+  }
+  // By no more than to where the next block begins.
+  void advance(int64_t count) {
+    offset_ += count;
+    if (offset_ < block_size_) return;
+    offset_ = 0;
+    ++block_;
+  }
+
+ private:
+  void* const* block_;
+  int64_t first_row_, block_size_, offset_, row_bytes_, values_bytes_;
+};
 
 void store_cache_row(const float* values, DType dtype, int64_t d, const CacheRow& row) {
   const KernelTable& kernels = active_kernels();
@@ -198,8 +220,9 @@ void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, 
               char* rows, float* factors) {
   const KernelTable& kernels = active_kernels();
   const int64_t padded = round_up(d, kPadding), row_bytes = padded * scratch_size(kv.dtype);
-  for (int64_t j = 0; j < n; ++j, rows += row_bytes) {
-    const CacheRow row = cache_row(blocks, kv, first + j, g, G, d);
+  CacheRows cache(kv, blocks, first, g, G, d);
+  for (int64_t j = 0; j < n; ++j, rows += row_bytes, cache.advance(1)) {
+    const CacheRow row = cache.get();
     if (kv.dtype == DType::kI8) {
       factors[j] = *row.factor;
       kernels.widen_row(reinterpret_cast<const int8_t*>(row.data), d, reinterpret_cast<int16_t*>(rows));
@@ -267,11 +290,12 @@ Run run_in_place(const Call& call, const Task& task, int64_t first, int64_t n) {
   const AttentionShape& shape = call.shape;
   const PagedKv& kv = task.tokens.chunk->kv;
   Run run{.value_stride = kv.v_blocks ? shape.v : shape.d};
-  for (int64_t j = 0; j < n; j += kGroupRows) {
-    const CacheRow key = cache_row(kv.k_blocks, kv, first + j, task.g, shape.G, shape.d);
-    const CacheRow value = kv.v_blocks ? cache_row(kv.v_blocks, kv, first + j, task.g, shape.G, shape.v) : key;
-    run.keys[j / kGroupRows] = key.data, run.key_factors[j / kGroupRows] = key.factor;
-    run.values[j / kGroupRows] = value.data, run.value_factors[j / kGroupRows] = value.factor;
+  CacheRows keys(kv, kv.k_blocks, first, task.g, shape.G, shape.d), values = keys;
+  if (kv.v_blocks) values = CacheRows(kv, kv.v_blocks, first, task.g, shape.G, shape.v);
+  for (int64_t i = 0; i * kGroupRows < n; ++i, keys.advance(kGroupRows), values.advance(kGroupRows)) {
+    const CacheRow key = keys.get(), value = values.get();
+    run.keys[i] = key.data, run.key_factors[i] = key.factor;
+    run.values[i] = value.data, run.value_factors[i] = value.factor;
   }
   return run;
 }
@@ -300,11 +324,9 @@ Run run_in_scratch(const Call& call, const Task& task, int64_t first, int64_t n,
   return run;
 }
 
-// Every query of the task against the n keys from position `first` on. What lies ahead is asked for meanwhile.
-void attend_run(const Call& call, const Task& task, int64_t first, int64_t n, const Scratch& scratch,
+// Every query of the task against the n keys of a run. What lies ahead is asked for meanwhile.
+void attend_run(const Call& call, const Task& task, const Run& run, int64_t first, int64_t n, const Scratch& scratch,
                 const Run& ahead) {
-  const Run run = can_read_in_place(call, task) ? run_in_place(call, task, first, n)
-                                                : run_in_scratch(call, task, first, n, scratch);
   const DType cache = task.tokens.chunk->kv.dtype;
   const bool has_factors = cache == DType::kI8;
   active_kernels().attend({.q = reinterpret_cast<const uint32_t*>(scratch.queries),
@@ -341,16 +363,42 @@ struct Part {
   Scratch scratch;
 };
 
-// What is read after part i's turn at a run; nothing where that is brought into scratch first.
-Run next_turn(const Call& call, std::span<const Part> parts, size_t i, int64_t run, int64_t end) {
-  const bool last = i + 1 == parts.size();
-  const Task& task = parts[last ? 0 : i + 1].task;
-  const int64_t first = last ? run + kRunKeys : run;
-  if (first >= end || !can_read_in_place(call, task)) return {};
-  return run_in_place(call, task, first, std::min(kRunKeys, end - first));
-}
-
 // The tasks take turns at each run.
+class Turns {
+ public:
+  Turns(const Call& call, std::span<const Part> parts) : call_(call), parts_(parts) {
+    const TokenBlock& tokens = parts.front().task.tokens;
+    end_ = tokens.position() + tokens.count;
+    first_ = first_visible(call.shape, tokens.position()) / kRunKeys * kRunKeys;
+  }
+
+  void take() {
+    Run run = in_place();
+    while (first_ < end_) {
+      const Part& part = parts_[part_];
+      const int64_t first = first_, n = keys();
+      if (!run.keys[0]) run = run_in_scratch(call_, part.task, first, n, part.scratch);
+      if (++part_ == parts_.size()) part_ = 0, first_ += kRunKeys;
+      const Run next = in_place();
+      attend_run(call_, part.task, run, first, n, part.scratch, next);
+      run = next;
+    }
+  }
+
+ private:
+  int64_t keys() const { return std::min(kRunKeys, end_ - first_); }
+  // What is read in this turn; nothing where that is brought into scratch first.
+  Run in_place() const {
+    const Task& task = parts_[part_].task;
+    return first_ < end_ && can_read_in_place(call_, task) ? run_in_place(call_, task, first_, keys()) : Run{};
+  }
+
+  const Call& call_;
+  std::span<const Part> parts_;
+  int64_t first_ = 0, end_ = 0;
+  size_t part_ = 0;
+};
+
 void attend_walk(const Call& call, std::span<const TokenBlock> blocks, const Walk& walk, Scratch scratch) {
   static thread_local std::vector<Part> parts;
   parts.clear();
@@ -360,21 +408,14 @@ void attend_walk(const Call& call, std::span<const TokenBlock> blocks, const Wal
     parts.push_back({task, scratch});
     scratch = scratch.behind(call, task.tokens.chunk->kv.dtype, task.queries());
   }
-  const TokenBlock& tokens = parts.front().task.tokens;
-  const int64_t first = tokens.position(), end = first + tokens.count;
-  for (int64_t run = first_visible(call.shape, first) / kRunKeys * kRunKeys; run < end; run += kRunKeys) {
-    const int64_t n = std::min(kRunKeys, end - run);
-    for (size_t i = 0; i < parts.size(); ++i) {
-      attend_run(call, parts[i].task, run, n, parts[i].scratch, next_turn(call, parts, i, run, end));
-    }
-  }
+  Turns(call, parts).take();
   for (const Part& part : parts) store_outs(call, part.task, part.scratch);
 }
 
 // A token's row of keys, or of values.
 void append_row(const PagedKv& kv, void* const* blocks, int64_t position, const float* row_Gd, int64_t G, int64_t d) {
   for (int64_t g = 0; g < G; ++g) {
-    store_cache_row(row_Gd + g * d, kv.dtype, d, cache_row(blocks, kv, position, g, G, d));
+    store_cache_row(row_Gd + g * d, kv.dtype, d, CacheRows(kv, blocks, position, g, G, d).get());
   }
 }
 
