@@ -19,6 +19,7 @@ PROMPTS = [
     "Once upon a time, in a village by the sea, there lived",
     "def fibonacci(n):",
     "Emoji: 😀🎉 and",
+    "red, green, blue, red, green, blue, red, green,",
 ]
 PARAMS = [
     SamplingParams(max_tokens=20),
@@ -26,6 +27,7 @@ PARAMS = [
     SamplingParams(max_tokens=25, temperature=1.0, seed=4, n=2),
     SamplingParams(max_tokens=16, stop=["\n"], include_stop_str_in_output=True, repetition_penalty=1.1),
     SamplingParams(max_tokens=24, temperature=1.5, seed=3),
+    SamplingParams(max_tokens=12),
 ]
 
 
