@@ -35,7 +35,7 @@ WORTH_REPEATING = 0.85  # of a peer's best variant; slower ones run a test in th
 MEMORY_SHARE = 0.85  # of what is available, for the systems of a group
 # Bits of a weight in memory, scales included; of int4 with a head in int8. Of the types of GGUF: the file's size over
 # the number of its weights.
-WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.25, "int4": 5.5}
+WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.25, "int4": 5.1}
 GGUF_TYPES = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_m")}
 EQUAL_BITS = {"q8_0": "int8", "q4_0": "int4"}
 # Bits of a number in the KV cache. Ours has 8 beside weights in few bits, of llama.cpp's the better one counts.
@@ -215,7 +215,7 @@ def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settin
 
 
 def _llama_cpp(model: Model, dtype: str, settings: Settings) -> list[Contestant]:
-    """Each type of GGUF with its weights repacked for this processor and as they are, and with as few bits in the KV cache
+    """Each type of GGUF with its weights repacked for this processor and as they are, and with as few bits in its cache
     as ours has."""
     found = []
     for kind in GGUF_TYPES.get(dtype, ()):

@@ -17,7 +17,7 @@ constexpr int kMeasurements = 3;  // the fastest counts
 double bytes_per_element(PanelType type) {
   if (!is_quantized(type)) return type == PanelType::kF32 ? 4 : 2;
   const QuantizedFormat format = quantized_format(type);
-  return format.bits / 8.0 + (format.stored_minimum ? 4.0 : 2.0) / static_cast<double>(format.group);
+  return format.bits / 8.0 + 2.0 / static_cast<double>(format.group);
 }
 
 // Of a tensor that every step reads whole.

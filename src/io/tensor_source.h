@@ -39,12 +39,13 @@ struct StoredTensor {
   }
 };
 
-// A matrix in few bits, as it is stored: row by row in each of three parts, a row of every part being whole bytes. All
+// A matrix in few bits, as it is stored: row by row in each of its parts, a row of every part being whole bytes. All
 // dimensions but the innermost count as rows. What the bytes mean, StoredTensor::dtype says: "MXFP4" (io/mxfp4.h), or
 // a type of ours (model/quantized_source.h).
 struct CodedTensor {
   int64_t rows = 0, cols = 0;
-  std::vector<uint8_t> codes, scales, minimums;  // minimums: empty where the type has none
+  std::vector<uint8_t> codes, scales;
+  std::vector<uint8_t> minimums, row_factors;  // empty where the type has none
 };
 
 class TensorSource {

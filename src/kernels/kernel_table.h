@@ -184,6 +184,16 @@ inline Ahead ahead_in_panel(const uint32_t* b, int64_t columns, int rows) {
   return {b + (rows <= kFewRows ? 16 : 64) * columns, columns};
 }
 
+// Where a row of weights goes, as in QuantizedView: scales, or the others.
+struct QuantizedRow {
+  uint32_t* codes = nullptr;
+  BFloat16* scales = nullptr;
+  uint8_t* scale_codes = nullptr;
+  int8_t* minimum_codes = nullptr;
+  float* factor = nullptr;
+  float* workspace = nullptr;  // [2 * groups]
+};
+
 struct KernelTable {
   std::string_view name;
   int width;                    // floats in a vector
@@ -199,8 +209,7 @@ struct KernelTable {
   void (*pack_b)(const PackSource& source, PanelType type, int64_t N, bool gated, int64_t first, int64_t last,
                  uint32_t* memory);
   // A row of weights to a quantized type, see quantized.h.
-  void (*quantize_weights_row)(const void* row, DType dtype, int64_t K, PanelType type, uint32_t* codes,
-                               BFloat16* scales, BFloat16* minimums);
+  void (*quantize_weights_row)(const void* row, DType dtype, int64_t K, PanelType type, const QuantizedRow& out);
   // Panels [first, last) of a quantized B.
   void (*pack_quantized_b)(const QuantizedView& b, int64_t N, bool gated, int64_t first, int64_t last,
                            uint32_t* memory);

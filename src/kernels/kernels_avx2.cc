@@ -1,7 +1,6 @@
 // The table for CPUs with AVX2 and FMA (Haswell, Zen and later).
 #include <immintrin.h>
 
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -24,6 +23,13 @@ constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4, kPanelRowsQuantized = 4;
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 COTERIE_INLINE VF root(VF a) { return _mm256_sqrt_ps(a); }
+// kWidth bytes as integers.
+COTERIE_INLINE VI load_bytes(const uint8_t* p) {
+  return reinterpret_cast<VI>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+COTERIE_INLINE VI load_bytes(const int8_t* p) {
+  return reinterpret_cast<VI>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 // 2 kWidth bytes as signed halves.
 COTERIE_INLINE VU load_byte_pairs(const int8_t* p) {
   return reinterpret_cast<VU>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -1,7 +1,6 @@
 // The table for CPUs with AVX-512 and its bf16 dot product (Zen 4, Cooper Lake, Sapphire Rapids and later).
 #include <immintrin.h>
 
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -57,6 +56,15 @@ COTERIE_INLINE VU interleave_halves(const void* p, const void* q) {
   const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   const __m512i high = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(q)));
   return reinterpret_cast<VU>(_mm512_permutex2var_epi16(low, reinterpret_cast<__m512i>(kPairs), high));
+}
+// kWidth bytes as integers.
+COTERIE_INLINE VI load_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<VI>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+}
+COTERIE_INLINE VI load_bytes(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<VI>(_mm512_maskz_cvtepi8_epi32(0xffff, bytes));
 }
 // 2 kWidth bytes as signed halves.
 COTERIE_INLINE VU load_byte_pairs(const int8_t* p) {

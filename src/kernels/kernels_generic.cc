@@ -1,7 +1,6 @@
 // The table for any x86-64 CPU: SSE2, which the baseline ABI promises. Also the model of a new port.
 #include <emmintrin.h>
 
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -24,6 +23,9 @@ COTERIE_INLINE VF root(VF a) {
   for (int lane = 0; lane < kWidth; ++lane) a[lane] = std::sqrt(a[lane]);
   return a;
 }
+// kWidth bytes as integers.
+COTERIE_INLINE VI load_bytes(const uint8_t* p) { return VI{p[0], p[1], p[2], p[3]}; }
+COTERIE_INLINE VI load_bytes(const int8_t* p) { return VI{p[0], p[1], p[2], p[3]}; }
 // 2 kWidth bytes as signed halves.
 COTERIE_INLINE VU load_byte_pairs(const int8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

@@ -71,40 +71,51 @@ struct GroupSums {
       store(tile + (2 * row + v) * kWidth, sum);
     }
   }
-  COTERIE_INLINE void finish() const {
-    if constexpr (!kInRegisters) return;
-    for (int i = 0; i < (kInRegisters ? kRows : 0); ++i) {
-      store(tile + 2 * i * kWidth, registers[i][0]);
-      store(tile + (2 * i + 1) * kWidth, registers[i][1]);
+  // Times the columns' factors where there are any.
+  COTERIE_INLINE void finish(const float* factors) const {
+    if (kInRegisters || factors) {
+#pragma GCC unroll 32
+      for (int i = 0; i < 2 * kRows; ++i) {
+        const VF sum = get(i / 2, i % 2);
+        store(tile + i * kWidth, factors ? sum * load(factors + i % 2 * kWidth) : sum);
+      }
     }
   }
 };
 
-COTERIE_INLINE VF load_scales(const uint16_t* p) { return reinterpret_cast<VF>(load_halves(p) << 16); }
+// Scales of vector v of a group, and minimums where they are stored.
+template <bool kBytes>
+COTERIE_INLINE VF load_scales(const uint32_t* group, int v) {
+  if constexpr (kBytes) return to_floats(load_bytes(reinterpret_cast<const uint8_t*>(group) + v * kWidth));
+  return reinterpret_cast<VF>(load_halves(reinterpret_cast<const uint16_t*>(group) + v * kWidth) << 16);
+}
+COTERIE_INLINE VF load_minimums(const uint32_t* group, int v) {
+  return to_floats(load_bytes(reinterpret_cast<const int8_t*>(group) + (2 + v) * kWidth));
+}
 
 // Of the rows of a panel of A and one group, where they lie.
 struct GroupFactors {
   const uint32_t* words;
 
   COTERIE_INLINE uint32_t sum(int row) const { return words[2 * row + 1]; }
-  COTERIE_INLINE float scale(int row) const { return std::bit_cast<float>(words[2 * row]); }
+  COTERIE_INLINE float scale(int row) const { return __builtin_bit_cast(float, words[2 * row]); }
 };
 static_assert(sizeof(Factors) == 2 * sizeof(uint32_t) && offsetof(Factors, sum) == sizeof(uint32_t));
 
 // sums += scales of A and B * dots, and minimums * scales and sums of A.
 template <PanelType kType, int kRows, int kLines>
-COTERIE_INLINE void add_group(const GroupFactors& factors, const uint16_t* scales, const VI (&dots)[kLines][2],
+COTERIE_INLINE void add_group(const GroupFactors& factors, const uint32_t* scales, const VI (&dots)[kLines][2],
                               GroupSums<kRows, kLines>& sums) {
   constexpr bool kMinimum = quantized_format(kType).stored_minimum;
   // The second part of the code is the lower one.
   const auto dot = [&](int i, int v) {
     return kLines == kRows ? dots[i][v] : (dots[i][v] << 8) + dots[kLines - kRows + i][v];
   };
-  const VF scale[2] = {load_scales(scales), load_scales(scales + kWidth)};
+  const VF scale[2] = {load_scales<kMinimum>(scales, 0), load_scales<kMinimum>(scales, 1)};
   VF minimum[2] = {};
   if constexpr (kMinimum) {
-    minimum[0] = load_scales(scales + 2 * kWidth);
-    minimum[1] = load_scales(scales + 3 * kWidth);
+    minimum[0] = load_minimums(scales, 0);
+    minimum[1] = load_minimums(scales, 1);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -112,7 +123,7 @@ COTERIE_INLINE void add_group(const GroupFactors& factors, const uint16_t* scale
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       VF sum = fma(to_floats(dot(i, v)), scale[v] * scale_a, sums.get(i, v));
-      if constexpr (kMinimum) sum = fma(minimum[v], broadcast(std::bit_cast<float>(factors.sum(i))), sum);
+      if constexpr (kMinimum) sum = fma(minimum[v], broadcast(__builtin_bit_cast(float, factors.sum(i))), sum);
       sums.set(i, v, sum);
     }
   }
@@ -147,11 +158,11 @@ void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, float* 
         b += (end - u) * kUnitOfB;
       }
     }
-    add_group<kType>(factors, reinterpret_cast<const uint16_t*>(b), dots, sums);
-    b += (kFormat.stored_minimum ? 2 : 1) * kWidth;
+    add_group<kType>(factors, b, dots, sums);
+    b += kWidth;
     factors.words += 2 * kRows;
   }
-  sums.finish();
+  sums.finish(kFormat.stored_minimum ? reinterpret_cast<const float*>(b) : nullptr);
 }
 
 template <PanelType kType, int... kIndex>

@@ -14,7 +14,7 @@ COTERIE_INLINE Factors round_activations(const void* row, DType dtype, const Qua
   f.scale = zeros ? 0.0f : most / largest;
   const int32_t sum = kParts == 2 ? round_group_wide(values, kGroup, inverse, codes[0], codes[1])
                                   : round_group(values, kGroup, inverse, 0, codes[0]);
-  f.sum = format.stored_minimum ? std::bit_cast<uint32_t>(f.scale * static_cast<float>(sum))
+  f.sum = format.stored_minimum ? __builtin_bit_cast(uint32_t, f.scale * static_cast<float>(kMinimumUnit * sum))
                                 : static_cast<uint32_t>(-format.offset * sum);
   return f;
 }
@@ -78,26 +78,39 @@ COTERIE_INLINE void turn_codes(const QuantizedView& b, int64_t row, int64_t coun
   }
 }
 
-COTERIE_INLINE void copy_column(const BFloat16* of_rows, int64_t groups, int64_t row, int64_t count, int64_t g,
-                                uint16_t* out) {
-  for (int64_t i = 0; i < kWidth; ++i) out[i] = i < count ? of_rows[(row + i) * groups + g].bits : 0;
+template <typename T>
+COTERIE_INLINE void copy_column(const T* of_rows, int64_t groups, int64_t row, int64_t count, int64_t g, T* out) {
+  for (int64_t i = 0; i < kWidth; ++i) out[i] = i < count ? of_rows[(row + i) * groups + g] : T{};
+}
+
+// The codes of a group of kWidth rows with what belongs to it, for one half of a panel.
+COTERIE_INLINE void pack_group(const QuantizedView& b, int64_t row, int64_t count, int64_t g, int64_t first_word,
+                               int64_t words, int64_t half, uint32_t* group) {
+  turn_codes(b, row, count, first_word, words, group + half * kWidth);
+  uint32_t* const scales = group + words * 2 * kWidth;
+  if (!b.row_factors) {
+    return copy_column(b.scales, b.groups(), row, count, g, reinterpret_cast<BFloat16*>(scales) + half * kWidth);
+  }
+  auto* const bytes = reinterpret_cast<uint8_t*>(scales) + half * kWidth;
+  copy_column(b.scale_codes, b.groups(), row, count, g, bytes);
+  copy_column(b.minimum_codes, b.groups(), row, count, g, reinterpret_cast<int8_t*>(bytes) + 2 * kWidth);
 }
 
 void pack_quantized_b(const QuantizedView& b, int64_t N, bool gated, int64_t first, int64_t last, uint32_t* memory) {
   const QuantizedFormat format = quantized_format(b.type);
   const int64_t words = b.row_words(), group_words = format.group_units() * format.bits / 8;
-  for (int64_t p = first; p < last; ++p) {
-    for (int64_t w = 0, g = 0; w < words; w += group_words, ++g) {
-      const int64_t n = words - w < group_words ? words - w : group_words;
-      auto* const scales = reinterpret_cast<uint16_t*>(memory + n * 2 * kWidth);
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t column = gated ? p * kWidth : (2 * p + half) * kWidth, row = gated ? half * N + column : column;
-        turn_codes(b, row, N - column, w, n, memory + half * kWidth);
-        copy_column(b.scales, b.groups(), row, N - column, g, scales + half * kWidth);
-        if (!format.stored_minimum) continue;
-        copy_column(b.minimums, b.groups(), row, N - column, g, scales + (2 + half) * kWidth);
+  const int64_t panel_units = b_panel_units(b.type, b.cols, 2 * kWidth);
+  for (int64_t p = first; p < last; ++p, memory += panel_units) {
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t column = gated ? p * kWidth : (2 * p + half) * kWidth, row = gated ? half * N + column : column;
+      uint32_t* group = memory;
+      for (int64_t w = 0, g = 0; w < words; w += group_words, ++g) {
+        const int64_t n = words - w < group_words ? words - w : group_words;
+        pack_group(b, row, N - column, g, w, n, half, group);
+        group += n * 2 * kWidth + kWidth;
       }
-      memory += n * 2 * kWidth + (format.stored_minimum ? 2 : 1) * kWidth;
+      auto* const factors = reinterpret_cast<float*>(group) + half * kWidth;
+      if (b.row_factors) copy_column(b.row_factors, 1, row, N - column, 0, factors);
     }
   }
 }

@@ -6,13 +6,15 @@
 // vector at least.
 //
 // Quantized types. K is cut into groups (the last may be shorter). Of B, an element is scale * code + minimum with
-// unsigned codes, and a scale per group and column, in bf16; the minimum is -offset * scale, or stored in bf16 too. Of
-// A, an element is scale * code with codes in [-127, 127] and a scale in fp32 per group and row: what is in A is
-// rounded anew in every product. (Of codes of 16 bits, 256 h + l, a panel has the rows of h first, then those of l:
-// twice as many.) Codes are multiplied and summed up in integers, exactly; groups are summed up in fp32, in order. A
-// panel of A is followed by [groups][m] of Factors. A panel of B is group by group: the codes, [units][2 * width], or
-// [pairs of units][2 * width] where the codes of 4 bits of two units share their bytes (the first has the low halves),
-// then the scales and, where stored, the minimums, [2 * width] each.
+// unsigned codes, and a scale per group and column. The minimum is -offset * scale, with scales in bf16; or it is
+// stored, and then scale and minimum are multiples of a factor of the column, s and kMinimumUnit * m times it, with s
+// of 8 bits unsigned and m of 8 bits signed. Of A, an element is scale * code with codes in [-127, 127] and a scale in
+// fp32 per group and row: what is in A is rounded anew in every product. (Of codes of 16 bits, 256 h + l, a panel has
+// the rows of h first, then those of l: twice as many.) Codes are multiplied and summed up in integers, exactly; groups
+// are summed up in fp32, in order. A panel of A is followed by [groups][m] of Factors. A panel of B is group by group:
+// the codes, [units][2 * width], or [pairs of units][2 * width] where the codes of 4 bits of two units share their
+// bytes (the first has the low halves), then the scales, [2 * width], of 16 bits, or of 8 with as many minimums behind
+// them; last the columns' factors in fp32 where there are any.
 #pragma once
 
 #include <cstdint>
@@ -29,16 +31,16 @@ constexpr int index_of(PanelType type) { return static_cast<int>(type); }
 constexpr PanelType panel_type(DType dtype) { return dtype == DType::kBF16 ? PanelType::kBF16 : PanelType::kF32; }
 
 struct QuantizedFormat {
-  int64_t group = 0;  // elements along K
-  int bits = 0;       // of a code of B
-  int offset = 0;     // the minimum is -offset * scale
-  bool stored_minimum = false;
-  int parts = 1;  // bytes of a code of A
+  int64_t group = 0;            // elements along K
+  int bits = 0;                 // of a code of B
+  int offset = 0;               // the minimum is -offset * scale
+  bool stored_minimum = false;  // with scales of 8 bits
+  int parts = 1;                // bytes of a code of A
 
   constexpr int64_t group_units() const { return group / 4; }
 };
 // kInt8: symmetric. kInt8A16: the same with codes of 16 bits for A, in [-32512, 32512], for products of few rows whose
-// result is sensitive: the head's. kInt4: 5 bits an element with all that belongs to it; kInt4Group64: 4.5. kMxfp4:
+// result is sensitive: the head's. kInt4: 4.5 bits an element with all that belongs to it; kInt4Group64: 4.25. kMxfp4:
 // E2M1 numbers with a power of two per 32, the format of the Open Compute Project (Microscaling Formats 1.0); a code
 // stands for mxfp4_doubled(code), which is 12 + twice the number, and the scale is half the file's.
 constexpr QuantizedFormat quantized_format(PanelType type) {
@@ -57,6 +59,7 @@ constexpr QuantizedFormat quantized_format(PanelType type) {
       return {};
   }
 }
+constexpr int kMinimumUnit = 16;
 constexpr int mxfp4_doubled(int code) {
   constexpr int kMagnitude[8] = {0, 1, 2, 3, 4, 6, 8, 12};
   return 12 + (code & 8 ? -1 : 1) * kMagnitude[code & 7];
@@ -66,7 +69,7 @@ constexpr int mxfp4_doubled(int code) {
 struct Factors {
   float scale = 0.0f;
   // What the minimums of B add: the sum of the codes, as an integer times -offset, or where minimums are stored as a
-  // float times scale.
+  // float times scale and kMinimumUnit.
   uint32_t sum = 0;
 };
 
@@ -96,8 +99,8 @@ constexpr int64_t a_row_units(PanelType type, int64_t K) {
 constexpr int64_t b_panel_units(PanelType type, int64_t K, int64_t columns) {
   if (!is_quantized(type)) return whole_chunks(units_of(type, K)) * columns;
   const QuantizedFormat format = quantized_format(type);
-  const int64_t half_units = format.stored_minimum ? 2 : 1;  // of scales and minimums, in units of 16 bits
-  return (units_of(type, K) * format.bits / 8 * columns) + groups_of(type, K) * half_units * columns / 2;
+  const int64_t factors = format.stored_minimum ? columns : 0;
+  return (units_of(type, K) * format.bits / 8 * columns) + groups_of(type, K) * columns / 2 + factors;
 }
 
 // How the M rows of A are spread over P panels: evenly, 13 rows are 7 + 6 rather than 12 + 1. The panels of

@@ -56,7 +56,6 @@ struct LinearCodes {
     return to_floats(nearest(limited < 15.0f ? limited : broadcast(15.0f)));
   }
   COTERIE_INLINE float inverse() const { return scale > kLeastMaximum ? 1.0f / scale : 0.0f; }
-  COTERIE_INLINE LinearCodes rounded() const { return {to_float(to_bfloat16(scale)), to_float(to_bfloat16(minimum))}; }
 };
 
 // The sum of the squared errors of n values, a multiple of kWidth. `mask` is 1 where a value is real.
@@ -106,7 +105,7 @@ COTERIE_INLINE LinearCodes best_codes(const float* values, const float* mask, in
   for (const float inwards : kInwards) {
     const float range = high - low;
     const LinearCodes start = {range * (1.0f - inwards) / 15.0f, low + range * inwards / 2.0f};
-    for (const LinearCodes& candidate : {start.rounded(), fitted(values, mask, group, n, start).rounded()}) {
+    for (const LinearCodes& candidate : {start, fitted(values, mask, group, n, start)}) {
       const float error = squared_error(values, mask, group, candidate);
       if (!(error < least)) continue;
       least = error;
@@ -128,36 +127,94 @@ void quantize_group_int8(const float* values, int64_t group, float most, int8_t*
   round_group(values, group, inverse, 128, codes);
 }
 
-void quantize_group_int4(const float* values, int64_t group, int64_t n, int8_t* codes, BFloat16* scale,
-                         BFloat16* minimum) {
-  alignas(64) float mask[kMostGroup];
+// 1 where a value is real.
+COTERIE_INLINE void mark_real(int64_t n, int64_t group, float* mask) {
   for (int64_t i = 0; i < group; ++i) mask[i] = i < n ? 1.0f : 0.0f;
-  const LinearCodes best = best_codes(values, mask, group, n);
-  *scale = to_bfloat16(best.scale);
-  *minimum = to_bfloat16(best.minimum);
+}
+
+struct ScaleCodes {
+  uint8_t scale = 0;
+  int8_t minimum = 0;
+
+  COTERIE_INLINE LinearCodes times(float factor) const {
+    return {factor * static_cast<float>(scale), factor * static_cast<float>(kMinimumUnit * minimum)};
+  }
+};
+
+// The best of those next to `wanted`, up or down.
+COTERIE_INLINE ScaleCodes nearest_codes(const float* values, const float* mask, int64_t group,
+                                        const LinearCodes& wanted, float factor) {
+  ScaleCodes best;
+  if (factor <= 0.0f) return best;
+  float least = std::numeric_limits<float>::infinity();
+  const float scale = wanted.scale / factor, minimum = wanted.minimum / (factor * kMinimumUnit);
+  for (int up = 0; up < 4; ++up) {
+    const float s = __builtin_floorf(scale) + static_cast<float>(up & 1),
+                m = __builtin_floorf(minimum) + static_cast<float>(up >> 1);
+    if (s > 255.0f || m > 127.0f) continue;
+    const ScaleCodes codes = {static_cast<uint8_t>(s), static_cast<int8_t>(m)};
+    const float error = squared_error(values, mask, group, codes.times(factor));
+    if (!(error < least)) continue;
+    least = error;
+    best = codes;
+  }
+  return best;
+}
+
+void write_codes_int4(const float* values, int64_t group, const LinearCodes& line, int8_t* codes) {
   alignas(64) int8_t bytes[kMostGroup];
   for (int64_t i = 0; i < group; i += kWidth) {
-    store_bytes(bytes + i, nearest(best.code(load(values + i), best.inverse())));
+    store_bytes(bytes + i, nearest(line.code(load(values + i), line.inverse())));
   }
   for (int64_t k = 0; k < group; k += 8) {
     for (int64_t j = 0; j < 4; ++j) codes[k / 2 + j] = static_cast<int8_t>(bytes[k + j] | bytes[k + 4 + j] << 4);
   }
 }
 
-void quantize_weights_row(const void* row, DType dtype, int64_t K, PanelType type, uint32_t* codes, BFloat16* scales,
-                          BFloat16* minimums) {
-  const QuantizedFormat format = quantized_format(type);
+// First what each group wants; then, in units that hold the largest of it, what it gets.
+void quantize_row_int4(const void* row, DType dtype, int64_t K, PanelType type, const QuantizedRow& out) {
+  const int64_t group = quantized_format(type).group;
+  alignas(64) float values[kMostGroup], mask[kMostGroup];
+  alignas(64) int8_t bytes[kMostGroup];
+  float factor = 0.0f;
+  for (int64_t k = 0, g = 0; k < K; k += group, ++g) {
+    const int64_t n = K - k < group ? K - k : group;
+    load_group(row, dtype, k, n, group, values);
+    mark_real(n, group, mask);
+    const LinearCodes wanted = best_codes(values, mask, group, n);
+    out.workspace[2 * g] = wanted.scale;
+    out.workspace[2 * g + 1] = wanted.minimum;
+    const float of_scale = wanted.scale / 255.0f, of_minimum = __builtin_fabsf(wanted.minimum) / (127 * kMinimumUnit);
+    factor = factor > of_scale ? factor : of_scale;
+    factor = factor > of_minimum ? factor : of_minimum;
+  }
+  *out.factor = factor < kLeastMaximum ? 0.0f : factor;
+  for (int64_t k = 0, g = 0; k < K; k += group, ++g) {
+    const int64_t n = K - k < group ? K - k : group;
+    load_group(row, dtype, k, n, group, values);
+    mark_real(n, group, mask);
+    const LinearCodes wanted = {out.workspace[2 * g], out.workspace[2 * g + 1]};
+    const ScaleCodes codes = nearest_codes(values, mask, group, wanted, *out.factor);
+    out.scale_codes[g] = codes.scale;
+    out.minimum_codes[g] = codes.minimum;
+    write_codes_int4(values, group, codes.times(*out.factor), bytes);
+    __builtin_memcpy(reinterpret_cast<char*>(out.codes) + k / 2, bytes, static_cast<size_t>(units_of(type, n) * 2));
+  }
+}
+
+void quantize_row_int8(const void* row, DType dtype, int64_t K, PanelType type, const QuantizedRow& out) {
+  const int64_t group = quantized_format(type).group;
   alignas(64) float values[kMostGroup];
   alignas(64) int8_t bytes[kMostGroup];
-  for (int64_t k = 0, g = 0; k < K; k += format.group, ++g) {
-    const int64_t n = K - k < format.group ? K - k : format.group;
-    const float most = load_group(row, dtype, k, n, format.group, values);
-    if (format.stored_minimum) {
-      quantize_group_int4(values, format.group, n, bytes, scales + g, minimums + g);
-    } else {
-      quantize_group_int8(values, format.group, most, bytes, scales + g);
-    }
-    __builtin_memcpy(reinterpret_cast<char*>(codes) + k * format.bits / 8, bytes,
-                     static_cast<size_t>(units_of(type, n) * 4 * format.bits / 8));
+  for (int64_t k = 0, g = 0; k < K; k += group, ++g) {
+    const int64_t n = K - k < group ? K - k : group;
+    const float most = load_group(row, dtype, k, n, group, values);
+    quantize_group_int8(values, group, most, bytes, out.scales + g);
+    __builtin_memcpy(reinterpret_cast<char*>(out.codes) + k, bytes, static_cast<size_t>(units_of(type, n) * 4));
   }
+}
+
+void quantize_weights_row(const void* row, DType dtype, int64_t K, PanelType type, const QuantizedRow& out) {
+  if (quantized_format(type).stored_minimum) return quantize_row_int4(row, dtype, K, type, out);
+  quantize_row_int8(row, dtype, K, type, out);
 }

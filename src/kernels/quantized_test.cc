@@ -65,7 +65,7 @@ Sum product(const std::vector<double>& a, const QuantizedView& b, int64_t n) {
     const double element = b.element(n, k);
     sum.value += a[k] * element;
     // What is added up is codes: those of kInt8 and kMxfp4 have an offset, which is exact; minimums are added apart.
-    const double minimum = format.stored_minimum ? to_float(b.minimums[n * b.groups() + k / format.group]) : 0.0f;
+    const double minimum = format.stored_minimum ? b.minimum(n, k / format.group) : 0.0f;
     sum.absolute += std::abs(a[k]) * (std::abs(element - minimum) + std::abs(minimum));
   }
   return sum;
@@ -169,13 +169,14 @@ TEST(Quantized, Int8RoundsToTheNearestCode) {
     std::fill(values.begin(), values.begin() + group, 0.0f);
     const QuantizedMatrix m(row_major(values.data(), rows, K), PanelType::kInt8, pool);
     for (int64_t i = 0; i < rows * K; ++i) {
-      const double step = to_float(m.view().scales[i / K * m.view().groups() + i % K / group]);
+      const double step = m.view().scale(i / K, i % K / group);
       ASSERT_NEAR(m.view().element(i / K, i % K), values[i], step / 2 * (1 + 4 * kUnitRoundoff) + 1e-30);
     }
   });
 }
 
-// int4: the squared error is below that of 15 even steps between the extremes; numbers that 16 levels hold are exact.
+// int4: the squared error is below that of 15 even steps between the extremes; numbers that 16 levels hold are off by
+// no more than codes of scale and minimum are, 15 and kMinimumUnit halves of the row's factor.
 TEST(Quantized, Int4IsBetterThanEvenStepsBetweenTheExtremes) {
   NativeThreadPool pool(2);
   for_each_isa([&] {
@@ -199,7 +200,11 @@ TEST(Quantized, Int4IsBetterThanEvenStepsBetweenTheExtremes) {
         values[k] = static_cast<float>(level) * 0.5f - 2.0f;
       }
       const QuantizedMatrix exact(row_major(values.data(), 1, K), type, pool);
-      for (int64_t k = 0; k < K; ++k) ASSERT_EQ(exact.view().element(0, k), values[k]) << k;
+      const double unit = exact.view().row_factors[0];
+      EXPECT_LE(unit, 0.51 / 255);
+      for (int64_t k = 0; k < K; ++k) {
+        ASSERT_NEAR(exact.view().element(0, k), values[k], (15 + kMinimumUnit) / 2.0 * unit) << k;
+      }
     }
   });
 }

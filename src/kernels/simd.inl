@@ -1,6 +1,6 @@
 // The small vector type that all kernels are written in. Included inside an ISA's target region and
-// anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_byte_pairs, load_part,
-// store_part, stream_floats and multiply_add_bf16, which cannot be said in GCC's vector language.
+// anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_bytes, load_byte_pairs,
+// load_part, store_part, stream_floats and multiply_add_bf16, which cannot be said in GCC's vector language.
 //
 // Everything is always_inline: a function that stayed out of line could be merged with the baseline's.
 

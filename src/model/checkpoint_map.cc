@@ -36,6 +36,7 @@ void append_row(const CodedTensor& from, int64_t row, CodedTensor& to) {
   append(from.codes, to.codes);
   append(from.scales, to.scales);
   append(from.minimums, to.minimums);
+  append(from.row_factors, to.row_factors);
   ++to.rows;
 }
 

@@ -120,10 +120,16 @@ class TensorEncoder {
     std::vector<int64_t> codes = spec.shape, groups = spec.shape;
     codes.back() = m.row_words() * 4;
     groups.back() = m.groups();
-    const size_t group_bytes = m.rows * m.groups() * sizeof(BFloat16);
+    const auto num_groups = static_cast<size_t>(m.rows * m.groups());
     out_.add(spec.name + "_codes", codes, DType::kU8, bytes_of(m.codes, m.rows * m.row_words() * sizeof(uint32_t)));
-    out_.add(spec.name + "_scales", groups, DType::kBF16, bytes_of(m.scales, group_bytes));
-    if (m.minimums) out_.add(spec.name + "_minimums", groups, DType::kBF16, bytes_of(m.minimums, group_bytes));
+    if (!m.row_factors) {
+      return out_.add(spec.name + "_scales", groups, DType::kBF16, bytes_of(m.scales, num_groups * sizeof(BFloat16)));
+    }
+    std::vector<int64_t> factors = spec.shape;
+    factors.back() = 1;
+    out_.add(spec.name + "_scales", groups, DType::kU8, bytes_of(m.scale_codes, num_groups));
+    out_.add(spec.name + "_minimums", groups, DType::kI8, bytes_of(m.minimum_codes, num_groups));
+    out_.add(spec.name + "_factors", factors, DType::kF32, bytes_of(m.row_factors, m.rows * sizeof(float)));
   }
 
   void add_mxfp4(const TensorSpec& spec, const CodedTensor& tensor) const {

@@ -13,7 +13,7 @@
 namespace coterie {
 namespace {
 
-const std::string kCodes = "_codes", kScales = "_scales", kMinimums = "_minimums";
+const std::string kCodes = "_codes", kScales = "_scales", kMinimums = "_minimums", kFactors = "_factors";
 
 }  // namespace
 
@@ -24,16 +24,22 @@ std::string codes_name(PanelType type) {
 }
 
 QuantizedView view_of_codes(const CodedTensor& tensor, PanelType type) {
-  const QuantizedView view = {
-      .type = type,
-      .rows = tensor.rows,
-      .cols = tensor.cols,
-      .codes = reinterpret_cast<const uint32_t*>(tensor.codes.data()),
-      .scales = reinterpret_cast<const BFloat16*>(tensor.scales.data()),
-      .minimums = reinterpret_cast<const BFloat16*>(tensor.minimums.empty() ? nullptr : tensor.minimums.data())};
+  QuantizedView view = {.type = type,
+                        .rows = tensor.rows,
+                        .cols = tensor.cols,
+                        .codes = reinterpret_cast<const uint32_t*>(tensor.codes.data())};
+  const bool coded = quantized_format(type).stored_minimum;
+  if (coded) {
+    view.scale_codes = tensor.scales.data();
+    view.minimum_codes = reinterpret_cast<const int8_t*>(tensor.minimums.data());
+    view.row_factors = reinterpret_cast<const float*>(tensor.row_factors.data());
+  } else {
+    view.scales = reinterpret_cast<const BFloat16*>(tensor.scales.data());
+  }
   const auto rows = static_cast<size_t>(tensor.rows);
   COTERIE_CHECK(tensor.codes.size() == rows * view.row_words() * sizeof(uint32_t), "codes of another type");
-  COTERIE_CHECK(tensor.scales.size() == rows * view.groups() * sizeof(BFloat16), "scales of another type");
+  COTERIE_CHECK(tensor.scales.size() == rows * view.groups() * (coded ? 1 : sizeof(BFloat16)),
+                "scales of another type");
   return view;
 }
 
@@ -55,7 +61,7 @@ QuantizedSource::QuantizedSource(const SafetensorsSource& file, const TensorSour
   for (const TensorSpec& spec : logical_tensors(config)) {
     if (!file.find(spec.name + kCodes)) continue;
     add_matrix(spec.name, spec.shape, type_of_tensor(types, spec.name));
-    for (const std::string& suffix : {kCodes, kScales, kMinimums}) parts.insert(spec.name + suffix);
+    for (const std::string& suffix : {kCodes, kScales, kMinimums, kFactors}) parts.insert(spec.name + suffix);
   }
   for (const StoredTensor& stored : rest.tensors()) {
     if (!parts.contains(stored.name)) tensors_.push_back(stored);
@@ -71,9 +77,11 @@ void QuantizedSource::add_matrix(const std::string& name, const std::vector<int6
   const int64_t K = shape.back();
   size_t bytes = 0;
   bytes += part(name + kCodes, "U8", shape, QuantizedView::quantized_row_words(type, K) * 4).bytes;
-  bytes += part(name + kScales, "BF16", shape, groups_of(type, K)).bytes;
-  if (quantized_format(type).stored_minimum) {
-    bytes += part(name + kMinimums, "BF16", shape, groups_of(type, K)).bytes;
+  const bool coded = quantized_format(type).stored_minimum;
+  bytes += part(name + kScales, coded ? "U8" : "BF16", shape, groups_of(type, K)).bytes;
+  if (coded) {
+    bytes += part(name + kMinimums, "I8", shape, groups_of(type, K)).bytes;
+    bytes += part(name + kFactors, "F32", shape, 1).bytes;
   }
   tensors_.push_back({name, shape, codes_name(type), bytes, /*has_codes=*/true});
   matrices_[name] = type;
@@ -105,7 +113,10 @@ std::optional<CodedTensor> QuantizedSource::codes(const std::string& name) const
                      .cols = stored.shape.back()};
   tensor.codes = file_.bytes(name + kCodes);
   tensor.scales = file_.bytes(name + kScales);
-  if (quantized_format(matrix->second).stored_minimum) tensor.minimums = file_.bytes(name + kMinimums);
+  if (quantized_format(matrix->second).stored_minimum) {
+    tensor.minimums = file_.bytes(name + kMinimums);
+    tensor.row_factors = file_.bytes(name + kFactors);
+  }
   return tensor;
 }
 

@@ -1,6 +1,7 @@
 // Checkpoints with quantized weights of our own: a matrix X [..., K] lies as X_codes (U8 [..., bytes of a row]),
-// X_scales (BF16 [..., groups]) and, where its type stores them, X_minimums (likewise), all as QuantizedView has them
-// (kernels/quantized.h), the same on every machine. Seen as one tensor X of type INT8, INT4 or INT4_64.
+// X_scales (BF16 [..., groups]) or, where its type stores minimums, X_scales (U8 [..., groups]), X_minimums (I8
+// likewise) and X_factors (F32 [..., 1]), all as QuantizedView has them (kernels/quantized.h), the same on every
+// machine. Seen as one tensor X of type INT8, INT4 or INT4_64.
 #pragma once
 
 #include <cstdint>
