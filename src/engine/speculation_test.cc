@@ -72,8 +72,8 @@ TEST(StepCost, CountsTheBytesOfTheWeights) {
   for (const int64_t t : {1, 5, 100}) {
     EXPECT_DOUBLE_EQ(cost_of(0, 0).bytes(t), 2 * (attention + head + mlp) + 4 * norms);
     EXPECT_DOUBLE_EQ(cost_of(0, 0, "fp32").bytes(t), 4 * (attention + head + mlp + norms));
-    // Codes of 4 bits and two numbers of 16 for every 32; the head has 8 bits and one number for every 64.
-    EXPECT_DOUBLE_EQ(cost_of(0, 0, "int4").bytes(t), 0.625 * (attention + mlp) + (1 + 2 / 64.0) * head + 4 * norms);
+    // Codes of 4 bits and two numbers of 8 for every 32; the head has 8 bits and one number of 16 for every 64.
+    EXPECT_DOUBLE_EQ(cost_of(0, 0, "int4").bytes(t), 0.5625 * (attention + mlp) + (1 + 2 / 64.0) * head + 4 * norms);
   }
   // One token reads K experts, very many read all.
   const double router = 16 * 64 * 1024 * 4, expert = 16 * 3 * 512 * 1024.0 * 2;
