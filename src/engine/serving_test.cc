@@ -167,20 +167,20 @@ TEST_F(ServingTest, SpeculationChangesNothing) {
     write_random_model(draft, config, 0.45f);
     for (const EngineOptions& speculating :
          {EngineOptions{.max_num_seqs = 8,
-         .max_num_batched_tokens = 60,
-         .num_kv_blocks = 12,
-         .speculation = "prompt_lookup",
-         .prompt_lookup_min = 1,
-         .adaptive_speculation = false},
+                        .max_num_batched_tokens = 60,
+                        .num_kv_blocks = 12,
+                        .speculation = "prompt_lookup",
+                        .prompt_lookup_min = 1,
+                        .adaptive_speculation = false},
           EngineOptions{.kv_cache_dtype = "int8", .num_kv_blocks = 14, .speculation = "prompt_lookup"},
           EngineOptions{.max_num_seqs = 8,
-          .max_num_batched_tokens = 60,
-          .kv_cache_dtype = "int8",
-          .num_kv_blocks = 12,
-          .speculation = "draft",
-          .draft_model = draft.string(),
-          .max_speculated_tokens = 4,
-          .adaptive_speculation = false},
+                        .max_num_batched_tokens = 60,
+                        .kv_cache_dtype = "int8",
+                        .num_kv_blocks = 12,
+                        .speculation = "draft",
+                        .draft_model = draft.string(),
+                        .max_speculated_tokens = 4,
+                        .adaptive_speculation = false},
           EngineOptions{.num_kv_blocks = 12, .speculation = "draft", .draft_model = draft.string()}}) {
       SCOPED_TRACE(speculating.speculation);
       const auto alone =
@@ -458,9 +458,7 @@ TEST_F(ServingTest, OneCompletionEndsAlone) {
 TEST_F(ServingTest, RefusesWhatTheCacheCannotHold) {
   const auto engine = load({.num_kv_blocks = 3});
   const auto refusal = [&](const std::function<void()>& call) { return invalid_message(call, ""); };
-  EXPECT_EQ(refusal([&] {
-              engine->add_request({tokens(40), {.max_new_tokens = 20}});
-            }),
+  EXPECT_EQ(refusal([&] { engine->add_request({tokens(40), {.max_new_tokens = 20}}); }),
             "prompt_token_ids: 40 tokens and max_new_tokens (20) need 4 blocks of the KV cache, which has 3");
   EXPECT_EQ(refusal([&] { engine->logits(tokens(49)); }),
             "token_ids: 49 tokens need 4 blocks of the KV cache, which has 3");

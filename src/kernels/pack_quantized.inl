@@ -14,7 +14,7 @@ COTERIE_INLINE Factors round_activations(const void* row, DType dtype, const Qua
   f.scale = zeros ? 0.0f : most / largest;
   const int32_t sum = kParts == 2 ? round_group_wide(values, kGroup, inverse, codes[0], codes[1])
                                   : round_group(values, kGroup, inverse, 0, codes[0]);
-  f.sum = format.stored_minimum ? __builtin_bit_cast(uint32_t, f.scale * static_cast<float>(kMinimumUnit * sum))
+  f.sum = format.stored_minimum ? __builtin_bit_cast(uint32_t, f.scale* static_cast<float>(kMinimumUnit * sum))
                                 : static_cast<uint32_t>(-format.offset * sum);
   return f;
 }
