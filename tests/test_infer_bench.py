@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coterie import _engine, bench, dense_vs_moe, infer_bench
+from coterie import _engine, bench, dense_vs_moe, infer_bench, infer_contestants
 from coterie.cli import main
 from coterie.memory_bench import gpt
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"layers": 2, "hidden": 64, "heads": 4, "experts": 8, "top-k": 2, "ffn": 32, "vocabulary": 600}
-SETTINGS = infer_bench.Settings(prompt=16, generate=4, batches=(1, 2), threads=1, rounds=2)
+SETTINGS = infer_contestants.Settings(prompt=16, generate=4, batches=(1, 2), threads=1, rounds=2)
 FIGURES = {"first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "rss_bytes", "share_of_bandwidth"}
 
 
@@ -36,8 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(model: Path) -> dict[str, Any]:
-    opened = infer_bench.Model.open(model, None)
-    field = {"bf16": infer_bench.contestants(opened, "bf16", ["transformers"], SETTINGS)}
+    opened = infer_contestants.Model.open(model, None)
+    field = {"bf16": infer_contestants.contestants(opened, "bf16", ["transformers"], SETTINGS)}
     return infer_bench.run(opened, field, SETTINGS)
 
 
@@ -85,9 +85,9 @@ def test_decoding_is_timed_while_all_sequences_run():
     assert infer_bench.decode_rate(one_by_one) == pytest.approx(2.0)
 
 
-def contestant(peer: str, variant: str, gigabytes: float, **rates: float) -> infer_bench.Contestant:
+def contestant(peer: str, variant: str, gigabytes: float, **rates: float) -> infer_contestants.Contestant:
     system = bench.System(peer, [])
-    made = infer_bench.Contestant(peer, variant, system, {}, None, bits=16, memory_bytes=gigabytes)
+    made = infer_contestants.Contestant(peer, variant, system, {}, None, bits=16, memory_bytes=gigabytes)
     made.rates = {test: [rate] for test, rate in rates.items()}
     return made
 
@@ -101,14 +101,14 @@ def test_groups_hold_ours_and_what_fits_beside():
 
 
 def test_a_peer_is_taken_at_its_best_variant_of_each_test(model: Path):
-    opened = infer_bench.Model.open(model, None)
+    opened = infer_contestants.Model.open(model, None)
     row_of = [
         contestant("coterie", "", 1, **{"prefill": 100, "1": 30, "2": 60}),
         contestant("llama_cpp", "repacked", 1, **{"prefill": 50, "1": 20, "2": 30}),
         contestant("llama_cpp", "as it is", 1, **{"prefill": 80, "1": 10, "2": 20}),
         contestant("llama_cpp_q4_k_m", "", 1, **{"prefill": 400, "1": 40, "2": 20}),
     ]
-    settings = infer_bench.Settings(batches=(1, 2))
+    settings = infer_contestants.Settings(batches=(1, 2))
     row = infer_bench.report(opened, "int4", row_of, settings, bandwidth=1e9)
     infer_bench.add_prefill_ratios([row])
     assert row["peers"]["llama_cpp"]["best_variant"] == {"prefill": "as it is", "1": "repacked", "2": "repacked"}
@@ -121,7 +121,7 @@ def test_a_peer_is_taken_at_its_best_variant_of_each_test(model: Path):
 
 
 def test_a_token_reads_its_experts_and_no_embedding(model: Path):
-    opened = infer_bench.Model.open(model, None)
+    opened = infer_contestants.Model.open(model, None)
     of_layer = 4 * 64 * 64 + 8 * 64 + 2 * 3 * 64 * 32 + 4 * 64  # attention, router, two experts, norms
     assert opened.read_parameters == 2 * of_layer + 64 + 600 * 64
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_measured_is_one_line(
     assert refused(capsys, "infer", path, "--batch", "0") == "--batch: '0' is no number from 1 up"
     assert refused(capsys, "infer", "/nowhere") == "/nowhere: no directory with a config.json"
     assert "no peer is called 'ollama'; known: llama_cpp, " in refused(capsys, "infer", path, "--peers", "ollama")
-    monkeypatch.setitem(infer_bench.PACKAGES, "transformers", "no_such_package")
+    monkeypatch.setitem(infer_contestants.PACKAGES, "transformers", "no_such_package")
     line = refused(capsys, "infer", path, "--peers", "transformers")
     assert line.endswith("has no no_such_package; run benches/peers/setup infer")
     assert "no shape is called '2b'; known: dense-1.3b, " in refused(capsys, "dense-vs-moe", "--models", "2b")

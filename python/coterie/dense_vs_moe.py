@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie import infer_bench
+from coterie import infer_bench, infer_contestants
 from coterie.bench import OURS, READ_BYTES, BenchError, Worker, machine, memory_of_machine
 from coterie.memory_bench import gpt
 
@@ -74,7 +74,7 @@ class Subject:
     @property
     def need_bytes(self) -> float:
         """While it serves: weights, and half a gigabyte for caches and the process."""
-        return self.parameters * infer_bench.WEIGHT_BITS[self.dtype] / 8 + 5e8
+        return self.parameters * infer_contestants.WEIGHT_BITS[self.dtype] / 8 + 5e8
 
     @property
     def packing_bytes(self) -> float:
@@ -152,7 +152,7 @@ def _start(
     directory = folder / subject.name
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(subject.config))
-    worker = stack.enter_context(Worker(infer_bench.program(OURS), settings.threads))
+    worker = stack.enter_context(Worker(infer_contestants.program(OURS), settings.threads))
     load = {"model": str(directory), "dtype": subject.dtype, "threads": settings.threads}
     load |= {"batch": max(settings.batches), "length": settings.length}
     load["options"] = {"load_format": "dummy", "weight_cache": False}  # nothing is written
@@ -177,7 +177,7 @@ def _take_turn(subject: Subject, worker: Worker, batch: int, turn: int, settings
 
 
 def _prompts(batch: int, tokens: int, seed: int) -> list[list[int]]:
-    return infer_bench.random_prompts(seed, batch, tokens, 0, VOCABULARY)
+    return infer_contestants.random_prompts(seed, batch, tokens, 0, VOCABULARY)
 
 
 def report(subjects: Sequence[Subject], settings: Settings, bandwidth: float) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ def report(subjects: Sequence[Subject], settings: Settings, bandwidth: float) ->
         latency = {batch: 1e3 * int(batch) / rate for batch, rate in rates.items()}
         base = models[0]["ms_per_token"] if models else latency
         embedding = 0 if subject.config["tie_word_embeddings"] else VOCABULARY * subject.config["hidden_size"]
-        read = (subject.active - embedding) * infer_bench.WEIGHT_BITS[subject.dtype] / 8
+        read = (subject.active - embedding) * infer_contestants.WEIGHT_BITS[subject.dtype] / 8
         models.append(
             {
                 "name": subject.name,

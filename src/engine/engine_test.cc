@@ -96,7 +96,9 @@ TEST_F(EngineTest, RefusesByFieldAndValue) {
   EXPECT_EQ(load({.max_num_seqs = 0}), "max_num_seqs: 0 is below 1");
   EXPECT_EQ(load({.max_num_batched_tokens = -5}), "max_num_batched_tokens: -5 is below 1");
   EXPECT_EQ(load({.kv_cache_dtype = "fp8"}), "kv_cache_dtype: 'fp8' is not one of auto, fp32, bf16, int8");
-  EXPECT_EQ(load({.block_size = 20}), "block_size: 20 is not a multiple of 16");
+  EXPECT_EQ(load({.block_size = 20}), "block_size: 20 is not a multiple of 16 up to 1024");
+  EXPECT_EQ(load({.block_size = int64_t{1} << 60}),
+            "block_size: 1152921504606846976 is not a multiple of 16 up to 1024");
   EXPECT_EQ(load({.num_kv_blocks = -1}), "num_kv_blocks: -1 is negative");
   EXPECT_EQ(load({.load_format = "pt"}), "load_format: 'pt' is not one of auto, dummy");
   EXPECT_EQ(load({.kv_cache_bytes = 1000}), "kv_cache_bytes: 1000 is less than a block (40960)");

@@ -119,7 +119,7 @@ std::vector<TokenBlock> token_blocks(std::span<const AttentionChunk> chunks, int
   return blocks;
 }
 
-// Panels of keys in fp32.
+// Makes panels of what scratch holds.
 PanelProduct product_of(DType cache) { return {active_kernels(), scratch_dtype(cache)}; }
 
 // A thread's memory, large enough for fp32. Columns from d (or v) on are zero: they take part in the arithmetic, with

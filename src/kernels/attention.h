@@ -47,8 +47,9 @@ void append_kv(std::span<const AttentionChunk> chunks, const float* k_TGd, const
                const AttentionShape& shape, ThreadPool& pool);
 
 // out[t] = softmax(scale * q[t] K^T, over the keys that the token sees and the sink) V. q_THd and out_THv are
-// contiguous. The new tokens are in the caches already.
-// What a row becomes does not depend on the other rows, nor on where a prompt was cut.
+// contiguous. The new tokens are in the caches already. Beside a cache in bf16, queries and weights are rounded to
+// bf16; beside one in kI8, to integers of 16 bits. What a row becomes does not depend on the other rows, nor on where a
+// prompt was cut.
 void attention(std::span<const AttentionChunk> chunks, const float* q_THd, const AttentionShape& shape, float* out_THv,
                ThreadPool& pool);
 

@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from coterie import dense_vs_moe as comparison
-from coterie import infer_bench
+from coterie import infer_bench, infer_contestants
 from coterie.bench import BenchError
 from coterie.cli.console import JsonOption, human_bytes, human_count, notes, print_json, results
 
@@ -20,14 +20,16 @@ _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn
 
 def infer(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory as benches/make_model.py makes it.")],
-    dtype: Annotated[str, typer.Option(help=f"Of our weights: {', '.join(infer_bench.WEIGHT_BITS)}.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help=f"Of our weights: {', '.join(infer_contestants.WEIGHT_BITS)}.")] = "bf16",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 512,
     generate: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 128,
     batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,8,32",
     context: Annotated[
         int, typer.Option(min=0, help="Tokens before the decoded ones; 0: as many as --prompt. Fewer take less time.")
     ] = 0,
-    peers: Annotated[str, typer.Option(help="Known: " + ", ".join(infer_bench.PEERS))] = ",".join(infer_bench.PEERS),
+    peers: Annotated[str, typer.Option(help="Known: " + ", ".join(infer_contestants.PEERS))] = ",".join(
+        infer_contestants.PEERS
+    ),
     threads: Annotated[int, typer.Option(min=1, help="Threads of every system.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every system.")] = 3,
     cache: Annotated[
@@ -36,10 +38,10 @@ def infer(
     json: JsonOption = False,
 ) -> None:
     """Serving: seconds to the first token of a new process, prefill, decoding of one sequence and of many, memory."""
-    settings = infer_bench.Settings(prompt, generate, _batches(batch), context or None, threads, rounds)
+    settings = infer_contestants.Settings(prompt, generate, _batches(batch), context or None, threads, rounds)
     names = [peer for peer in peers.split(",") if peer]
-    opened = infer_bench.Model.open(model, cache)
-    field = {one: infer_bench.contestants(opened, one, names, settings) for one in _dtypes(dtype)}
+    opened = infer_contestants.Model.open(model, cache)
+    field = {one: infer_contestants.contestants(opened, one, names, settings) for one in _dtypes(dtype)}
     with Progress(*_COLUMNS, console=notes, transient=True) as bars:
         bar = bars.add_task("")
         measured = infer_bench.run(opened, field, settings, lambda what: bars.update(bar, description=what))
@@ -53,7 +55,7 @@ def dense_vs_moe(
     models: Annotated[str, typer.Option(help="The first is what the others are compared with.")] = ",".join(
         comparison.SHAPES
     ),
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(infer_bench.WEIGHT_BITS)}.")] = "int4",
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(infer_contestants.WEIGHT_BITS)}.")] = "int4",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 32,
     generate: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 64,
     batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,32",
@@ -98,8 +100,8 @@ def _print_models(measured: dict[str, Any]) -> None:
 
 def _dtypes(text: str) -> list[str]:
     for dtype in text.split(","):
-        if dtype not in infer_bench.WEIGHT_BITS:
-            raise BenchError(f"--dtype: {dtype!r} is none of {', '.join(infer_bench.WEIGHT_BITS)}")
+        if dtype not in infer_contestants.WEIGHT_BITS:
+            raise BenchError(f"--dtype: {dtype!r} is none of {', '.join(infer_contestants.WEIGHT_BITS)}")
     return list(dict.fromkeys(text.split(",")))
 
 
