@@ -151,11 +151,14 @@ struct QueryTile {
   const uint32_t* weights(int t) const { return reinterpret_cast<const uint32_t*>(scores(t)); }
   int64_t query_units() const { return step.d / kHeld; }
 
-  // Asks for kWidth rows of what comes next, from row j on. The first queries do. Nobody reads them a second time soon.
-  COTERIE_INLINE void ask_for(const void* const* groups, int64_t j, int64_t row_elements) const {
+  // Asks for kWidth rows of what comes next and their factors, from row j on. The first queries do. Nobody reads them a
+  // second time soon.
+  COTERIE_INLINE void ask_for(const void* const* groups, const float* const* factors, int64_t j,
+                              int64_t row_elements) const {
     if (!groups || !groups[j / kGroupRows] || first > 0) return;
     const auto row_bytes = row_elements * static_cast<int64_t>(sizeof(Element));
     const char* const rows = static_cast<const char*>(groups[j / kGroupRows]) + j % kGroupRows * row_bytes;
+    if (factors) __builtin_prefetch(factors[j / kGroupRows] + j % kGroupRows, /*rw=*/0, /*locality=*/0);
     for (int64_t i = 0; i < kWidth * row_bytes; i += 64) __builtin_prefetch(rows + i, /*rw=*/0, /*locality=*/0);
   }
 
@@ -166,7 +169,7 @@ struct QueryTile {
     for (int64_t j = first_key; j < last_key; j += kWidth) {
       Sum dots[kQueries];
       multiply(j, dots);
-      if constexpr (kInPlace) ask_for(step.next_keys, j, step.d);
+      if constexpr (kInPlace) ask_for(step.next_keys, step.next_key_factors, j, step.d);
 #pragma GCC unroll 4
       for (int t = 0; t < kQueries; ++t) {
         VF score = as_floats(dots[t]) * (step.q_factors ? step.scale * step.q_factors[first + t] : step.scale);
@@ -202,7 +205,7 @@ struct QueryTile {
     VF sums = {};
     for (int64_t j = first_key; j < last_key; j += kWidth) {
       if constexpr (kInPlace) {
-        if (t == 0) ask_for(step.next_values, j, step.value_stride);
+        if (t == 0) ask_for(step.next_values, step.next_value_factors, j, step.value_stride);
       }
       VF e = exp(load(scores(t) + j) - maximum);
       sums += e;
@@ -293,10 +296,10 @@ struct QueryTile {
   // Of unit u, dimensions i, i + 1, ...
   template <int kPanels>
   COTERIE_INLINE void load_values(int64_t u, int64_t i, VU (&values)[2 * kPanels]) const {
-    const int64_t j = u * kHeld;
-    const Element* const row =
-        kInPlace ? static_cast<const Element*>(step.values[j / kGroupRows]) + j % kGroupRows * step.value_stride + i
-                 : nullptr;
+    const auto j = static_cast<uint64_t>(u * kHeld);  // unsigned: a shift and a mask
+    const Element* const row = kInPlace ? static_cast<const Element*>(step.values[j / kGroupRows]) +
+                                              static_cast<int64_t>(j % kGroupRows) * step.value_stride + i
+                                        : nullptr;
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       if constexpr (kInPlace) {

@@ -346,6 +346,8 @@ void attend_run(const Call& call, const Task& task, const Run& run, int64_t firs
                            .value_factors = has_factors ? run.value_factors : nullptr,
                            .next_keys = ahead.keys,
                            .next_values = ahead.values,
+                           .next_key_factors = has_factors ? ahead.key_factors : nullptr,
+                           .next_value_factors = has_factors ? ahead.value_factors : nullptr,
                            .n = n,
                            .d = call.padded_d(),
                            .v = call.padded_v(),

@@ -99,6 +99,8 @@ struct AttendStep {
   const float* const* value_factors = nullptr;  // the same of the values
   const void* const* next_keys = nullptr;  // null, or groups that are asked for meanwhile; null where there is none
   const void* const* next_values = nullptr;
+  const float* const* next_key_factors = nullptr;
+  const float* const* next_value_factors = nullptr;
   int64_t n = 0;
   int64_t d = 0;
   int64_t v = 0;
