@@ -33,6 +33,8 @@ constexpr int64_t kGroupRows = AttendStep::kGroupRows;
 constexpr int64_t kRunGroups = kRunKeys / kGroupRows;
 // Up to here converting every key for each query costs less than writing it to memory and reading it.
 constexpr int64_t kMostInPlace = 16;
+// To write an element to the cache, in its type, takes as long as so many steps of element-wise work.
+constexpr int64_t kStoringCost = 2;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -89,11 +91,12 @@ struct Walk {
 };
 
 // Of a few tokens, a task reads little of each block of the cache, and what the next one reads lies behind it: together
-// they read long pieces. But there should be several walks for every thread.
+// they read long pieces. But there should be several walks for every thread, unless all are equally long: the walks of
+// one block are.
 std::vector<Walk> walks_of(const Call& call, std::span<const TokenBlock> blocks, int num_threads) {
-  constexpr int64_t kWalksPerThread = 4;
   const int64_t tasks = call.tasks_per_block(), num_blocks = static_cast<int64_t>(blocks.size());
-  const int64_t affordable = std::max<int64_t>(1, num_blocks * tasks / (kWalksPerThread * num_threads));
+  const int64_t wanted = (num_blocks == 1 ? 1 : 4) * num_threads;
+  const int64_t affordable = std::max<int64_t>(1, num_blocks * tasks / wanted);
   std::vector<Walk> walks;
   for (int64_t block = 0; block < num_blocks; ++block) {
     const int64_t queries = blocks[static_cast<size_t>(block)].count * call.heads_per_task();
@@ -431,14 +434,19 @@ int64_t kv_block_bytes(DType dtype, int64_t block_size, int64_t G, int64_t d) {
 void append_kv(std::span<const AttentionChunk> chunks, const float* k_TGd, const float* values_TGv,
                const AttentionShape& shape, ThreadPool& pool) {
   const int64_t G = shape.G, d = shape.d, v = shape.v;
-  for (const AttentionChunk& chunk : chunks) {
-    parallel_rows(chunk.T, G * (d + v), pool, [&](int64_t t) {
-      const int64_t position = chunk.S - chunk.T + t, row = chunk.first_row + t;
-      append_row(chunk.kv, chunk.kv.k_blocks, position, k_TGd + row * G * d, G, d);
-      if (!chunk.kv.v_blocks) return;
-      append_row(chunk.kv, chunk.kv.v_blocks, position, values_TGv + row * G * v, G, v);
-    });
-  }
+  // Tokens of all chunks, one behind the other: a step may have one of each of many.
+  std::vector<int64_t> ends;
+  for (const AttentionChunk& chunk : chunks) ends.push_back((ends.empty() ? 0 : ends.back()) + chunk.T);
+  if (ends.empty()) return;
+  parallel_rows(ends.back(), kStoringCost * G * (d + v), pool, [&](int64_t token) {
+    const auto index = std::upper_bound(ends.begin(), ends.end(), token) - ends.begin();
+    const AttentionChunk& chunk = chunks[static_cast<size_t>(index)];
+    const int64_t t = token - (ends[static_cast<size_t>(index)] - chunk.T);
+    const int64_t position = chunk.S - chunk.T + t, row = chunk.first_row + t;
+    append_row(chunk.kv, chunk.kv.k_blocks, position, k_TGd + row * G * d, G, d);
+    if (!chunk.kv.v_blocks) return;
+    append_row(chunk.kv, chunk.kv.v_blocks, position, values_TGv + row * G * v, G, v);
+  });
 }
 
 void attention(std::span<const AttentionChunk> chunks, const float* q_THd, const AttentionShape& shape, float* out_THv,

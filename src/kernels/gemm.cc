@@ -271,10 +271,10 @@ class GroupedGemm {
 
   void pack(ThreadPool& pool) {
     pack_tasks_.clear();
-    int64_t total = 0;
+    int64_t total = 0;  // in units that are copied
     for (const Plan& plan : plans_) {
       if (!plan.own_a) {
-        total += plan.all_a_units();
+        total += plan.all_a_units() * (is_quantized(plan.b.type) ? kQuantizingCost : 1);
         const int64_t panels = plan.in_strips() ? plan.strips() : plan.P();
         add_pack_tasks(plan, false, panels, ceil_div(plan.all_a_units(), panels));
       }

@@ -22,6 +22,8 @@ namespace coterie {
 inline constexpr int64_t kMostGroupB = 8;
 // Packing less than this many units is not worth waking the other threads for.
 inline constexpr int64_t kInlinePackUnits = 32 << 10;
+// To quantize a unit of A, four elements, takes as long as packing so many.
+inline constexpr int64_t kQuantizingCost = 8;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
