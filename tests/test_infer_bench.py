@@ -89,6 +89,7 @@ def contestant(peer: str, variant: str, gigabytes: float, **rates: float) -> inf
     system = bench.System(peer, [])
     made = infer_contestants.Contestant(peer, variant, system, {}, None, bits=16, memory_bytes=gigabytes)
     made.rates = {test: [rate] for test, rate in rates.items()}
+    made.bandwidths = dict.fromkeys(rates, [1e9])
     return made
 
 
@@ -109,7 +110,7 @@ def test_a_peer_is_taken_at_its_best_variant_of_each_test(model: Path):
         contestant("llama_cpp_q4_k_m", "", 1, **{"prefill": 400, "1": 40, "2": 20}),
     ]
     settings = infer_contestants.Settings(batches=(1, 2))
-    row = infer_bench.report(opened, "int4", row_of, settings, bandwidth=1e9)
+    row = infer_bench.report(opened, "int4", row_of, settings)
     infer_bench.add_prefill_ratios([row])
     assert row["peers"]["llama_cpp"]["best_variant"] == {"prefill": "as it is", "1": "repacked", "2": "repacked"}
     assert row["ratio_decode"] == {"1": 1.5, "2": 2.0}

@@ -20,7 +20,8 @@ from coterie.bench import READ_BYTES, BenchError, Worker, machine, memory_of_mac
 from coterie.infer_contestants import PREFILL, Contestant, Model, Settings
 
 FIRST_PROMPT = 8  # tokens; it is the start that counts
-PREFILLS = 3  # in a turn
+PASSES = 3  # of a turn, over the systems that need no longer than this for a test
+SHORT_TEST_S = 10.0
 STARTS = 3  # in a turn, of systems that are there within
 SHORT_START_S = 5.0
 WORTH_REPEATING = 0.85  # of a peer's best variant; slower ones run a test in the first round alone
@@ -52,8 +53,8 @@ def run(
     limits = _engine.Limits(settings.threads, READ_BYTES)
     rows = []
     for dtype, all_of_row in field_of.items():
-        bandwidths = _measure(model, all_of_row, settings, limits, lambda what, d=dtype: progress(f"{d}: {what}"))
-        rows.append(report(model, dtype, all_of_row, settings, max(bandwidths)))
+        _measure(model, all_of_row, settings, limits, lambda what, d=dtype: progress(f"{d}: {what}"))
+        rows.append(report(model, dtype, all_of_row, settings))
     add_prefill_ratios(rows)
     return {
         "machine": machine(_engine.isa(), settings.threads),
@@ -75,9 +76,8 @@ def _measure(
     settings: Settings,
     limits: Any,
     progress: Callable[[str], None],
-) -> list[float]:
-    """All rounds of a row; returns the bandwidths that were seen, bytes/s."""
-    bandwidths = [limits.read_bandwidth()]
+) -> None:
+    """All rounds of a row."""
     seeds = count(1)
     for contestant in all_of_row:  # untimed: what systems keep in files between two starts is there afterwards
         progress(f"{contestant.name}: first start")
@@ -91,18 +91,41 @@ def _measure(
                     if worker := _start(model, contestant, settings, stack):
                         live.append((contestant, worker))
                 for test in settings.tests:
-                    bandwidths.append(limits.read_bandwidth())
-                    seed, first = next(seeds), turn % max(1, len(live))  # nobody always follows the same neighbour
-                    for contestant, worker in live[first:] + live[:first]:
-                        if turn == 0 or _worth_repeating(contestant, test, all_of_row):
-                            progress(f"{contestant.name}: {test if test == PREFILL else 'batch ' + test}")
-                            _take_turn(model, contestant, worker, test, settings, seed)
+                    again = [(c, w) for c, w in live if turn == 0 or _worth_repeating(c, test, all_of_row)]
+                    for number in range(PASSES):
+                        first = (turn + number) % max(1, len(again))  # nobody always follows the same neighbour
+                        again = _take_pass(
+                            model, again[first:] + again[:first], test, settings, next(seeds), limits, progress
+                        )
                 for contestant, worker in live:
                     _note_memory(contestant, worker)
             for turn_of_starts in range(STARTS):
                 for contestant in group:
                     _take_starts(model, contestant, settings, turn_of_starts > 0, progress)
-    return bandwidths
+
+
+def _take_pass(
+    model: Model,
+    live: Sequence[tuple[Contestant, Worker]],
+    test: str,
+    settings: Settings,
+    seed: int,
+    limits: Any,
+    progress: Callable[[str], None],
+) -> list[tuple[Contestant, Worker]]:
+    """A test by one system after the other; returns those that were quick."""
+    quick = []
+    for contestant, worker in live:
+        progress(f"{contestant.name}: {test if test == PREFILL else 'batch ' + test}")
+        before, start = limits.read_bandwidth(), time.perf_counter()
+        _take_turn(model, contestant, worker, test, settings, seed)
+        seconds = time.perf_counter() - start
+        if contestant.reason:
+            continue
+        contestant.bandwidths.setdefault(test, []).append((before + limits.read_bandwidth()) / 2)
+        if seconds <= SHORT_TEST_S:
+            quick.append((contestant, worker))
+    return quick
 
 
 def groups(all_of_row: Sequence[Contestant], memory_bytes: float) -> Iterable[list[Contestant]]:
@@ -178,11 +201,9 @@ def _take_turn(model: Model, contestant: Contestant, worker: Worker, test: str, 
     rates = contestant.rates.setdefault(test, [])
     try:
         if test == PREFILL:
-            for i in range(PREFILLS):
-                prompts = model.prompts(1000 * seed + i, 1, settings.prompt)
-                answer = worker.ask("generate", prompts=prompts, tokens=1)
-                rates.append(settings.prompt / answer["times"][0][0])
-                contestant.first_ids[1000 * seed + i] = answer["token_ids"][0][0]
+            answer = worker.ask("generate", prompts=model.prompts(1000 * seed, 1, settings.prompt), tokens=1)
+            rates.append(settings.prompt / answer["times"][0][0])
+            contestant.first_ids[1000 * seed] = answer["token_ids"][0][0]
         else:
             prompts = model.prompts(1000 * seed, int(test), settings.before)
             rates.append(decode_rate(worker.ask("generate", prompts=prompts, tokens=settings.generate + 1)["times"]))
@@ -236,24 +257,16 @@ def _read_files(path: Path) -> None:
                 pass
 
 
-def report(
-    model: Model, dtype: str, all_of_row: Sequence[Contestant], settings: Settings, bandwidth: float
-) -> dict[str, Any]:
-    """A row; its ratios of prefill want all rows, see `add_prefill_ratios`.
-
-    Parameters
-    ----------
-    bandwidth
-        Of reading memory, bytes/s.
-    """
+def report(model: Model, dtype: str, all_of_row: Sequence[Contestant], settings: Settings) -> dict[str, Any]:
+    """A row; its ratios of prefill want all rows, see `add_prefill_ratios`."""
     ours = all_of_row[0]
     by_peer: dict[str, list[Contestant]] = {}
     for contestant in all_of_row[1:]:
         by_peer.setdefault(contestant.peer, []).append(contestant)
-    peers = {name: _figures(model, variants, settings, bandwidth) for name, variants in by_peer.items()}
+    peers = {name: _figures(model, variants, settings) for name, variants in by_peer.items()}
     for name, variants in by_peer.items():
         peers[name]["same_first_token"] = _agreement(ours, variants)
-    row = {"dtype": dtype, **_figures(model, [ours], settings, bandwidth), "read_gb_per_s": bandwidth / 1e9}
+    row = {"dtype": dtype, **_figures(model, [ours], settings)}
     row["peers"] = peers
     at_equal_bits = {name: peer for name, peer in peers.items() if not name.startswith("llama_cpp_")}
     row["ratio_prefill"] = None
@@ -271,7 +284,7 @@ def add_prefill_ratios(rows: Sequence[dict[str, Any]]) -> None:
         row["ratio_prefill"] = _ratio(row["prefill_tokens_per_s"], (peer["prefill_tokens_per_s"] for peer in rivals))
 
 
-def _figures(model: Model, variants: Sequence[Contestant], settings: Settings, bandwidth: float) -> dict[str, Any]:
+def _figures(model: Model, variants: Sequence[Contestant], settings: Settings) -> dict[str, Any]:
     """Of a system at the best of its variants, test by test."""
     best = {test: max(variants, key=lambda variant: variant.rate(test) or 0) for test in settings.tests}
     decode = {str(batch): best[str(batch)].rate(str(batch)) for batch in settings.batches}
@@ -284,16 +297,21 @@ def _figures(model: Model, variants: Sequence[Contestant], settings: Settings, b
         "decode_tokens_per_s": decode,
         "rss_bytes": min((variant.rss_bytes for variant in chosen), default=None),
         "peak_bytes": min((variant.peak_bytes for variant in chosen), default=None),
+        "read_gb_per_s": {test: _gigabytes(best[test].bandwidth(test)) for test in settings.tests},
         "share_of_bandwidth": None,
     }
     if decode.get("1"):
-        figures["share_of_bandwidth"] = _read_bytes(model, best["1"], settings) * decode["1"] / bandwidth
+        figures["share_of_bandwidth"] = _read_bytes(model, best["1"], settings) * best["1"].share_of_read("1")
     figures["version"] = next((variant.version for variant in variants if variant.version), None)
     if len(variants) > 1:
         figures["best_variant"] = {test: variant.variant for test, variant in best.items() if variant.rate(test)}
         figures["variants"] = {v.variant: {test: v.rate(test) for test in settings.tests} for v in variants}
     reasons = {variant.name: variant.reason for variant in variants if variant.reason}
     return figures | ({"reasons": reasons} if reasons else {})
+
+
+def _gigabytes(rate: float | None) -> float | None:
+    return None if rate is None else rate / 1e9
 
 
 def _read_bytes(model: Model, contestant: Contestant, settings: Settings) -> float:

@@ -161,6 +161,7 @@ class Contestant:
     memory_bytes: float
     cache_bits: float = 16.0
     rates: dict[str, list[float]] = field(default_factory=dict)
+    bandwidths: dict[str, list[float]] = field(default_factory=dict)  # of reading memory around a test, bytes/s
     first_token_s: list[float] = field(default_factory=list)
     first_token_mmap_s: list[float] = field(default_factory=list)
     rss_bytes: int = 0
@@ -176,6 +177,15 @@ class Contestant:
     def rate(self, test: str) -> float | None:
         """Tokens/s: the median."""
         return statistics.median(self.rates[test]) if self.rates.get(test) else None
+
+    def bandwidth(self, test: str) -> float | None:
+        """Bytes/s of reading memory around the test: the median."""
+        return statistics.median(self.bandwidths[test]) if self.bandwidths.get(test) else None
+
+    def share_of_read(self, batch: str) -> float:
+        """Tokens a byte that could have been read meanwhile, in decoding: the median."""
+        pairs = zip(self.rates[batch], self.bandwidths[batch], strict=True)
+        return statistics.median(rate / bandwidth for rate, bandwidth in pairs)
 
 
 def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settings) -> list[Contestant]:

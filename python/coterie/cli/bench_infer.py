@@ -127,9 +127,10 @@ def _print(measured: dict[str, Any]) -> None:
     table = Table(Column("system", min_width=widest, no_wrap=True), *columns, box=box.SIMPLE, padding=0)
     for row in measured["rows"]:
         table.add_section()
-        table.add_row(f"{row['dtype']}, {row['read_gb_per_s']:.0f} GB/s", style="bold")
+        table.add_row(row["dtype"], style="bold")
         for name, figures in {"coterie": row, **row["peers"]}.items():
             table.add_row(name, *_figures(figures))
+            table.add_row("  memory, GB/s", "", "", *map(_number, figures["read_gb_per_s"].values()), style="dim")
         table.add_row("to the best", "", "", *_ratios(row["ratio_prefill"], row["ratio_decode"]))
         if "ratio_decode_any_type" in row:
             table.add_row("to any type", "", "", "", *_ratios(None, row["ratio_decode_any_type"])[1:])
