@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,14 @@ from coterie.memory_bench import gpt
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"layers": 2, "hidden": 64, "heads": 4, "experts": 8, "top-k": 2, "ffn": 32, "vocabulary": 600}
 SETTINGS = infer_contestants.Settings(prompt=16, generate=4, batches=(1, 2), threads=1, rounds=2)
-FIGURES = {"first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "rss_bytes", "share_of_bandwidth"}
+FIGURES = {
+    "first_token_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "rss_bytes",
+    "share_of_bandwidth",
+    "read_gb_per_s",
+}
 
 
 def make_model(out: Path, **more: int) -> subprocess.CompletedProcess[str]:
@@ -68,6 +76,10 @@ def test_every_system_runs_and_computes_the_same(measured: dict[str, Any]):
     for system in (row, row["peers"]["transformers"]):
         assert set(system) >= FIGURES
         assert set(system["decode_tokens_per_s"]) == {"1", "2"}
+        for test in ("prefill", "1", "2"):
+            rates, bandwidths = zip(*system["samples"][test], strict=True)
+            assert len(rates) == SETTINGS.rounds * infer_bench.PASSES  # such a model is quick
+            assert statistics.median(bandwidths) == pytest.approx(1e9 * system["read_gb_per_s"][test])
         assert system["first_token_s"] > 0 and system["rss_bytes"] > 0 and system["share_of_bandwidth"] > 0
     # Prompts are few; greedy tokens of equal weights differ where two logits lie within the rounding of bf16.
     assert row["peers"]["transformers"]["same_first_token"] >= 0.5

@@ -298,6 +298,7 @@ def _figures(model: Model, variants: Sequence[Contestant], settings: Settings) -
         "rss_bytes": min((variant.rss_bytes for variant in chosen), default=None),
         "peak_bytes": min((variant.peak_bytes for variant in chosen), default=None),
         "read_gb_per_s": {test: _gigabytes(best[test].bandwidth(test)) for test in settings.tests},
+        "samples": {test: best[test].samples(test) for test in settings.tests},
         "share_of_bandwidth": None,
     }
     if decode.get("1"):

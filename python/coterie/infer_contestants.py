@@ -182,10 +182,13 @@ class Contestant:
         """Bytes/s of reading memory around the test: the median."""
         return statistics.median(self.bandwidths[test]) if self.bandwidths.get(test) else None
 
+    def samples(self, test: str) -> list[tuple[float, float]]:
+        """Tokens/s, and bytes/s of reading memory around it, turn by turn."""
+        return list(zip(self.rates.get(test, ()), self.bandwidths.get(test, ()), strict=True))
+
     def share_of_read(self, batch: str) -> float:
         """Tokens a byte that could have been read meanwhile, in decoding: the median."""
-        pairs = zip(self.rates[batch], self.bandwidths[batch], strict=True)
-        return statistics.median(rate / bandwidth for rate, bandwidth in pairs)
+        return statistics.median(rate / bandwidth for rate, bandwidth in self.samples(batch))
 
 
 def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settings) -> list[Contestant]:

@@ -91,11 +91,11 @@ struct Walk {
 };
 
 // Of a few tokens, a task reads little of each block of the cache, and what the next one reads lies behind it: together
-// they read long pieces. But there should be several walks for every thread, unless all are equally long: the walks of
-// one block are.
+// they read long pieces. But there should be several walks for every thread, unless one for each is as long as the
+// others.
 std::vector<Walk> walks_of(const Call& call, std::span<const TokenBlock> blocks, int num_threads) {
   const int64_t tasks = call.tasks_per_block(), num_blocks = static_cast<int64_t>(blocks.size());
-  const int64_t wanted = (num_blocks == 1 ? 1 : 4) * num_threads;
+  const int64_t wanted = (num_blocks == 1 && tasks % num_threads == 0 ? 1 : 4) * num_threads;
   const int64_t affordable = std::max<int64_t>(1, num_blocks * tasks / wanted);
   std::vector<Walk> walks;
   for (int64_t block = 0; block < num_blocks; ++block) {

@@ -38,14 +38,14 @@ double register_flops(DType type, ThreadPool& pool) {
 ReadBandwidth::ReadBandwidth(size_t bytes) : memory_(bytes) { std::memset(memory_.data(), 0, bytes); }
 
 double ReadBandwidth::measure(ThreadPool& pool) {
-  const KernelTable& kernels = active_kernels();
+  const KernelTable& best = *supported_kernels().front();  // memory is the same whatever computes
   const int threads = pool.num_threads();
   const auto floats = static_cast<int64_t>(memory_.size() / sizeof(float));
   std::vector<float> kept(static_cast<size_t>(threads));
   // Nothing but reading: to write beside it, if only to the first cache, would take up to half of the rate.
   const double seconds = seconds_of(pool, [&](int64_t part, int) {
     const int64_t first = floats * part / threads, last = floats * (part + 1) / threads;
-    kept[part] = kernels.square_sum_row(memory_.as<float>() + first, DType::kF32, last - first);
+    kept[part] = best.square_sum_row(memory_.as<float>() + first, DType::kF32, last - first);
   });
   return static_cast<double>(memory_.size()) / seconds;
 }
