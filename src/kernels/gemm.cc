@@ -76,14 +76,29 @@ struct Turn {
   int64_t index = 0, of = 1;
 };
 
-// What is asked for during the products with the part of a panel of B that begins with unit `done`, at b. In the first
-// turn it comes from memory; in the others it lies in a cache, and each asks for a share of the next group's panel.
-Ahead ahead_of(const Plan& plan, Turn turn, int64_t group, int64_t done, int rows, const uint32_t* b) {
-  const int64_t columns = plan.b.kernels->panel_columns();
-  if (turn.index == 0) return ahead_in_panel(b, columns, rows);
-  const int64_t step = ceil_div(columns, turn.of - 1);
-  const uint32_t* const next = b - done * columns + group * plan.b.panel_units();
+// What is asked for during the products with the part of a panel of B that lies at b, from unit `done` on, in rows of
+// so many units of memory. In the first turn it comes from memory; in the others it lies in a cache, and each asks for
+// a share of the next group's panel.
+Ahead ahead_of(const Plan& plan, Turn turn, int64_t group, int64_t done, int64_t row, int rows, const uint32_t* b) {
+  if (turn.index == 0) return ahead_in_panel(b, row, plan.b.compact ? kMostUnitsAhead : units_ahead(rows));
+  const int64_t step = ceil_div(row, turn.of - 1);
+  const uint32_t* const next = b - done * row + group * plan.b.panel_units();
   return {next + ((turn.index - 1) * plan.units + done) * step, step};
+}
+
+// One panel of A with compact panels [first_b, last_b) of B, all of K at once.
+void compute_compact_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
+                           const uint32_t* b_panels, Turn turn) {
+  alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
+  const CompactPanel shape = plan.b.compact_panel();
+  const int rows = plan.rows.rows(pa);
+  const auto multiply = plan.b.kernels->multiply_compact[rows - 1];
+  for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += shape.size()) {
+    const uint32_t* const codes = b_panels + shape.codes();
+    const Ahead ahead = ahead_of(plan, turn, last_b - first_b, 0, shape.codes_of_unit(), rows, codes);
+    multiply(shape, a_panel, b_panels, ahead, tile);
+    store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
+  }
 }
 
 // One panel of A with panels [first_b, last_b) of B. Where K is long, a slice of it at a time, so that the panel of A
@@ -91,6 +106,7 @@ Ahead ahead_of(const Plan& plan, Turn turn, int64_t group, int64_t done, int row
 void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
                    const uint32_t* b_panels, Turn turn = {}) {
   if (is_quantized(plan.b.type)) return compute_quantized_tiles(plan, pa, first_b, last_b, a_panel, b_panels);
+  if (plan.b.compact) return compute_compact_tiles(plan, pa, first_b, last_b, a_panel, b_panels, turn);
   constexpr int64_t kTile = kMaxPanelRows * kMaxPanelColumns;
   alignas(64) float tiles[kMostGroupB * kTile];
   const KernelTable& kernels = *plan.b.kernels;
@@ -103,7 +119,7 @@ void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b
     const uint32_t* b = b_panels + done * kernels.panel_columns();
     for (int64_t pb = first_b; pb < last_b; ++pb, b += plan.b.panel_units()) {
       float* const tile = tiles + (last && done == 0 ? 0 : (pb - first_b) * kTile);
-      const Ahead ahead = ahead_of(plan, turn, last_b - first_b, done, rows, b);
+      const Ahead ahead = ahead_of(plan, turn, last_b - first_b, done, kernels.panel_columns(), rows, b);
       kernels.multiply[bf16][rows - 1](units, a_panel + done * rows, b, ahead, tile, done > 0);
       if (last) store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
     }

@@ -74,7 +74,12 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b
   const int64_t most_rows = kernels.panel_rows[index_of(type)];
   plan.rows = {p.c.rows, ceil_div(p.c.rows, most_rows)};
   plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, nullptr);
-  plan.b = {&kernels, pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K), type, p.gated, N};
+  plan.b = {&kernels,
+            pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K),
+            type,
+            p.gated,
+            p.packed_b && p.packed_b->shape().compact,
+            N};
   plan.units = units_of(type, K);
   plan.Q = plan.b.count();
   plan.in_place = in_place(p, type, group_b_bytes);

@@ -33,11 +33,15 @@ struct PanelsB {
   PackSource source;
   PanelType type;
   bool gated;
+  bool compact;
   int64_t N;  // columns of C
 
   int64_t width() const { return gated ? kernels->width : kernels->panel_columns(); }
   int64_t count() const { return ceil_div(N, width()); }
-  int64_t panel_units() const { return b_panel_units(type, source.cols, kernels->panel_columns()); }
+  int64_t panel_units() const {
+    return compact ? compact_panel().size() : b_panel_units(type, source.cols, kernels->panel_columns());
+  }
+  CompactPanel compact_panel() const { return {source.cols, kernels->panel_columns()}; }
   int64_t group() const;  // panels to pack or to multiply at once
   void pack(int64_t first, int64_t last, uint32_t* memory) const;
 };

@@ -180,11 +180,10 @@ struct Ahead {
 
 // The first panel of A finds B in memory, which is far: it asks for what it needs itself a little later. With few rows
 // all time goes into reading, and more at once would only wait. (Hardware prefetchers stop at every page, and start
-// late.)
-constexpr int kFewRows = 8;
-inline Ahead ahead_in_panel(const uint32_t* b, int64_t columns, int rows) {
-  return {b + (rows <= kFewRows ? 16 : 64) * columns, columns};
-}
+// late.) A row of the panel, for a unit of K, takes `row` units of memory.
+constexpr int64_t kMostUnitsAhead = 64;
+constexpr int64_t units_ahead(int rows) { return rows <= 8 ? 16 : kMostUnitsAhead; }
+inline Ahead ahead_in_panel(const uint32_t* b, int64_t row, int64_t units) { return {b + units * row, row}; }
 
 // Where a row of weights goes, as in QuantizedView: scales, or the others.
 struct QuantizedRow {
@@ -210,6 +209,9 @@ struct KernelTable {
   // Panels [first, last) of B, fp32 or bf16. N counts the columns of C; B has 2N rows when gated.
   void (*pack_b)(const PackSource& source, PanelType type, int64_t N, bool gated, int64_t first, int64_t last,
                  uint32_t* memory);
+  // A panel of B in bf16 made compact; false where it has too many patches. And a compact one as it was.
+  bool (*compact_panel)(const CompactPanel& shape, const uint32_t* panel, uint32_t* compact);
+  void (*expand_panel)(const CompactPanel& shape, const uint32_t* compact, uint32_t* panel);
   // A row of weights to a quantized type, see quantized.h.
   void (*quantize_weights_row)(const void* row, DType dtype, int64_t K, PanelType type, const QuantizedRow& out);
   // Panels [first, last) of a quantized B.
@@ -222,6 +224,10 @@ struct KernelTable {
   // kMaxPanelRows rows.
   void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile,
                                      bool add);
+  // tile[rows][2 * width] = A panel * compact panel of B, over all of K; [rows - 1]. The same bits as with the plain
+  // one.
+  void (*multiply_compact[kMaxPanelRows])(const CompactPanel& shape, const uint32_t* a, const uint32_t* compact,
+                                          Ahead ahead, float* tile);
   // B in place (see multiply_in_place.inl), with K contiguous: A lies in strips of `width` rows, [units][width], zero
   // up to a whole chunk and a whole strip. Packs strips [first, last) of the M rows.
   void (*pack_strips)(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last,

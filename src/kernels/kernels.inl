@@ -7,7 +7,10 @@
 #include "kernels/quantize.inl"
 #include "kernels/pack.inl"
 #include "kernels/pack_quantized.inl"
+#include "kernels/compact_reader.inl"
+#include "kernels/compact.inl"
 #include "kernels/multiply.inl"
+#include "kernels/multiply_compact.inl"
 #include "kernels/multiply_quantized.inl"
 #include "kernels/multiply_in_place.inl"
 #include "kernels/store_tile.inl"
@@ -28,6 +31,9 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.pack_b = pack_b;
   fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
   fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
+  fill_compact(table, std::make_integer_sequence<int, kPanelRowsBf16>());
+  table.compact_panel = compact_panel;
+  table.expand_panel = expand_panel;
   table.quantize_weights_row = quantize_weights_row;
   table.pack_quantized_b = pack_quantized_b;
   fill_quantized<PanelType::kInt8>(table);

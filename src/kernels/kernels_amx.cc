@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kVectorBytes = 64;
 #include "kernels/simd.inl"
+// after it
+#include "kernels/compact_reader.inl"
 
 constexpr int kTileRows = 16;
 constexpr int kPanelRowsTiles = 2 * kTileRows;  // 2 x 2 tiles of sums, 2 of A, 2 of B: all eight
@@ -76,6 +78,19 @@ void multiply_tiles(int64_t units, const uint32_t* a, const uint32_t* b, Ahead a
   _tile_stored(1, tile + 16, kPanelRowBytes);
   if constexpr (kSecond) _tile_stored(2, second, kPanelRowBytes);
   if constexpr (kSecond) _tile_stored(3, second + 16, kPanelRowBytes);
+}
+
+// Compact panels, a plain chunk at a time.
+template <int kRows>
+void multiply_compact_tiles(const CompactPanel& shape, const uint32_t* a, const uint32_t* compact, Ahead ahead,
+                            float* tile) {
+  alignas(64) uint32_t chunk[kChunkUnits * kPanelUnits];
+  CompactReader b(shape, compact);
+  for (int64_t i = 0; i < shape.chunks(); ++i, a += kRows * kChunkUnits, b.next_chunk()) {
+    b.expand(chunk);
+    multiply_tiles<kRows>(kChunkUnits, a, chunk, ahead, tile, i > 0);
+    ahead.start += kChunkUnits * ahead.step;
+  }
 }
 
 // 16 units of K of a vector of rows of the stored B, copied, with zeros for what is not there.
@@ -231,6 +246,7 @@ namespace {
 template <int... kIndex>
 void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
   ((table.multiply[1][kIndex] = multiply_tiles<kIndex + 1>), ...);
+  ((table.multiply_compact[kIndex] = multiply_compact_tiles<kIndex + 1>), ...);
   ((table.multiply_along_n[1][kIndex] = multiply_tiles_along_n<kIndex + 1>), ...);
 }
 

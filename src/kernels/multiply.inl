@@ -11,18 +11,24 @@ COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
 // lie too oddly for hardware prefetchers. (Behind the last chunk lies the next panel.)
 constexpr int64_t kChunksAhead = 4;
 
-// One step of K: unit u of the rows of A times a row of the panel of B.
+// A unit of K: of the rows of A times that of two vectors of columns.
 template <bool kBf16, int kRows>
-COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead, VF (&sums)[kRows][2]) {
-  const VU b0 = load_units(b), b1 = load_units(b + kWidth);
-  __builtin_prefetch(ahead);
-  if constexpr (kVectorBytes == 64) __builtin_prefetch(ahead + kWidth);
+COTERIE_INLINE void multiply_unit(const uint32_t* a, VU b0, VU b1, VF (&sums)[kRows][2]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     const uint32_t ai = a[i * kChunkUnits];
     sums[i][0] = multiply_add<kBf16>(ai, b0, sums[i][0]);
     sums[i][1] = multiply_add<kBf16>(ai, b1, sums[i][1]);
   }
+}
+
+// The same of a panel of B, with what is asked for meanwhile.
+template <bool kBf16, int kRows>
+COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead, VF (&sums)[kRows][2]) {
+  const VU b0 = load_units(b), b1 = load_units(b + kWidth);
+  __builtin_prefetch(ahead);
+  if constexpr (kVectorBytes == 64) __builtin_prefetch(ahead + kWidth);
+  multiply_unit<kBf16>(a, b0, b1, sums);
 }
 
 template <bool kBf16, int kRows>

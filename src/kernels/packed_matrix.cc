@@ -1,6 +1,7 @@
 #include "kernels/packed_matrix.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "base/check.h"
@@ -16,7 +17,8 @@ int64_t panel_width(const PackedShape& shape) {
 int64_t num_columns(const PackedShape& shape) { return shape.gated ? shape.rows / 2 : shape.rows; }
 int64_t num_panels(const PackedShape& shape) { return ceil_div(num_columns(shape), panel_width(shape)); }
 int64_t panel_units(const PackedShape& shape) {
-  return b_panel_units(shape.type, shape.cols, active_kernels().panel_columns());
+  const int64_t columns = active_kernels().panel_columns();
+  return shape.compact ? CompactPanel{shape.cols, columns}.size() : b_panel_units(shape.type, shape.cols, columns);
 }
 
 }  // namespace
@@ -25,6 +27,7 @@ size_t PackedShape::bytes() const { return static_cast<size_t>(num_panels(*this)
 
 PackedMatrix::PackedMatrix(const PackedShape& shape, AlignedBuffer panels)
     : shape_(shape), panels_(std::move(panels)), kernels_(&active_kernels()) {
+  COTERIE_CHECK(!shape.compact || shape.type == PanelType::kBF16, "only panels in bf16 are made compact");
   COTERIE_CHECK(!shape.gated || shape.rows % 2 == 0, "a gated B has an even number of rows");
   if (!panels_.data()) panels_ = AlignedBuffer(shape.bytes());
   COTERIE_CHECK(panels_.size() == shape.bytes(), "the panels are not of this shape");
@@ -41,7 +44,7 @@ PackedMatrix::PackedMatrix(const PackedShape& shape, const ConstMatrix& b, Threa
     : PackedMatrix(shape, std::move(panels)) {
   COTERIE_CHECK(!is_quantized(shape.type) && shape.rows == b.rows && shape.cols == b.cols, "B is not of this shape");
   const PackSource source = {b.data, b.dtype, b.rows, b.cols, b.row_stride, b.col_stride, nullptr, nullptr};
-  const PanelsB all = {kernels_, source, type(), shape.gated, num_columns(shape_)};
+  const PanelsB all = {kernels_, source, type(), shape.gated, false, num_columns(shape_)};
   const int64_t units = all.panel_units(), group = all.group();
   pool.run(ceil_div(all.count(), group), [&](int64_t task, int) {
     const int64_t first = task * group, last = std::min(first + group, all.count());
@@ -55,6 +58,21 @@ PackedMatrix::PackedMatrix(const QuantizedView& b, ThreadPool& pool, bool gated,
   pool.run(num_panels(shape_), [&](int64_t p, int) {
     kernels_->pack_quantized_b(b, num_columns(shape_), gated, p, p + 1, panels_.as<uint32_t>() + p * units);
   });
+}
+
+std::optional<PackedMatrix> PackedMatrix::compacted(ThreadPool& pool) const {
+  if (type() != PanelType::kBF16 || shape_.compact) return std::nullopt;
+  PackedShape shape = shape_;
+  shape.compact = true;
+  PackedMatrix result(shape, AlignedBuffer());
+  const CompactPanel panel = {cols(), kernels_->panel_columns()};
+  const int64_t units = panel_units(shape_);
+  std::atomic<bool> all = true;
+  pool.run(num_panels(shape_), [&](int64_t p, int) {
+    uint32_t* const out = result.panels_.as<uint32_t>() + p * panel.size();
+    if (!kernels_->compact_panel(panel, panels_.as<uint32_t>() + p * units, out)) all = false;
+  });
+  return all ? std::optional(std::move(result)) : std::nullopt;
 }
 
 }  // namespace coterie

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "base/memory.h"
 #include "base/thread_pool.h"
@@ -20,6 +21,7 @@ struct PackedShape {
   int64_t rows = 0;  // of B: N, or 2N when gated
   int64_t cols = 0;  // K
   bool gated = false;
+  bool compact = false;  // bf16 alone, see panels.h: 12 bits an element
 
   size_t bytes() const;  // of panels of the active ISA
 };
@@ -35,6 +37,9 @@ class PackedMatrix {
   PackedMatrix(const QuantizedView& b, ThreadPool& pool, bool gated = false, AlignedBuffer panels = {});
   // Panels of the active ISA that are there already.
   PackedMatrix(const PackedShape& shape, AlignedBuffer panels);
+
+  // The same in compact panels of its own, or nothing where they cannot be.
+  std::optional<PackedMatrix> compacted(ThreadPool& pool) const;
 
   // The same panels have moved there; their memory belongs to somebody else.
   void point_to(const void* panels);

@@ -58,7 +58,7 @@ struct PanelProduct {
     store.accumulate = accumulate;
     for (int64_t column = 0; column < c.cols; column += width) {
       const uint32_t* const b_panel = b.data + column / width * b.panel_units + first_unit * width;
-      const Ahead ahead = ahead_in_panel(b_panel, width, rows);
+      const Ahead ahead = ahead_in_panel(b_panel, width, units_ahead(rows));
       kernels.multiply[type == DType::kBF16][rows - 1](units, a_panel, b_panel, ahead, tile, /*add=*/false);
       store.cols = std::min(width, c.cols - column);
       store.c = static_cast<char*>(c.data) + column * static_cast<int64_t>(dtype_size(c.dtype));

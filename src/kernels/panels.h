@@ -15,6 +15,13 @@
 // the codes, [units][2 * width], or [pairs of units][2 * width] where the codes of 4 bits of two units share their
 // bytes (the first has the low halves), then the scales, [2 * width], of 16 bits, or of 8 with as many minimums behind
 // them; last the columns' factors in fp32 where there are any.
+//
+// Compact panels. Weights in bf16 that are only read, never changed, need not take 16 bits an element: the exponents of
+// a column's weights are few. The low byte of an element is kept, and the high one, the sign and seven bits of the
+// exponent, becomes a code of 4 bits: the sign above three bits that count from a base, which every place in a row of
+// the panel has its own of. The few elements that are too small for that are listed, as patches: their places and the
+// elements themselves. Nothing is lost. Where there are more of them than the list has room for, the panel stays as it
+// is.
 #pragma once
 
 #include <cstdint>
@@ -102,6 +109,26 @@ constexpr int64_t b_panel_units(PanelType type, int64_t K, int64_t columns) {
   const int64_t factors = format.stored_minimum ? columns : 0;
   return (units_of(type, K) * format.bits / 8 * columns) + groups_of(type, K) * columns / 2 + factors;
 }
+
+// A compact panel: the bases, a byte for each element of a row of the plain panel; where each chunk's patches begin, in
+// 16 bits, and where the last ones end; the patches, the place in the chunk below and the element above; then pairs of
+// units: the first one's low bytes, the second's, and the codes of both, which share their bytes (the first has the low
+// halves). Bytes lie in the order in which vectors are split into them: 16 bytes are 8 elements of the first vector and
+// 8 of the second. Elements past K are any finite numbers.
+struct CompactPanel {
+  int64_t K = 0;
+  int64_t columns = 0;  // of the panel
+
+  constexpr int64_t units() const { return whole_chunks(units_of(PanelType::kBF16, K)); }
+  constexpr int64_t chunks() const { return units() / kChunkUnits; }
+  constexpr int64_t most_patches() const { return 2 * chunks() + 16; }
+  // In 32-bit units from the panel's start.
+  constexpr int64_t begins() const { return columns / 2; }
+  constexpr int64_t patches() const { return begins() + (chunks() + 2) / 2; }
+  constexpr int64_t codes() const { return whole_chunks(patches() + most_patches()); }
+  constexpr int64_t codes_of_unit() const { return columns * 3 / 4; }  // of each, in an even number of them
+  constexpr int64_t size() const { return whole_chunks(codes() + units() * codes_of_unit()); }
+};
 
 // How the M rows of A are spread over P panels: evenly, 13 rows are 7 + 6 rather than 12 + 1. The panels of
 // a matrix lie one behind the other.
