@@ -74,7 +74,7 @@ class Subject:
     @property
     def need_bytes(self) -> float:
         """While it serves: weights, and half a gigabyte for caches and the process."""
-        return self.parameters * infer_contestants.WEIGHT_BITS[self.dtype] / 8 + 5e8
+        return self.parameters * infer_contestants.OUR_BITS[self.dtype] / 8 + 5e8
 
     @property
     def packing_bytes(self) -> float:
@@ -189,7 +189,7 @@ def report(subjects: Sequence[Subject], settings: Settings, bandwidth: float) ->
         latency = {batch: 1e3 * int(batch) / rate for batch, rate in rates.items()}
         base = models[0]["ms_per_token"] if models else latency
         embedding = 0 if subject.config["tie_word_embeddings"] else VOCABULARY * subject.config["hidden_size"]
-        read = (subject.active - embedding) * infer_contestants.WEIGHT_BITS[subject.dtype] / 8
+        read = (subject.active - embedding) * infer_contestants.OUR_BITS[subject.dtype] / 8
         models.append(
             {
                 "name": subject.name,

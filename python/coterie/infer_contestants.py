@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("llama_cpp", "transformers", "vllm_cpu")
 PACKAGES = {"llama_cpp": "llama_cpp", "transformers": "transformers", "vllm_cpu": "vllm"}
 PREFILL = "prefill"
-# Bits of a weight in memory, scales included; of int4 with a head in int8. Of the types of GGUF: the file's size over
-# the number of its weights.
-WEIGHT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.25, "int4": 5.1}
+# Bits of a weight in memory. Of ours with scales; of bf16 in compact panels, of int4 with a head in int8. Of the types of
+# GGUF: the file's size over the number of its weights.
+OUR_BITS = {"fp32": 32.0, "bf16": 12.1, "int8": 8.25, "int4": 5.1}
+PEER_BITS = {"fp32": 32.0, "bf16": 16.0}
 GGUF_TYPES = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k_m")}
 EQUAL_BITS = {"q8_0": "int8", "q4_0": "int4"}
 # Bits of a number in the KV cache. Ours has 8 beside weights in few bits, of llama.cpp's the better one counts.
@@ -199,17 +200,17 @@ def contestants(model: Model, dtype: str, peers: Sequence[str], settings: Settin
     BenchError
         An unknown name, or something that is not installed.
     """
-    bits, cache = WEIGHT_BITS[dtype], CACHE_BITS[dtype]
-    found = [_contestant(model, settings, OURS, "", str(model.path), dtype, bits, cache, {}, {"mmap": True})]
+    cache, path = CACHE_BITS[dtype], str(model.path)
+    found = [_contestant(model, settings, OURS, "", path, dtype, OUR_BITS[dtype], cache, {}, {"mmap": True})]
     for peer in dict.fromkeys(peers):
         if peer not in PEERS:
             raise BenchError(f"--peers: no peer is called {peer!r}; known: {', '.join(PEERS)}")
         if peer == "llama_cpp":
             found += _llama_cpp(model, dtype, settings)
-        elif dtype in ("bf16", "fp32"):
+        elif dtype in PEER_BITS:
             for options in [{}, {"zentorch": True}] if peer == "vllm_cpu" and _has_zentorch() else [{}]:
                 label = " ".join(options)
-                path = str(model.path)
+                bits = PEER_BITS[dtype]
                 found.append(_contestant(model, settings, peer, label, path, dtype, bits, cache, options, None))
     return found
 

@@ -47,6 +47,34 @@ TEST_F(WeightMoverTest, WeightsAreTheSameInTheirNewPlace) {
   }
 }
 
+// Matrices in bf16 are compact where they can be; a second start knows which ones are by their names.
+TEST_F(WeightMoverTest, CompactMatricesAreFoundInTheFile) {
+  NativeThreadPool pool(2);
+  const ModelConfig config = small_config();
+  std::vector<std::vector<float>> values;
+  std::vector<TensorToWrite> tensors;
+  for (const TensorSpec& spec : logical_tensors(config)) {
+    values.push_back(random_values(spec.num_elements(), values.size(), 0.5f));
+    if (spec.name == "lm_head.weight") {  // many of them too small
+      for (size_t i = 0; i < values.back().size(); i += 3) values.back()[i] *= 1e-9f;
+    }
+    tensors.push_back({spec.name, spec.shape, DType::kF32, values.back().data()});
+  }
+  write_safetensors((directory() / "model.safetensors").string(), tensors);
+  write_text_file((directory() / "config.json").string(), config.to_json());
+  const StoredModel model(directory().string());
+  const WeightTypes types = weight_types("bf16");
+  const WeightCache cache = weight_cache(directory().string(), types.description());
+  ModelWeights packed = load_weights(config, model.tensors(), types, pool);
+  ModelWeights first = load_weights(config, model.tensors(), types, pool, cache);
+  ModelWeights second = load_weights(config, model.tensors(), types, pool, cache);
+  EXPECT_FALSE(packed.head.weight_NK.shape().compact);
+  EXPECT_TRUE(packed.layers[1].experts.up_E[0].shape().compact);
+  EXPECT_TRUE(packed.layers[0].q.weight_NK.shape().compact);
+  EXPECT_TRUE(panels_of(first) == panels_of(packed));
+  EXPECT_TRUE(panels_of(second) == panels_of(packed));
+}
+
 TEST_F(WeightMoverTest, GoesWithoutAFileWhereADirectoryStands) {
   NativeThreadPool pool(1);
   write_random_model(directory(), small_config());

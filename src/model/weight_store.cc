@@ -22,7 +22,7 @@ namespace fs = std::filesystem;
 constexpr size_t kSlabBytes = size_t{64} << 20;
 constexpr size_t kAlignment = 64;
 // Raised with every change of what panels look like.
-constexpr int kPanelVersion = 2;
+constexpr int kPanelVersion = 3;
 constexpr std::string_view kSuffix = ".coterie";
 
 // Name, size and time of change of every file that a model may be read from.

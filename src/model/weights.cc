@@ -1,5 +1,6 @@
 #include "model/weights.h"
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
@@ -92,12 +93,29 @@ class WeightLoader {
   }
   NormWeights norm(const std::string& name) const { return {read(name + ".weight"), read_if_there(name + ".bias")}; }
 
-  // The matrix under this name of the store. values() gives its elements as an fp32 matrix, of any strides.
+  // The matrix under this name of the store, its panels filled by `fill` unless they are there. Compact where they can
+  // be: under a name of their own, which tells a later start.
+  PackedMatrix stored(const std::string& name, const PackedShape& shape,
+                      const std::function<void(AlignedBuffer)>& fill) const {
+    PackedShape compact = shape;
+    compact.compact = shape.type == PanelType::kBF16;
+    const std::string compact_name = name + ".compact";
+    if (!compact.compact || store_.has(name)) return {shape, store_.block(name, shape.bytes(), fill)};
+    if (store_.has(compact_name)) return {compact, store_.block(compact_name, compact.bytes(), fill)};
+    AlignedBuffer panels(shape.bytes());
+    fill(AlignedBuffer::borrowed(panels.data(), panels.size()));
+    const PackedMatrix plain(shape, std::move(panels));
+    const std::optional<PackedMatrix> smaller = plain.compacted(pool_);
+    const PackedMatrix& best = smaller ? *smaller : plain;
+    return {best.shape(), store_.block(smaller ? compact_name : name, best.bytes(), [&](AlignedBuffer memory) {
+              std::memcpy(memory.data(), best.data(), best.bytes());
+            })};
+  }
+
+  // values() gives the elements as an fp32 matrix, of any strides.
   template <typename Values>
   PackedMatrix matrix(const std::string& name, const PackedShape& shape, const Values& values) const {
-    AlignedBuffer panels =
-        store_.block(name, shape.bytes(), [&](AlignedBuffer memory) { pack(values(), shape, std::move(memory)); });
-    return PackedMatrix(shape, std::move(panels));
+    return stored(name, shape, [&](AlignedBuffer memory) { pack(values(), shape, std::move(memory)); });
   }
 
   void pack(const ConstMatrix& fp32, const PackedShape& shape, AlignedBuffer memory) const {
@@ -126,7 +144,7 @@ class WeightLoader {
   // Rows [first, first + shape.rows) under this name of the store. The type is that of the rows.
   PackedMatrix packed(const std::string& name, Rows& rows, int64_t first, PackedShape shape) const {
     shape.type = rows.type;
-    AlignedBuffer panels = store_.block(name, shape.bytes(), [&](AlignedBuffer memory) {
+    return stored(name, shape, [&](AlignedBuffer memory) {
       if (rows.coded) {
         const QuantizedView part = rows.codes.get().view().row_range(first, shape.rows);
         PackedMatrix(part, pool_, shape.gated, std::move(memory));
@@ -135,7 +153,6 @@ class WeightLoader {
         pack(row_major(values, shape.rows, shape.cols), shape, std::move(memory));
       }
     });
-    return PackedMatrix(shape, std::move(panels));
   }
 
   LinearWeights linear(const std::string& name, PanelType type, int64_t num_rows, int64_t cols) const {

@@ -20,7 +20,7 @@ _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn
 
 def infer(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory as benches/make_model.py makes it.")],
-    dtype: Annotated[str, typer.Option(help=f"Of our weights: {', '.join(infer_contestants.WEIGHT_BITS)}.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help=f"Of our weights: {', '.join(infer_contestants.OUR_BITS)}.")] = "bf16",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 512,
     generate: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 128,
     batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,8,32",
@@ -55,7 +55,7 @@ def dense_vs_moe(
     models: Annotated[str, typer.Option(help="The first is what the others are compared with.")] = ",".join(
         comparison.SHAPES
     ),
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(infer_contestants.WEIGHT_BITS)}.")] = "int4",
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(infer_contestants.OUR_BITS)}.")] = "int4",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 32,
     generate: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 64,
     batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,32",
@@ -100,8 +100,8 @@ def _print_models(measured: dict[str, Any]) -> None:
 
 def _dtypes(text: str) -> list[str]:
     for dtype in text.split(","):
-        if dtype not in infer_contestants.WEIGHT_BITS:
-            raise BenchError(f"--dtype: {dtype!r} is none of {', '.join(infer_contestants.WEIGHT_BITS)}")
+        if dtype not in infer_contestants.OUR_BITS:
+            raise BenchError(f"--dtype: {dtype!r} is none of {', '.join(infer_contestants.OUR_BITS)}")
     return list(dict.fromkeys(text.split(",")))
 
 
