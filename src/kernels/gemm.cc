@@ -58,23 +58,28 @@ void store_tile(const Plan& plan, int64_t row, int64_t rows, int64_t pb, const f
   plan.b.kernels->store_tile(store);
 }
 
-// The same for quantized panels: all of K at once, which they have their ways for.
+// One of several panels of A that meet a group of panels of B one after the other.
+struct Turn {
+  int64_t index = 0, of = 1;
+  bool more = false;  // groups, for the same task
+};
+
+// Quantized panels, all of K at once, which they have their ways for. In the first turn they come from memory, and the
+// last one asks for the next group's.
 void compute_quantized_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
-                             const uint32_t* b_panels) {
+                             const uint32_t* b_panels, Turn turn) {
+  constexpr int64_t kBytesAhead = 4096;
   alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
   const KernelTable& kernels = *plan.b.kernels;
   const int rows = plan.rows.rows(pa);
   const auto multiply = kernels.multiply_quantized[index_of(plan.b.type) - kFirstQuantized][rows - 1];
+  int64_t ahead = turn.index == 0 ? kBytesAhead : 0;
+  if (turn.more && turn.index > 0 && turn.index + 1 == turn.of) ahead = (last_b - first_b) * plan.b.panel_units() * 4;
   for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += plan.b.panel_units()) {
-    multiply(plan.a.cols, a_panel, b_panels, tile);
+    multiply(plan.a.cols, a_panel, b_panels, ahead, tile);
     store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
   }
 }
-
-// One of several panels of A that meet a group of panels of B one after the other.
-struct Turn {
-  int64_t index = 0, of = 1;
-};
 
 // What is asked for during the products with the part of a panel of B that lies at b, from unit `done` on, in rows of
 // so many units of memory. In the first turn it comes from memory; in the others it lies in a cache, and each asks for
@@ -105,7 +110,7 @@ void compute_compact_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_
 // stays in the L1 cache; sums wait in fp32, which changes no bit of them.
 void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
                    const uint32_t* b_panels, Turn turn = {}) {
-  if (is_quantized(plan.b.type)) return compute_quantized_tiles(plan, pa, first_b, last_b, a_panel, b_panels);
+  if (is_quantized(plan.b.type)) return compute_quantized_tiles(plan, pa, first_b, last_b, a_panel, b_panels, turn);
   if (plan.b.compact) return compute_compact_tiles(plan, pa, first_b, last_b, a_panel, b_panels, turn);
   constexpr int64_t kTile = kMaxPanelRows * kMaxPanelColumns;
   alignas(64) float tiles[kMostGroupB * kTile];
@@ -217,7 +222,7 @@ void multiply_panels(const Plan& plan, int64_t first_a, int64_t last_a, int64_t 
       b_panels = plan.b_panels + group_b * panel_units;
     }
     for (int64_t pa = first_a; pa < last_a; ++pa) {
-      const Turn turn = plan.own_b ? Turn{} : Turn{pa - first_a, last_a - first_a};
+      const Turn turn = plan.own_b ? Turn{} : Turn{pa - first_a, last_a - first_a, end_b < last_b};
       compute_tiles(plan, pa, group_b, end_b, a_panels + plan.a_units(first_a, pa), b_panels, turn);
     }
   }

@@ -217,9 +217,11 @@ struct KernelTable {
   // Panels [first, last) of a quantized B.
   void (*pack_quantized_b)(const QuantizedView& b, int64_t N, bool gated, int64_t first, int64_t last,
                            uint32_t* memory);
-  // tile[rows][2 * width] = A panel * B panel, over all of K; [type - kFirstQuantized][rows - 1].
+  // tile[rows][2 * width] = A panel * B panel, over all of K; [type - kFirstQuantized][rows - 1]. Asks for what lies
+  // `ahead` bytes behind what it reads of B.
   void (*multiply_quantized[kPanelTypes - kFirstQuantized][kMaxPanelRows])(int64_t K, const uint32_t* a,
-                                                                           const uint32_t* b, float* tile);
+                                                                           const uint32_t* b, int64_t ahead,
+                                                                           float* tile);
   // tile[rows][2 * width] = A panel * B panel, or += it with `add`; [type][rows - 1]. A tile has room for
   // kMaxPanelRows rows.
   void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile,

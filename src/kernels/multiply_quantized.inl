@@ -21,19 +21,17 @@ COTERIE_INLINE void load_codes(const uint32_t* b, VU (&codes)[2][2]) {
   }
 }
 
-// What is asked for lies so many bytes ahead: B comes from memory for the first panel of A, which is far.
-constexpr int64_t kCodesAhead = 4096;
-
-// dots += `units` units of one chunk of A, a multiple of 2.
+// dots += `units` units of one chunk of A, a multiple of 2. What lies `ahead` bytes behind is asked for.
 template <PanelType kType, int kLines>
-COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t units, VI (&dots)[kLines][2]) {
+COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t ahead, int64_t units,
+                                   VI (&dots)[kLines][2]) {
   constexpr int64_t kPairUnits = 2 * quantized_format(kType).bits / 8 * 2 * kWidth;  // of B
 #pragma GCC unroll 8
   for (int64_t u = 0; u < units; u += 2, b += kPairUnits) {
     VU codes[2][2];
     load_codes<kType>(b, codes);
-    const char* const ahead = reinterpret_cast<const char*>(b) + kCodesAhead;
-    for (int64_t line = 0; line < kPairUnits * 4; line += 64) __builtin_prefetch(ahead + line);
+    const char* const coming = reinterpret_cast<const char*>(b) + ahead;
+    for (int64_t line = 0; line < kPairUnits * 4; line += 64) __builtin_prefetch(coming + line);
 #pragma GCC unroll 16
     for (int i = 0; i < kLines; ++i) {
 #pragma GCC unroll 2
@@ -130,7 +128,7 @@ COTERIE_INLINE void add_group(const GroupFactors& factors, const uint32_t* scale
 }
 
 template <PanelType kType, int kRows>
-void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, float* tile) {
+void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, int64_t ahead, float* tile) {
   constexpr QuantizedFormat kFormat = quantized_format(kType);
   constexpr int64_t kGroupUnits = kFormat.group_units();
   constexpr int64_t kStep = kGroupUnits < kChunkUnits ? kGroupUnits : kChunkUnits;
@@ -151,10 +149,10 @@ void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, float* 
     for (int64_t u = first; u < end; u += kStep) {
       const uint32_t* const chunk = a + u / kChunkUnits * kLines * kChunkUnits + u % kChunkUnits;
       if (end - u >= kStep) {
-        multiply_codes<kType, kLines>(chunk, b, kStep, dots);
+        multiply_codes<kType, kLines>(chunk, b, ahead, kStep, dots);
         b += kStep * kUnitOfB;
       } else {
-        multiply_codes<kType, kLines>(chunk, b, end - u, dots);
+        multiply_codes<kType, kLines>(chunk, b, ahead, end - u, dots);
         b += (end - u) * kUnitOfB;
       }
     }
