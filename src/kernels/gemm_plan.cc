@@ -118,8 +118,8 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
     while (plan.block_P > 1 && !all_rows && plan.cost(plan.block_P, 1) > most) plan.block_P = ceil_div(plan.block_P, 2);
     plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
     if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
-    // To pack A anew costs no more than to write it to memory and read it from there, or, where it is one panel, than to
-    // have all threads wait for it.
+    // To pack A anew costs no more than to write it to memory and read it from there, or, where it is one panel, than
+    // to have all threads wait for it.
     const bool few_packs = ceil_div(Q, plan.block_Q) <= kMostPacksOfA;
     plan.own_a = few_packs && (plan.own_b ? 4 * plan.all_a_units() <= kBlockABytes : plan.problem->packed_b && P == 1);
   }
