@@ -32,6 +32,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
   fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
   fill_compact(table, std::make_integer_sequence<int, kPanelRowsBf16>());
+  table.compact_pays = kVectorBytes == 64;
   table.compact_panel = compact_panel;
   table.expand_panel = expand_panel;
   table.quantize_weights_row = quantize_weights_row;

@@ -252,6 +252,7 @@ void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
 
 KernelTable with_tiles(KernelTable table) {
   table.name = "amx";
+  table.compact_pays = false;
   table.panel_rows[index_of(PanelType::kBF16)] = kPanelRowsTiles;
   table.slice_units[1] = kSliceUnits;
   fill_multiply(table, std::make_integer_sequence<int, kPanelRowsTiles>());

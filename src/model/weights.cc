@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "kernels/kernel_table.h"
 #include "model/quantized_source.h"
 
 namespace coterie {
@@ -102,6 +103,7 @@ class WeightLoader {
     const std::string compact_name = name + ".compact";
     if (!compact.compact || store_.has(name)) return {shape, store_.block(name, shape.bytes(), fill)};
     if (store_.has(compact_name)) return {compact, store_.block(compact_name, compact.bytes(), fill)};
+    if (!active_kernels().compact_pays) return {shape, store_.block(name, shape.bytes(), fill)};
     AlignedBuffer panels(shape.bytes());
     fill(AlignedBuffer::borrowed(panels.data(), panels.size()));
     const PackedMatrix plain(shape, std::move(panels));
