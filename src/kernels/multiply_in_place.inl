@@ -121,6 +121,17 @@ void multiply_broadcast(const PanelInPlace& b, int64_t units, const uint32_t* st
   }
 }
 
+// `left` units of kWidth columns, block[unit], times those of kRows rows of A.
+template <bool kBf16, int kRows>
+COTERIE_INLINE void multiply_block(const uint32_t* a, const VU (&block)[kWidth], int64_t left, VF (&sums)[kRows]) {
+#pragma GCC unroll 16
+  for (int j = 0; j < kWidth; ++j) {
+    if (j >= left) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(a[j * kWidth + i], block[j], sums[i]);
+  }
+}
+
 // With so few rows of A that most lanes of a strip would be idle: blocks of kWidth^2 units of B are transposed in
 // registers instead, and units of A are broadcast to them.
 template <bool kBf16, int kRows>
@@ -129,24 +140,20 @@ void multiply_transposed(const PanelInPlace& b, int64_t units, const uint32_t* s
   const int64_t whole = b.cols / (kBf16 ? 2 : 1);
   for (int half = 0; half < 2; ++half) {
     if (b.count[half] == 0) continue;
+    const char* const first = static_cast<const char*>(b.start[half]);
     const uint32_t* a = strip;
     VF sums[kRows] = {};
     for (int64_t u = 0; u < units; u += kWidth, a += kWidth * kWidth) {
-      const int64_t ahead = b.byte_ahead(4 * whole, 4 * u);
+      const char* const at = first + 4 * u;
       VU block[kWidth];
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) {
-        const int row = i < b.count[half] ? i : b.count[half] - 1;
-        const char* const column = static_cast<const char*>(b.start[half]) + row * b.stride_bytes;
-        block[i] = units_along_k<kBf16, kBf16>(column + 4 * u, b.cols - (kBf16 ? 2 : 1) * u);
-        __builtin_prefetch(column + ahead, 0, 2);
-        __builtin_prefetch(column + 4 * u + kBytesFromL2);
-      }
+      block_along_k<kBf16, kBf16>(at, b.stride_bytes, b.count[half], b.cols - (kBf16 ? 2 : 1) * u, block);
+      prefetch_rows<2>(first + b.byte_ahead(4 * whole, 4 * u), b.stride_bytes);
+      prefetch_rows<3>(at + kBytesFromL2, b.stride_bytes);
       transpose(block);
-      const int64_t left = units - u < kWidth ? units - u : kWidth;
-      for (int64_t j = 0; j < left; ++j) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(a[j * kWidth + i], block[j], sums[i]);
+      if (units - u >= kWidth) {
+        multiply_block<kBf16, kRows>(a, block, kWidth, sums);
+      } else {
+        multiply_block<kBf16, kRows>(a, block, units - u, sums);
       }
     }
 #pragma GCC unroll 8

@@ -75,6 +75,34 @@ COTERIE_INLINE uint32_t one_unit(const PackSource& s, int64_t row, int64_t u) {
 // How far ahead a source is asked for: along its rows, and in all where it jumps from row to row of memory.
 constexpr int64_t kBytesAhead = 512, kBytesAheadAcross = 3072;
 
+// kWidth units of kWidth rows of memory, `count` of them real, whose next `left` elements lie at p and so many bytes
+// on; what is not there is zero. K must be contiguous.
+template <bool kSourceBf16, bool kPanelBf16>
+COTERIE_INLINE void block_along_k(const char* p, int64_t row_bytes, int64_t count, int64_t left, VU (&block)[kWidth]) {
+  constexpr int64_t kWhole = kWidth * (kPanelBf16 ? 2 : 1);
+  if (count >= kWidth && left >= kWhole) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      block[i] = units_along_k<kSourceBf16, kPanelBf16>(p, kWhole);
+      p += row_bytes;
+    }
+  } else {
+    for (int i = 0; i < kWidth; ++i) {
+      block[i] = i < count ? units_along_k<kSourceBf16, kPanelBf16>(p + i * row_bytes, left) : VU{};
+    }
+  }
+}
+
+// The same place of kWidth rows of memory.
+template <int kLocality>
+COTERIE_INLINE void prefetch_rows(const char* p, int64_t row_bytes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    __builtin_prefetch(p, 0, kLocality);
+    p += row_bytes;
+  }
+}
+
 // One vector of columns of B, `count` of them real, with K contiguous: blocks of kWidth^2 are transposed.
 template <bool kSourceBf16, bool kPanelBf16>
 COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int64_t first, int64_t count,
@@ -86,15 +114,12 @@ COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int
     const int64_t at = kPerUnit * u * kBytes;
     // What comes kBytesAhead later, in these rows or in those of the next vector.
     const int64_t ahead = at + kBytesAhead, coming = ahead < K_bytes ? ahead : kWidth * row_bytes + ahead - K_bytes;
-    VU rows[kWidth];
-    for (int i = 0; i < kWidth; ++i) {
-      const char* const row = rows_at + i * row_bytes;
-      rows[i] = i < count ? units_along_k<kSourceBf16, kPanelBf16>(row + at, s.cols - kPerUnit * u) : VU{};
-      __builtin_prefetch(row + coming);
-    }
-    transpose(rows);
+    VU block[kWidth];
+    block_along_k<kSourceBf16, kPanelBf16>(rows_at + at, row_bytes, count, s.cols - kPerUnit * u, block);
+    prefetch_rows<3>(rows_at + coming, row_bytes);
+    transpose(block);
     const int64_t n = units - u < kWidth ? units - u : kWidth;
-    for (int64_t i = 0; i < n; ++i) store_units(half + (u + i) * 2 * kWidth, rows[i]);
+    for (int64_t i = 0; i < n; ++i) store_units(half + (u + i) * 2 * kWidth, block[i]);
   }
 }
 

@@ -64,16 +64,33 @@ struct OddLanes {
   static constexpr int index(int lane) { return 2 * lane + 1; }
 };
 
-template <int kStep = kWidth / 2>
-COTERIE_INLINE void transpose(VU (&rows)[kWidth]) {
+// Transposing goes by fours of lanes, which every ISA interleaves at the least cost: first within them, then by whole
+// fours.
+template <int kFirst>
+struct InterleavedFours {  // two of each four of a and of b, from kFirst on
+  static constexpr int index(int lane) { return lane / 4 * 4 + kFirst + lane % 4 / 2 + lane % 2 * kWidth; }
+};
+template <int kFirst>
+struct EveryOtherFour {  // of a and then of b
+  static constexpr int index(int lane) { return (2 * (lane / 4) + kFirst) * 4 + lane % 4; }
+};
+
+template <int kStep, typename Low, typename High>
+COTERIE_INLINE void exchange(VU (&rows)[kWidth]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) {
     if (i & kStep) continue;
-    const VU low = shuffle<LowBlocks<kStep>>(rows[i], rows[i + kStep]);
-    rows[i + kStep] = shuffle<HighBlocks<kStep>>(rows[i], rows[i + kStep]);
+    const VU low = shuffle<Low>(rows[i], rows[i + kStep]);
+    rows[i + kStep] = shuffle<High>(rows[i], rows[i + kStep]);
     rows[i] = low;
   }
-  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
+COTERIE_INLINE void transpose(VU (&rows)[kWidth]) {
+  exchange<2, InterleavedFours<0>, InterleavedFours<2>>(rows);
+  exchange<1, InterleavedFours<0>, InterleavedFours<2>>(rows);
+  if constexpr (kWidth > 4) exchange<4, EveryOtherFour<0>, EveryOtherFour<1>>(rows);
+  if constexpr (kWidth > 8) exchange<8, EveryOtherFour<0>, EveryOtherFour<1>>(rows);
 }
 
 typedef uint16_t VPairs __attribute__((vector_size(kVectorBytes)));  // the halves of units
