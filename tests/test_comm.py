@@ -26,7 +26,9 @@ def run(launcher: str, ranks: int, *arguments: str, restarts: int = 0) -> subpro
         f"sys.exit(launch({[PROGRAM, *arguments]!r}, {ranks}, {launcher!r}, restarts={restarts}))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done.stderr = done.stderr.rpartition(distributed.MPI_STARTS_AGAIN + "\n")[2]
+    return done
 
 
 def separate_ranks(ranks: int, *arguments: str) -> list[tuple[int, str]]:
@@ -121,9 +123,23 @@ def test_an_exception_of_one_rank_stops_the_others(launcher: str) -> None:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_another_configuration_is_refused_by_rank(launcher: str) -> None:
     done = run(launcher, 4, "compare", "60")
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     line = r"coterie: rank 2 runs another configuration than rank 0 \(hash [0-9a-f]{16}, not [0-9a-f]{16}\)\n"
     assert re.fullmatch(line, done.stderr), done.stderr
+
+
+def test_mpirun_that_gives_up_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    mpirun, marker = tmp_path / "mpirun", tmp_path / "marker"
+    mpirun.write_text(f"#!/bin/sh\n[ -e {marker} ] && exit $(cat {marker})\necho 0 > {marker}\nexit 213\n")
+    mpirun.chmod(0o755)
+    monkeypatch.setattr(distributed, "_mpirun", lambda: mpirun)
+    assert distributed.launch(["-c", ""], 2, "mpi") == 0
+    assert capfd.readouterr().err == distributed.MPI_STARTS_AGAIN + "\n"
+    marker.write_text("213")
+    assert distributed.launch(["-c", ""], 2, "mpi") == 213
+    assert capfd.readouterr().err.endswith("coterie: a rank ended with exit code 213; the others were stopped\n")
 
 
 def test_an_error_of_mpi_is_a_comm_error() -> None:

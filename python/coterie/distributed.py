@@ -41,6 +41,7 @@ DEFAULT_TIMEOUT_S = 600.0
 COMM_FAILED = 3  # exit code of a rank whose peers were lost: start again from the last checkpoint
 _RESTARTS = "COTERIE_RESTART_COUNT"  # in the environment of ranks that launch() starts; torchrun counts its own
 _SPEAKS_FOR_ITSELF = (2, COMM_FAILED, 130)  # exit codes of ranks that have said why
+MPI_STARTS_AGAIN = "coterie: mpirun gave up; starting again"
 
 
 class LaunchError(ValueError):
@@ -235,17 +236,22 @@ def launch(arguments: Sequence[str], ranks: int, launcher: str = "auto", threads
         raise LaunchError(f"--ranks: must be at least 1 ({ranks})")
     run = {"mpi": _run_mpi, "torchrun": _run_torchrun}[choose_launcher(launcher)]
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or threads_per_rank(ranks)
-    for attempt in range(restarts + 1):
-        failure = run([sys.executable, *arguments], ranks, {"OMP_NUM_THREADS": str(threads), _RESTARTS: str(attempt)})
+    attempt = excused = 0
+    while True:
+        again = str(attempt + excused)
+        failure = run([sys.executable, *arguments], ranks, {"OMP_NUM_THREADS": str(threads), _RESTARTS: again})
         if failure is None:
             return 0
+        if failure == _MPI_FAILED and not excused:
+            excused = 1  # it happens now and then, and does not last
+            print(MPI_STARTS_AGAIN, file=sys.stderr)
+            continue
         if failure.exit_code not in _SPEAKS_FOR_ITSELF:
             print(f"coterie: {failure}; the others were stopped", file=sys.stderr)
-        if failure.exit_code in (2, 130):
-            break
-        if attempt < restarts:
-            print(f"coterie: starting again ({attempt + 1} of {restarts})", file=sys.stderr)
-    return failure.exit_code
+        if failure.exit_code in (2, 130) or attempt == restarts:
+            return failure.exit_code
+        attempt += 1
+        print(f"coterie: starting again ({attempt} of {restarts})", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,9 @@ class _Failure:
         if number in set(signal.Signals):
             return f"{who} was killed by signal {number} ({signal.Signals(number).name})"
         return f"{who} ended with exit code {self.exit_code}"
+
+
+_MPI_FAILED = _Failure(None, 213)  # Open MPI's ERR_SILENT, -43: mpirun itself could not go on, and has said why
 
 
 def launch_command(launcher: str, ranks: int, interpreter: str = sys.executable) -> tuple[list[str], dict[str, str]]:
