@@ -24,6 +24,8 @@ PASSES = 3  # of a turn, over the systems that need no longer than this for a te
 SHORT_TEST_S = 10.0
 STARTS = 3  # in a turn, of systems that are there within
 SHORT_START_S = 5.0
+LIKE_MEMORY = 1.15  # two turns are compared where what could be read around them differed by this factor at most
+MORE_PASSES = 3  # at most, of a test of decoding, until there are such turns
 WORTH_REPEATING = 0.85  # of a peer's best variant; slower ones run a test in the first round alone
 MEMORY_SHARE = 0.85  # of what is available, for the systems of a group
 
@@ -97,6 +99,10 @@ def _measure(
                         again = _take_pass(
                             model, again[first:] + again[:first], test, settings, next(seeds), limits, progress
                         )
+                    for _ in range(MORE_PASSES if test != PREFILL else 0):
+                        if not (again := _not_compared(live, test, all_of_row)):
+                            break
+                        _take_pass(model, again, test, settings, next(seeds), limits, progress)
                 for contestant, worker in live:
                     _note_memory(contestant, worker)
             for turn_of_starts in range(STARTS):
@@ -126,6 +132,23 @@ def _take_pass(
         if seconds <= SHORT_TEST_S:
             quick.append((contestant, worker))
     return quick
+
+
+def _not_compared(
+    live: Sequence[tuple[Contestant, Worker]], test: str, all_of_row: Sequence[Contestant]
+) -> list[tuple[Contestant, Worker]]:
+    """Ours, and those that had no turn with memory like ours; nobody where there are none."""
+    ours = all_of_row[0]
+    rest = [
+        (contestant, worker)
+        for contestant, worker in live
+        if contestant is not ours
+        and contestant.rate(test)
+        and _worth_repeating(contestant, test, all_of_row)
+        and not compared_turns(ours, contestant, test)
+    ]
+    us = [(contestant, worker) for contestant, worker in live if contestant is ours and ours.rate(test)]
+    return us + rest if us and rest else []
 
 
 def groups(all_of_row: Sequence[Contestant], memory_bytes: float) -> Iterable[list[Contestant]]:
@@ -270,10 +293,34 @@ def report(model: Model, dtype: str, all_of_row: Sequence[Contestant], settings:
     row["peers"] = peers
     at_equal_bits = {name: peer for name, peer in peers.items() if not name.startswith("llama_cpp_")}
     row["ratio_prefill"] = None
-    row["ratio_decode"] = _decode_ratios(row, at_equal_bits.values())
+    rivals = [contestant for contestant in all_of_row[1:] if contestant.peer in at_equal_bits]
+    row["ratio_decode"] = {str(batch): decode_ratio(ours, rivals, str(batch)) for batch in settings.batches}
     if len(at_equal_bits) < len(peers):
-        row["ratio_decode_any_type"] = _decode_ratios(row, peers.values())
+        any_type = {str(batch): decode_ratio(ours, all_of_row[1:], str(batch)) for batch in settings.batches}
+        row["ratio_decode_any_type"] = any_type
     return row
+
+
+def compared_turns(ours: Contestant, theirs: Contestant, batch: str) -> list[float]:
+    """Ratios of our rates to theirs, of turns around which memory was alike: decoding is as fast as memory is, and on a
+    shared machine that changes by a factor of two."""
+    return [
+        rate / other
+        for rate, read in ours.samples(batch)
+        for other, read_by_others in theirs.samples(batch)
+        if max(read, read_by_others) <= LIKE_MEMORY * min(read, read_by_others)
+    ]
+
+
+def decode_ratio(ours: Contestant, rivals: Sequence[Contestant], batch: str) -> float | None:
+    """To the best of the rivals: the median of the compared turns, or, where there are none, of medians."""
+    rate = ours.rate(batch)
+    ratios = [
+        statistics.median(compared_turns(ours, rival, batch) or [rate / their_rate])
+        for rival in rivals
+        if rate and (their_rate := rival.rate(batch))
+    ]
+    return min(ratios, default=None)
 
 
 def add_prefill_ratios(rows: Sequence[dict[str, Any]]) -> None:
@@ -335,14 +382,6 @@ def _agreement(ours: Contestant, variants: Sequence[Contestant]) -> float | None
         if seed in ours.first_ids
     ]
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
-
-
-def _decode_ratios(row: dict[str, Any], peers: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    peers = list(peers)
-    return {
-        batch: _ratio(rate, (peer["decode_tokens_per_s"][batch] for peer in peers))
-        for batch, rate in row["decode_tokens_per_s"].items()
-    }
 
 
 def _ratio(ours: float | None, theirs: Iterable[float | None]) -> float | None:
