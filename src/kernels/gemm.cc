@@ -143,10 +143,20 @@ PanelInPlace panel_in_place(const Plan& plan, int64_t pb, bool last) {
     panel.count[half] = static_cast<int>(std::clamp<int64_t>(left, 0, width));
     panel.start[half] = static_cast<const char*>(b.data) + row * b.row_stride * size;
   }
-  panel.stride_bytes = (plan.in_strips() ? b.row_stride : b.col_stride) * size;
+  panel.stride_bytes = (plan.in_place == InPlace::kAlongN ? b.col_stride : b.row_stride) * size;
   panel.cols = b.cols;
   panel.columns_ahead = last ? 0 : plan.b.width();
   return panel;
+}
+
+void multiply_few(const Plan& plan, int64_t first_b, int64_t last_b) {
+  alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
+  const int rows = plan.rows.rows(0);
+  const auto multiply = plan.b.kernels->multiply_few[plan.b.type == PanelType::kBF16][rows - 1];
+  for (int64_t pb = first_b; pb < last_b; ++pb) {
+    multiply(panel_in_place(plan, pb, pb + 1 == plan.Q), plan.units, plan.a_panels, tile);
+    store_tile(plan, 0, rows, pb, tile);
+  }
 }
 
 void multiply_along_k(const Plan& plan, int64_t first_b, int64_t last_b) {
@@ -236,6 +246,9 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
   switch (plan.in_place) {
     case InPlace::kNo:
       multiply_panels(plan, first_a, last_a, first_b, last_b, own_a, own_b);
+      break;
+    case InPlace::kFewAlongK:
+      multiply_few(plan, first_b, last_b);
       break;
     case InPlace::kAlongK:
       multiply_along_k(plan, first_b, last_b);

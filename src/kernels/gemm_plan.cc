@@ -57,10 +57,13 @@ void check_problem(const GemmProblem& p) {
 }
 
 // Where rows of A are so few that packing B would not pay, and it lies such that it can be read as it is.
-InPlace in_place(const GemmProblem& p, PanelType type, int64_t group_b_bytes) {
+InPlace in_place(const GemmProblem& p, PanelType type, const KernelTable& kernels, int64_t group_b_bytes) {
   const bool bf16 = type == PanelType::kBF16;
   if (!p.b.data || panel_type(p.b.dtype) != type || p.b_gather_K) return InPlace::kNo;
-  if (p.b.col_stride == 1) return p.c.rows <= kMostRowsAlongK ? InPlace::kAlongK : InPlace::kNo;
+  if (p.b.col_stride == 1) {
+    if (p.c.rows <= kernels.few_rows[bf16]) return InPlace::kFewAlongK;
+    return p.c.rows <= kMostRowsAlongK ? InPlace::kAlongK : InPlace::kNo;
+  }
   const bool along_n = p.b.row_stride == 1 && p.c.rows <= kMostRowsAlongN[bf16];
   return along_n && (!bf16 || group_b_bytes <= kCachedBBytes) ? InPlace::kAlongN : InPlace::kNo;
 }
@@ -82,7 +85,7 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b
             N};
   plan.units = units_of(type, K);
   plan.Q = plan.b.count();
-  plan.in_place = in_place(p, type, group_b_bytes);
+  plan.in_place = in_place(p, type, kernels, group_b_bytes);
   return plan;
 }
 

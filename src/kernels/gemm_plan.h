@@ -46,8 +46,9 @@ struct PanelsB {
   void pack(int64_t first, int64_t last, uint32_t* memory) const;
 };
 
-// How B is read where it lies: not at all, with K contiguous (then A is in strips), or with columns contiguous.
-enum class InPlace { kNo, kAlongK, kAlongN };
+// How B is read where it lies: not at all; with K contiguous, A being one panel of a few rows, or in strips; or with
+// columns contiguous.
+enum class InPlace { kNo, kFewAlongK, kAlongK, kAlongN };
 
 // A problem with its cut.
 struct Plan {

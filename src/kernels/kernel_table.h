@@ -30,6 +30,7 @@ struct PackSource {
 };
 
 // Units of K that multiply_along_n takes at a time.
+inline constexpr int kMostFewRows = 8;
 inline constexpr int64_t kPartUnits = 4 * kChunkUnits;
 
 // A panel of B where it lies, of the panels' type, as a product with few rows of A reads it: two vectors of columns
@@ -199,6 +200,7 @@ struct KernelTable {
   std::string_view name;
   int width;                    // floats in a vector
   int panel_rows[kPanelTypes];  // most rows of a panel of A
+  int few_rows[2];              // most rows of A that multiply_few takes: fp32, bf16
   int64_t slice_units[2];       // whole chunks of K at once, for which a panel of A stays in the L1 cache: fp32, bf16
   int panel_columns() const { return 2 * width; }
 
@@ -233,7 +235,10 @@ struct KernelTable {
   // one.
   void (*multiply_compact[kMaxPanelRows])(const CompactPanel& shape, const uint32_t* a, const uint32_t* compact,
                                           Ahead ahead, float* tile);
-  // B in place (see multiply_in_place.inl), with K contiguous: A lies in strips of `width` rows, [units][width], zero
+  // B in place (see multiply_in_place.inl), with K contiguous: tile[rows][2 * width] = A panel of at most few_rows rows
+  // * the panel; [rows - 1].
+  void (*multiply_few[2][kMostFewRows])(const PanelInPlace& b, int64_t units, const uint32_t* a, float* tile);
+  // The same with more rows: A lies in strips of `width` rows, [units][width], zero
   // up to a whole chunk and a whole strip. Packs strips [first, last) of the M rows.
   void (*pack_strips)(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last,
                       uint32_t* memory);

@@ -42,6 +42,8 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   fill_quantized<PanelType::kInt4Group64>(table);
   fill_quantized<PanelType::kInt4>(table);
   fill_quantized<PanelType::kMxfp4>(table);
+  fill_few<false>(table, std::make_integer_sequence<int, kFewRows>());
+  fill_few<true>(table, std::make_integer_sequence<int, kFewRows>());
   table.pack_strips = pack_strips;
   table.multiply_along_k[0] = multiply_along_k<false>;
   table.multiply_along_k[1] = multiply_along_k<true>;

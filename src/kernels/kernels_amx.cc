@@ -256,6 +256,7 @@ KernelTable with_tiles(KernelTable table) {
   table.panel_rows[index_of(PanelType::kBF16)] = kPanelRowsTiles;
   table.slice_units[1] = kSliceUnits;
   fill_multiply(table, std::make_integer_sequence<int, kPanelRowsTiles>());
+  table.few_rows[1] = 0;  // rows of B are tiles as they are
   table.multiply_along_k[1] = multiply_along_k;
   table.begin_products = begin_tiles;
   table.end_products = end_tiles;

@@ -1,9 +1,10 @@
 // Products of few rows of A, for which packing B would cost more than multiplying: B is read once, where it lies.
 // Every sum is the same chain over K as in multiply.inl: the same bits.
 //
-// With K contiguous (weights as stored) it is C^T = B * A^T: an element of B at a time is broadcast to a vector of
-// rows of A, and the few rows of A are what is packed, in strips; at the end the sums are turned around into a tile
-// as multiply makes it. With columns contiguous (weights transposed) B is a panel as it lies, but for pairs in bf16.
+// With K contiguous (weights as stored) blocks of B are transposed in registers, and units of a panel of A are
+// broadcast to them. With more rows than a few it is C^T = B * A^T: an element of B at a time is broadcast to a vector
+// of rows of A, which lies in strips; at the end the sums are turned around into a tile as multiply makes it. With
+// columns contiguous (weights transposed) B is a panel as it lies, but for pairs in bf16.
 
 template <bool kSourceBf16, bool kPanelBf16>
 void pack_strips_as(const PackSource& s, int64_t M, int64_t first, int64_t last, uint32_t* memory) {
@@ -121,60 +122,67 @@ void multiply_broadcast(const PanelInPlace& b, int64_t units, const uint32_t* st
   }
 }
 
-// `left` units of kWidth columns, block[unit], times those of kRows rows of A.
+template <bool kBf16>
+void multiply_along_k(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile) {
+  if (rows <= kWidth) return multiply_broadcast<kBf16, 1>(b, units, strips, tile);
+  multiply_broadcast<kBf16, 2>(b, units, strips, tile);
+}
+
+// `left` units of kWidth columns, block[unit], times those of the rows of a panel of A.
 template <bool kBf16, int kRows>
 COTERIE_INLINE void multiply_block(const uint32_t* a, const VU (&block)[kWidth], int64_t left, VF (&sums)[kRows]) {
 #pragma GCC unroll 16
   for (int j = 0; j < kWidth; ++j) {
     if (j >= left) return;
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(a[j * kWidth + i], block[j], sums[i]);
+    for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(a[i * kChunkUnits + j], block[j], sums[i]);
   }
 }
 
-// With so few rows of A that most lanes of a strip would be idle: blocks of kWidth^2 units of B are transposed in
-// registers instead, and units of A are broadcast to them.
+// A vector of columns of C. While one is multiplied, the same one of the next panel is asked for, in the order of
+// memory where that has no gaps.
 template <bool kBf16, int kRows>
-void multiply_transposed(const PanelInPlace& b, int64_t units, const uint32_t* strip, float* tile) {
+COTERIE_INLINE void multiply_few_by(const PanelInPlace& b, int half, int64_t units, const uint32_t* a, float* tile) {
   constexpr int64_t kBytesFromL2 = 256;  // asked for so many bytes before their turn
-  const int64_t whole = b.cols / (kBf16 ? 2 : 1);
-  for (int half = 0; half < 2; ++half) {
-    if (b.count[half] == 0) continue;
-    const char* const first = static_cast<const char*>(b.start[half]);
-    const uint32_t* a = strip;
-    VF sums[kRows] = {};
-    for (int64_t u = 0; u < units; u += kWidth, a += kWidth * kWidth) {
-      const char* const at = first + 4 * u;
-      VU block[kWidth];
-      block_along_k<kBf16, kBf16>(at, b.stride_bytes, b.count[half], b.cols - (kBf16 ? 2 : 1) * u, block);
-      prefetch_rows<2>(first + b.byte_ahead(4 * whole, 4 * u), b.stride_bytes);
-      prefetch_rows<3>(at + kBytesFromL2, b.stride_bytes);
-      transpose(block);
-      if (units - u >= kWidth) {
-        multiply_block<kBf16, kRows>(a, block, kWidth, sums);
-      } else {
-        multiply_block<kBf16, kRows>(a, block, units - u, sums);
-      }
+  const char* const first = static_cast<const char*>(b.start[half]);
+  const int64_t column_bytes = b.cols * (kBf16 ? 2 : 4), stride = b.stride_bytes;
+  VF sums[kRows] = {};
+  for (int64_t u = 0; u < units; u += kWidth) {
+    const char* const at = first + 4 * u;
+    const int64_t left = units - u;
+    VU block[kWidth];
+    block_along_k<kBf16, kBf16>(at, stride, b.count[half], b.cols - (kBf16 ? 2 : 1) * u, block);
+    if (stride == column_bytes) {
+      prefetch_rows<2>(first + b.columns_ahead * stride + 4 * u * kWidth, kVectorBytes);
+    } else {
+      prefetch_rows<2>(first + b.byte_ahead(column_bytes, 4 * u), stride);
     }
+    prefetch_rows<3>(at + kBytesFromL2, stride);
+    transpose(block);
+    const uint32_t* const unit = a + u / kChunkUnits * kRows * kChunkUnits + u % kChunkUnits;
+    if (left >= kWidth) {
+      multiply_block<kBf16, kRows>(unit, block, kWidth, sums);
+    } else {
+      multiply_block<kBf16, kRows>(unit, block, left, sums);
+    }
+  }
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) store(tile + i * 2 * kWidth + half * kWidth, sums[i]);
+  for (int i = 0; i < kRows; ++i) store(tile + i * 2 * kWidth + half * kWidth, sums[i]);
+}
+
+template <bool kBf16, int kRows>
+void multiply_few(const PanelInPlace& b, int64_t units, const uint32_t* a, float* tile) {
+  for (int half = 0; half < 2; ++half) {
+    if (b.count[half] > 0) multiply_few_by<kBf16, kRows>(b, half, units, a, tile);
   }
 }
 
-template <bool kBf16>
-void multiply_strip(const PanelInPlace& b, int64_t units, const uint32_t* strip, int64_t rows, float* tile) {
-  // A product of bf16 is worth more than a step of a transposition, one of fp32 is not.
-  if (rows <= kWidth / 4) return multiply_transposed<kBf16, kWidth / 4>(b, units, strip, tile);
-  if (kBf16 && rows <= kWidth / 2) return multiply_transposed<kBf16, kWidth / 2>(b, units, strip, tile);
-  multiply_broadcast<kBf16, 1>(b, units, strip, tile);
-}
-
-template <bool kBf16>
-void multiply_along_k(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile) {
-  if (rows > kWidth + kWidth / 2) return multiply_broadcast<kBf16, 2>(b, units, strips, tile);
-  multiply_strip<kBf16>(b, units, strips, rows, tile);
-  if (rows <= kWidth) return;
-  multiply_strip<kBf16>(b, units, strips + whole_chunks(units) * kWidth, rows - kWidth, tile + kWidth * 2 * kWidth);
+// Of more rows than this most lanes of a strip are used.
+constexpr int kFewRows = kWidth / 2;
+template <bool kBf16, int... kIndex>
+constexpr void fill_few(KernelTable& table, std::integer_sequence<int, kIndex...>) {
+  table.few_rows[kBf16] = kFewRows;
+  ((table.multiply_few[kBf16][kIndex] = multiply_few<kBf16, kIndex + 1>), ...);
 }
 
 // Unit u of the columns from `column` on: elements of K lie stride_bytes apart. `whole`: all of the unit is there.
