@@ -17,12 +17,19 @@ using Choices = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // 
 constexpr const char* kOp = "coterie::route";
 constexpr const char* kJitterOp = "coterie::jitter_factors";
 
-RouterConfig config_of(std::string_view json) {
+RouterConfig parsed_config(const std::string& json) {
   try {
-    return router_from_json(std::string(json));
+    return router_from_json(json);
   } catch (const InvalidArgument& error) {
     TORCH_CHECK_VALUE(false, kOp, ": ", error.what());
   }
+}
+
+// Layer after layer says the same, and to read it takes as long as to route a few tokens.
+RouterConfig config_of(std::string_view json) {
+  static thread_local std::pair<std::string, RouterConfig> last;
+  if (last.first != json) last = {std::string(json), parsed_config(std::string(json))};
+  return last.second;
 }
 
 void check_key(const at::Tensor& key, const char* op) {

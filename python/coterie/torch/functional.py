@@ -14,7 +14,7 @@ gate rows first), V vocabulary, R rows.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from importlib.util import find_spec
 
 import torch
@@ -31,6 +31,8 @@ if HAS_KERNELS:
 
 # Tokens whose logits are there at once where ATen's ops run.
 LOGITS_CHUNK = 1024
+
+_ROUTER_KEYS = tuple(field.name for field in fields(RouterConfig))
 
 _aten_everywhere = os.environ.get("COTERIE_TORCH_ATEN", "0") == "1"
 
@@ -142,7 +144,7 @@ def route(
         router = moe.Router(0, num_experts, top_k, config).train(training)
         router.choice_bias = choice_bias
         return router.route(logits, moe.RouterDraws())
-    settings = _to_json(**asdict(config), num_experts=num_experts, top_k=top_k)
+    settings = _to_json(num_experts=num_experts, top_k=top_k, **{name: getattr(config, name) for name in _ROUTER_KEYS})
     capacity_factor = config.capacity_factor if training else config.eval_capacity_factor
     drops_at_random = capacity_factor > 0 and config.drop_policy == "random"
     if key is None and (drops_at_random or (training and config.choice_noise != "none")):
