@@ -2,6 +2,8 @@
 #include "moe/experts.h"
 
 #include "base/check.h"
+#include "kernels/kernel_table.h"
+#include "kernels/parallel_rows.h"
 #include "kernels/workspace.h"
 #include "moe/combine.h"
 
@@ -82,6 +84,22 @@ void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatc
   if (!direct) combine(dispatch, down_RD, /*unweighted=*/false, out_TD, pool, accumulate);
 }
 
+// Rows that several experts take are rounded to what the products are of once, not by each of them.
+bool worth_rounding(const PackedExperts& experts, const Dispatch& dispatch, const ConstMatrix& x_TD) {
+  constexpr int64_t kLeastTokens = 32;
+  const bool many = dispatch.num_tokens >= kLeastTokens && dispatch.num_rows() >= 2 * dispatch.num_tokens;
+  return many && x_TD.dtype == DType::kF32 && x_TD.col_stride == 1 && experts.down_E.front().type() == PanelType::kBF16;
+}
+
+ConstMatrix rounded_to_bf16(const ConstMatrix& x_TD, uint16_t* memory, ThreadPool& pool) {
+  const auto* const x = static_cast<const float*>(x_TD.data);
+  const int64_t D = x_TD.cols;
+  parallel_rows(x_TD.rows, D, pool, [&](int64_t t) {
+    active_kernels().convert_row(x + t * x_TD.row_stride, DType::kF32, memory + t * D, DType::kBF16, D);
+  });
+  return row_major(static_cast<const void*>(memory), DType::kBF16, x_TD.rows, D);
+}
+
 Workspace& forward_workspace() {
   static thread_local Workspace workspace;
   return workspace;
@@ -112,10 +130,14 @@ void experts_forward(const PackedExperts& experts, const Dispatch& dispatch, con
   const int64_t R = dispatch.num_rows(), D = shape.hidden_size, F = shape.intermediate_size;
   Workspace& workspace = forward_workspace();
   const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
-  workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)));
+  const auto input_size = static_cast<size_t>(worth_rounding(experts, dispatch, x_TD) ? x_TD.rows * D : 0);
+  workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)) +
+                    Workspace::padded(input_size * sizeof(uint16_t)));
   const Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F);
   float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
-  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, {}, down_RD, pool, accumulate);
+  const ConstMatrix input_TD =
+      input_size > 0 ? rounded_to_bf16(x_TD, workspace.take<uint16_t>(input_size), pool) : x_TD;
+  forward(shape, source, dispatch, input_TD, out_TD, inner_RF, {}, down_RD, pool, accumulate);
 }
 
 void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, const Dispatch& dispatch,

@@ -287,8 +287,10 @@ TEST(Experts, FrozenGradientsAreLeftAloneAndChangeNothing) {
 TEST(Experts, ThreadsAndPackingDoNotChangeBits) {
   NativeThreadPool one(1), two(2), three(3);
   for_each_isa([&] {
-    for (DType type : {DType::kF32, DType::kBF16}) {
-      const Case c = {.T = 300, .D = 48, .F = 70, .E = 6, .x = type, .weights = type, .bias = true};
+    using Types = std::pair<DType, DType>;
+    for (auto [x, weights] :
+         {Types(DType::kF32, DType::kF32), {DType::kF32, DType::kBF16}, {DType::kBF16, DType::kBF16}}) {
+      const Case c = {.T = 300, .D = 48, .F = 70, .E = 6, .x = x, .weights = weights, .bias = true};
       Fixture f(c);
       const Doubles out = f.forward(one).doubles();
       Gradients expected(f);
