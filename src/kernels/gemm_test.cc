@@ -240,7 +240,7 @@ TEST(Gemm, FewRowsHaveTheSameBitsInPlaceAndPacked) {
   NativeThreadPool pool(2);
   for_each_isa([&] {
     for (DType type : {DType::kF32, DType::kBF16}) {
-      for (int64_t M : {1, 2, 5, 9, 16, 17, 24, 33, 63, 64, 65}) {
+      for (int64_t M : {1, 2, 5, 9, 12, 13, 16, 17, 24, 33, 63, 64, 65}) {
         for (int bits = 0; bits < 32; ++bits) {
           const bool whole = bits & 1;
           Case c = {.M = M, .N = whole ? 96 : 77, .K = whole ? 128 : 101, .b = type, .bias = true};

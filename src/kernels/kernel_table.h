@@ -29,8 +29,9 @@ struct PackSource {
   const int32_t* gather_cols = nullptr;
 };
 
+// Rows of A that multiply_few takes on some ISA.
+inline constexpr int kMostFewRows = 12;
 // Units of K that multiply_along_n takes at a time.
-inline constexpr int kMostFewRows = 8;
 inline constexpr int64_t kPartUnits = 4 * kChunkUnits;
 
 // A panel of B where it lies, of the panels' type, as a product with few rows of A reads it: two vectors of columns

@@ -134,7 +134,7 @@ COTERIE_INLINE void multiply_block(const uint32_t* a, const VU (&block)[kWidth],
 #pragma GCC unroll 16
   for (int j = 0; j < kWidth; ++j) {
     if (j >= left) return;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(a[i * kChunkUnits + j], block[j], sums[i]);
   }
 }
@@ -166,7 +166,7 @@ COTERIE_INLINE void multiply_few_by(const PanelInPlace& b, int half, int64_t uni
       multiply_block<kBf16, kRows>(unit, block, left, sums);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) store(tile + i * 2 * kWidth + half * kWidth, sums[i]);
 }
 
@@ -177,8 +177,9 @@ void multiply_few(const PanelInPlace& b, int64_t units, const uint32_t* a, float
   }
 }
 
-// Of more rows than this most lanes of a strip are used.
-constexpr int kFewRows = kWidth / 2;
+// Their sums and a block are in registers at once; of more rows most lanes of a strip are used.
+constexpr int kFewRows = kVectorBytes == 64 ? 12 : kWidth / 2;
+static_assert(kFewRows <= kPanelRowsF32 && kFewRows <= kPanelRowsBf16, "they are one panel of A");
 template <bool kBf16, int... kIndex>
 constexpr void fill_few(KernelTable& table, std::integer_sequence<int, kIndex...>) {
   table.few_rows[kBf16] = kFewRows;
