@@ -139,7 +139,7 @@ def test_mpirun_that_gives_up_is_started_once_more(
     assert capfd.readouterr().err == distributed.MPI_STARTS_AGAIN + "\n"
     marker.write_text("213")
     assert distributed.launch(["-c", ""], 2, "mpi") == 213
-    assert capfd.readouterr().err.endswith("coterie: a rank ended with exit code 213; the others were stopped\n")
+    assert capfd.readouterr().err.endswith("coterie: mpirun gave up (exit code 213); the others were stopped\n")
 
 
 def test_an_error_of_mpi_is_a_comm_error() -> None:

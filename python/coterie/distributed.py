@@ -224,7 +224,8 @@ def launch(arguments: Sequence[str], ranks: int, launcher: str = "auto", threads
     threads
         Of each rank, as OMP_NUM_THREADS; 0: what the environment says, else the processors shared among the ranks.
     restarts
-        How often all ranks are started again after one of them died or lost its peers.
+        How often all ranks are started again after one of them died or lost its peers. A first time that mpirun itself
+        gives up does not count.
 
     Returns
     -------
@@ -262,6 +263,8 @@ class _Failure:
     exit_code: int
 
     def __str__(self) -> str:
+        if self == _MPI_FAILED:
+            return f"mpirun gave up (exit code {self.exit_code})"
         who = "a rank" if self.rank is None else f"rank {self.rank}"
         number = self.exit_code - 128
         if number in set(signal.Signals):

@@ -239,8 +239,8 @@ struct KernelTable {
   // B in place (see multiply_in_place.inl), with K contiguous: tile[rows][2 * width] = A panel of at most few_rows rows
   // * the panel; [rows - 1].
   void (*multiply_few[2][kMostFewRows])(const PanelInPlace& b, int64_t units, const uint32_t* a, float* tile);
-  // The same with more rows: A lies in strips of `width` rows, [units][width], zero
-  // up to a whole chunk and a whole strip. Packs strips [first, last) of the M rows.
+  // The same with more rows: A lies in strips of `width` rows, [units][width], zero up to a whole chunk and a whole
+  // strip. Packs strips [first, last) of the M rows.
   void (*pack_strips)(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last,
                       uint32_t* memory);
   // tile[rows][2 * width] = one or two strips with `rows` rows, at most 2 * width, times the panel.
