@@ -46,14 +46,13 @@ COTERIE_INLINE VI multiply_add_halves(VU a, VU b, VI acc) {
 
 // Past the caches, p at the start of a vector of its kind.
 COTERIE_INLINE void stream_floats(float* p, VF v) { _mm256_stream_ps(p, v); }
-COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
-  const VH halves = __builtin_convertvector(v >> 16, VH);
+COTERIE_INLINE void stream_rounded(uint16_t* p, VF v) {
+  const VH halves = __builtin_convertvector(round_to_bf16(v) >> 16, VH);
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(halves));
 }
-
-COTERIE_INLINE void stream_halves(uint16_t* p, VU a, VU b) {
-  stream_halves(p, a);
-  stream_halves(p + kWidth, b);
+COTERIE_INLINE void stream_rounded(uint16_t* p, VF a, VF b) {
+  stream_rounded(p, a);
+  stream_rounded(p + kWidth, b);
 }
 
 #include "kernels/kernels.inl"

@@ -82,23 +82,19 @@ COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), upper_halves(v));
 }
 
-// Of two vectors, side by side.
-COTERIE_INLINE __m512i upper_halves(VU a, VU b) {
-  typedef int16_t Words __attribute__((vector_size(64)));
-  constexpr Words kOdd = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                          33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(kOdd),
-                                   reinterpret_cast<__m512i>(b));
-}
-COTERIE_INLINE void store_halves(uint16_t* p, VU a, VU b) { _mm512_storeu_si512(p, upper_halves(a, b)); }
+// One or two vectors rounded to bf16; denormals become zero.
+COTERIE_INLINE __m256i rounded(VF v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+COTERIE_INLINE __m512i rounded(VF a, VF b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }
+COTERIE_INLINE void store_rounded(uint16_t* p, VF v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v)); }
+COTERIE_INLINE void store_rounded(uint16_t* p, VF a, VF b) { _mm512_storeu_si512(p, rounded(a, b)); }
 
 // Past the caches, p at a multiple of what is stored.
 COTERIE_INLINE void stream_floats(float* p, VF v) { _mm512_stream_ps(p, v); }
-COTERIE_INLINE void stream_halves(uint16_t* p, VU a, VU b) {
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), upper_halves(a, b));
+COTERIE_INLINE void stream_rounded(uint16_t* p, VF v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded(v));
 }
-COTERIE_INLINE void stream_halves(uint16_t* p, VU v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), upper_halves(v));
+COTERIE_INLINE void stream_rounded(uint16_t* p, VF a, VF b) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), rounded(a, b));
 }
 
 // acc + a.low * b.low + a.high * b.high of bf16 pairs; denormals count as zero.

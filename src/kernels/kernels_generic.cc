@@ -43,12 +43,8 @@ COTERIE_INLINE VI multiply_add_halves(VU a, VU b, VI acc) {
 
 // Where vectors are short, stores past the caches gain nothing.
 COTERIE_INLINE void stream_floats(float* p, VF v) { store(p, v); }
-COTERIE_INLINE void stream_halves(uint16_t* p, VU v) { store_halves(p, v); }
-
-COTERIE_INLINE void stream_halves(uint16_t* p, VU a, VU b) {
-  stream_halves(p, a);
-  stream_halves(p + kWidth, b);
-}
+COTERIE_INLINE void stream_rounded(uint16_t* p, VF v) { store_rounded(p, v); }
+COTERIE_INLINE void stream_rounded(uint16_t* p, VF a, VF b) { store_rounded(p, a, b); }
 
 #include "kernels/kernels.inl"
 

@@ -1,16 +1,13 @@
 // exp, the logistic function and the normal distribution, to a few units in the last place of fp32
 // (polynomials fitted by iteratively reweighted least squares to the least maximal relative error).
 
-// Truncates: 0 below -87.3 (where the result would be denormal), infinity above 88.7; NaN stays NaN.
-COTERIE_INLINE VF exp(VF x) {
-  constexpr float kLowest = -87.3365f, kHighest = 88.7228f;
-  const VF clamped = x < kLowest ? broadcast(kLowest) : (x > kHighest ? broadcast(kHighest) : x);
+// For x from -87.3 (below, the result would be denormal) to 88.7; NaN stays NaN.
+COTERIE_INLINE VF exp_within_range(VF x) {
   // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to an integer. ln2 is split so that
   // n * 0.693359375 is exact.
   constexpr float kRounder = 12582912.0f;
-  const VF shifted = fma(clamped, broadcast(1.44269504f), broadcast(kRounder));
-  const VF n = shifted - kRounder;
-  VF r = fma(n, broadcast(-0.693359375f), clamped);
+  const VF n = fma(x, broadcast(1.44269504f), broadcast(kRounder)) - kRounder;
+  VF r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
   // Error of the polynomial below 4e-9.
   VF p = broadcast(0.00138146128f);
@@ -19,38 +16,43 @@ COTERIE_INLINE VF exp(VF x) {
   p = fma(p, r, broadcast(0.166665211f));
   p = fma(p, r, broadcast(0.49999994f));
   p = fma(p, r * r, r) + 1.0f;
-  const VF result = times_power(p, n);
+  return times_power(p, n);
+}
+
+// Truncates: 0 below that range, infinity above.
+COTERIE_INLINE VF exp(VF x) {
+  constexpr float kLowest = -87.3365f, kHighest = 88.7228f;
+  const VF result = exp_within_range(x < kLowest ? broadcast(kLowest) : (x > kHighest ? broadcast(kHighest) : x));
   const VF high = x > kHighest ? broadcast(std::numeric_limits<float>::infinity()) : result;
   return x < kLowest ? VF{} : high;
 }
 
 COTERIE_INLINE VF logistic(VF x) { return reciprocal(1.0f + exp(-x)); }
 
-// Phi(x), the standard normal distribution, and its density. Phi(-|x|) = exp(-x^2/2) * erfcx(z) / 2 with
-// z = |x|/sqrt(2), and erfcx(z) * (1 + 2z) is a polynomial in (z - 3) / (z + 3) to 7e-8 for z up to
-// 10.2, beyond which exp(-z^2) is 0.
+// Phi(x), the standard normal distribution, and its density. With m = |x| = sqrt(2) z, Phi(-m) = exp(-z^2) * erfcx(z) /
+// 2, and erfcx(z) * (1 + 2z) is a polynomial in t = (z - 3) / (z + 3) to 7e-8 for z up to 10.2. Both are 0 where
+// exp(-z^2) would be denormal, from m = 13.2 on.
 struct Normal {
   VF distribution, density;
 };
 COTERIE_INLINE Normal normal(VF x) {
-  const VF magnitude = x < 0.0f ? -x : x;
-  const VF scaled = magnitude * 0.707106781f;
-  const VF z = scaled > 12.0f ? broadcast(12.0f) : scaled;
-  const VF bell = exp(x * x * -0.5f);
-  const VF z3 = z + 3.0f, z21 = fma(z, broadcast(2.0f), broadcast(1.0f));
-  const VF inverse = reciprocal(z3 * z21);  // one serves both quotients
-  const VF t = (z - 3.0f) * z21 * inverse;
-  VF p = broadcast(0.00253931736f);
-  p = fma(p, t, broadcast(0.00225483882f));
-  p = fma(p, t, broadcast(-0.0242116731f));
-  p = fma(p, t, broadcast(0.0682996735f));
-  p = fma(p, t, broadcast(-0.11918015f));
-  p = fma(p, t, broadcast(0.129653692f));
-  p = fma(p, t, broadcast(-0.0475689992f));
-  p = fma(p, t, broadcast(-0.135621518f));
-  p = fma(p, t, broadcast(1.25300813f));
-  const VF tail = bell * 0.5f * p * z3 * inverse;
-  return {x < 0.0f ? tail : 1.0f - tail, bell * 0.398942280f};
+  constexpr float kFar = 13.2f, kRoot2 = 1.41421356f;
+  const VF distance = magnitude(x), m = distance > kFar ? broadcast(kFar) : distance;
+  const VF near_bell = exp_within_range(m * m * -0.5f), bell = distance > kFar ? VF{} : near_bell;
+  const VF m3 = m + 3.0f * kRoot2, z21 = fma(m, broadcast(kRoot2), broadcast(1.0f));
+  const VF inverse = reciprocal(m3 * z21);  // one serves both quotients
+  const VF t = (m - 3.0f * kRoot2) * (z21 * inverse);
+  VF p = broadcast(0.00126965868f);
+  p = fma(p, t, broadcast(0.00112741943f));
+  p = fma(p, t, broadcast(-0.0121058365f));
+  p = fma(p, t, broadcast(0.0341498367f));
+  p = fma(p, t, broadcast(-0.059590075f));
+  p = fma(p, t, broadcast(0.0648268462f));
+  p = fma(p, t, broadcast(-0.0237844996f));
+  p = fma(p, t, broadcast(-0.067810759f));
+  p = fma(p, t, broadcast(0.626504065f));
+  const VF tail = bell * (p * (m3 * inverse));
+  return {x >= 0.0f ? 1.0f - tail : tail, bell * 0.398942280f};
 }
 
 // Value and derivative of an activation function.

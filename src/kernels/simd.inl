@@ -1,6 +1,7 @@
 // The small vector type that all kernels are written in. Included inside an ISA's target region and
 // anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_bytes, load_byte_pairs,
-// load_part, store_part, stream_floats and multiply_add_bf16, which cannot be said in GCC's vector language.
+// load_part, store_part, store_rounded, stream_floats, stream_rounded and multiply_add_bf16, which cannot be said in
+// GCC's vector language.
 //
 // Everything is always_inline: a function that stayed out of line could be merged with the baseline's.
 
@@ -25,7 +26,7 @@ COTERIE_INLINE void store(float* p, VF v) { *reinterpret_cast<VFMemory*>(p) = v;
 COTERIE_INLINE VU load_units(const void* p) { return *static_cast<const VUMemory*>(p); }
 COTERIE_INLINE void store_units(uint32_t* p, VU v) { *reinterpret_cast<VUMemory*>(p) = v; }
 COTERIE_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
-COTERIE_INLINE VF magnitude(VF v) { return max(v, -v); }
+COTERIE_INLINE VF magnitude(VF v) { return reinterpret_cast<VF>(reinterpret_cast<VU>(v) & 0x7fffffffu); }
 
 // Round to nearest even to the upper half, as to_bfloat16 does; what the lower half holds is undefined.
 COTERIE_INLINE VU round_to_bf16(VF value) {

@@ -13,20 +13,25 @@ struct RowMemory {
     for (int i = 0; i < kCount; ++i) v[i] += load_any(row, type(), i * kWidth, kVectors ? kWidth : n);
   }
   COTERIE_INLINE void store(const VF (&v)[kCount]) const {
-    if constexpr (kBf16 && kVectors == 2) {
-      return store_halves(reinterpret_cast<uint16_t*>(row), round_to_bf16(v[0]), round_to_bf16(v[1]));
-    }
+    auto* const halves = reinterpret_cast<uint16_t*>(row);
+    if constexpr (kBf16 && kVectors == 2) return store_rounded(halves, v[0], v[1]);
+    if constexpr (kBf16 && kVectors == 1) return store_rounded(halves, v[0]);
     for (int i = 0; i < kCount; ++i) store_any(row, type(), i * kWidth, kVectors ? kWidth : n, v[i]);
   }
   COTERIE_INLINE void stream(const VF (&v)[kCount]) const {  // past the caches
     if constexpr (kBf16) {
       auto* const halves = reinterpret_cast<uint16_t*>(row);
-      if constexpr (kVectors == 2) return stream_halves(halves, round_to_bf16(v[0]), round_to_bf16(v[1]));
-      return stream_halves(halves, round_to_bf16(v[0]));
+      if constexpr (kVectors == 2) return stream_rounded(halves, v[0], v[1]);
+      return stream_rounded(halves, v[0]);
     }
     for (int i = 0; i < kCount; ++i) stream_floats(reinterpret_cast<float*>(row) + i * kWidth, v[i]);
   }
-  static constexpr int64_t alignment() { return kBf16 ? kVectorBytes / 2 * kCount : kVectorBytes; }
+  COTERIE_INLINE void put(const VF (&v)[kCount], bool past_caches) const { past_caches ? stream(v) : store(v); }
+  // Whether rows from `first` on, so many bytes apart, are where stream() may write.
+  static bool streams(const char* first, int64_t row_bytes) {
+    constexpr int64_t kAlignment = kBf16 ? kVectorBytes / 2 * kCount : kVectorBytes;
+    return kVectors && (reinterpret_cast<intptr_t>(first) | row_bytes) % kAlignment == 0;
+  }
 };
 
 // A vector of the sums of a row, with bias.
@@ -40,8 +45,9 @@ void store_rows(const TileStore& s, int64_t column, int64_t n) {
   constexpr int64_t kBytes = kBf16 ? 2 : 4;
   char* const c = static_cast<char*>(s.c) + column * kBytes;
   char* const slopes = s.slopes ? static_cast<char*>(s.slopes) + column * kBytes : nullptr;
-  const bool streams = kVectors && s.stream && reinterpret_cast<uintptr_t>(c) % Memory::alignment() == 0 &&
-                       s.c_stride * kBytes % Memory::alignment() == 0;
+  const bool stream = s.stream && Memory::streams(c, s.c_stride * kBytes);
+  const bool stream_slopes =
+      stream && Memory::streams(slopes, s.slopes_stride * kBytes) && s.slopes_up_offset * kBytes % kVectorBytes == 0;
   for (int64_t r = 0; r < s.rows; ++r) {
     const float* const sums = s.tile + r * 2 * kWidth + column;
     VF v[Memory::kCount], slope[Memory::kCount], slope_up[Memory::kCount];
@@ -54,16 +60,13 @@ void store_rows(const TileStore& s, int64_t column, int64_t n) {
       slope_up[i] = f.value;
     }
     if (slopes) {
-      Memory{slopes + r * s.slopes_stride * kBytes, n}.store(slope);
-      if (kGated) Memory{slopes + (r * s.slopes_stride + s.slopes_up_offset) * kBytes, n}.store(slope_up);
+      char* const row = slopes + r * s.slopes_stride * kBytes;
+      Memory{row, n}.put(slope, stream_slopes);
+      if (kGated) Memory{row + s.slopes_up_offset * kBytes, n}.put(slope_up, stream_slopes);
     }
     const Memory out = {c + r * s.c_stride * kBytes, n};
     if (s.accumulate) out.add_to(v);
-    if (streams) {
-      out.stream(v);
-    } else {
-      out.store(v);
-    }
+    out.put(v, stream);
   }
 }
 

@@ -36,9 +36,11 @@ COTERIE_INLINE VU interleave_halves(const void* p, const void* q) {
 COTERIE_INLINE void store_halves(uint16_t* p, VU v) {
   *reinterpret_cast<VHMemory*>(p) = __builtin_convertvector(v >> 16, VH);
 }
-COTERIE_INLINE void store_halves(uint16_t* p, VU a, VU b) {
-  store_halves(p, a);
-  store_halves(p + kWidth, b);
+// One or two vectors rounded to bf16.
+COTERIE_INLINE void store_rounded(uint16_t* p, VF v) { store_halves(p, round_to_bf16(v)); }
+COTERIE_INLINE void store_rounded(uint16_t* p, VF a, VF b) {
+  store_rounded(p, a);
+  store_rounded(p + kWidth, b);
 }
 COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
   const VH halves = __builtin_convertvector(v >> 16, VH);
