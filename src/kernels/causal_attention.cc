@@ -169,7 +169,7 @@ struct BackwardBuffers {
   uint32_t *k, *v, *k_transposed, *q, *grad_out, *q_transposed, *grad_out_transposed, *weights_a;
   Matrix scores, grad_weights;  // of a panel of queries
   Matrix weights, grad_scores;  // of a block of queries
-  Matrix grad_k, grad_v, out;   // sums over a group; a row of `out`
+  Matrix grad_k, grad_v;        // sums over a group
 
   BackwardBuffers(const CausalShape& s, const PanelProduct& product, Memory& memory) {
     const int64_t block = std::min(kBlock, s.S), rows = product.most_rows();
@@ -187,17 +187,15 @@ struct BackwardBuffers {
     grad_scores = memory.matrix(product.type, block, s.S);
     grad_k = memory.matrix(DType::kF32, s.S, s.d);
     grad_v = memory.matrix(DType::kF32, s.S, s.d);
-    out = memory.matrix(DType::kF32, 1, s.d);
   }
 };
 
-// With P the weights, g the gradient of the output and delta = g . out of each query:
+// With P the weights, g the gradient of the output and delta = P . grad P of each query:
 //   grad V = P^T g,  grad P = g V^T,  grad scores = P (grad P - delta) scale,
 //   grad Q = grad scores K,  grad K = grad scores^T Q.
 struct Backward {
   const CausalShape& shape;
   const ConstMatrix& qkv_TC;
-  const ConstMatrix& out;
   const float* logsumexp_BHS;
   const ConstMatrix& grad_out;
   const Matrix& grad_qkv_TC;
@@ -261,22 +259,16 @@ struct Backward {
   // Row i of the panel is row `row` of the block.
   void weigh_row(int64_t b, int64_t h, int64_t first, int64_t row, int64_t i, int64_t width,
                  const BackwardBuffers& buffers) const {
-    const Heads heads{shape};
     const int64_t s = first + row;
-    auto* const out_d = static_cast<float*>(buffers.out.data);
-    product.kernels.convert_row(heads.part(out, b, h).row_range(s, 1).data, out.dtype, out_d, DType::kF32, shape.d);
-    const float delta =
-        product.kernels.dot_row(heads.part(grad_out, b, h).row_range(s, 1).data, grad_out.dtype, out_d, shape.d);
     product.kernels.attention_backward_row(
-        {.scores = reinterpret_cast<const float*>(row_of(buffers.scores, i)),
+        {.scores = reinterpret_cast<float*>(row_of(buffers.scores, i)),
          .grad_weights = reinterpret_cast<const float*>(row_of(buffers.grad_weights, i)),
          .weights = row_of(buffers.weights, row),
          .grad_scores = row_of(buffers.grad_scores, row),
          .dtype = product.type,
          .n = s + 1,
          .scale = shape.scale(),
-         .logsumexp = logsumexp_BHS[(b * shape.H + h) * shape.S + s],
-         .delta = delta});
+         .logsumexp = logsumexp_BHS[(b * shape.H + h) * shape.S + s]});
     clear(buffers.weights, row, s + 1, width);
     clear(buffers.grad_scores, row, s + 1, width);
   }
@@ -299,6 +291,7 @@ struct Backward {
   }
 };
 
+// `out` or its gradient.
 void check_shapes(const CausalShape& s, const ConstMatrix& qkv, const ConstMatrix& out) {
   COTERIE_CHECK(s.G > 0 && s.H % s.G == 0, "query heads are no multiple of key heads");
   COTERIE_CHECK(qkv.rows == s.num_tokens() && qkv.cols == s.columns() && qkv.col_stride == 1, "qkv has another shape");
@@ -320,12 +313,11 @@ void causal_attention(const CausalShape& shape, const ConstMatrix& qkv_TC, const
       });
 }
 
-void causal_attention_backward(const CausalShape& shape, const ConstMatrix& qkv_TC, const ConstMatrix& out,
-                               const float* logsumexp_BHS, const ConstMatrix& grad_out, const Matrix& grad_qkv_TC,
-                               ThreadPool& pool) {
-  check_shapes(shape, qkv_TC, out);
+void causal_attention_backward(const CausalShape& shape, const ConstMatrix& qkv_TC, const float* logsumexp_BHS,
+                               const ConstMatrix& grad_out, const Matrix& grad_qkv_TC, ThreadPool& pool) {
+  check_shapes(shape, qkv_TC, grad_out);
   check_shapes(shape, grad_qkv_TC, grad_out);
-  const Backward backward{shape, qkv_TC, out, logsumexp_BHS, grad_out, grad_qkv_TC, {active_kernels(), qkv_TC.dtype}};
+  const Backward backward{shape, qkv_TC, logsumexp_BHS, grad_out, grad_qkv_TC, {active_kernels(), qkv_TC.dtype}};
   run_with_buffers<BackwardBuffers>(
       shape, backward.product, shape.B * shape.G, pool,
       [&](int64_t task, const BackwardBuffers& buffers) { backward.run(task / shape.G, task % shape.G, buffers); });

@@ -4,7 +4,7 @@
 //
 // Nothing of size S * S outlives a task: forward keeps the logarithm of each softmax's sum, and backward computes the
 // weights from it anew (Dao, "FlashAttention-2", 2023, algorithms 1 and 2; a task here sees whole rows of scores, so
-// that no softmax is corrected on the way).
+// that no softmax is corrected on the way, and backward needs no `out`).
 //
 // Arithmetic: operands of all products are of qkv's type, sums fp32; scores, softmax and its gradient are fp32. The
 // weights are rounded to qkv's type before they are divided by their sum.
@@ -30,9 +30,8 @@ struct CausalShape {
 void causal_attention(const CausalShape& shape, const ConstMatrix& qkv_TC, const Matrix& out, float* logsumexp_BHS,
                       ThreadPool& pool);
 
-// The gradient of qkv, overwritten. `out` and `logsumexp_BHS` are forward's.
-void causal_attention_backward(const CausalShape& shape, const ConstMatrix& qkv_TC, const ConstMatrix& out,
-                               const float* logsumexp_BHS, const ConstMatrix& grad_out, const Matrix& grad_qkv_TC,
-                               ThreadPool& pool);
+// The gradient of qkv, overwritten. `logsumexp_BHS` is forward's.
+void causal_attention_backward(const CausalShape& shape, const ConstMatrix& qkv_TC, const float* logsumexp_BHS,
+                               const ConstMatrix& grad_out, const Matrix& grad_qkv_TC, ThreadPool& pool);
 
 }  // namespace coterie

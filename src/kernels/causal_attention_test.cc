@@ -108,8 +108,14 @@ struct Oracle {
     double delta = 0, delta_error = 0;
     for (int64_t j = 0; j <= i; ++j) {
       p[j].value = std::exp(score[j].value - log_sum);
-      p[j].error = p[j].value * (score_error + log_error + 10 * u + c.w()) + 1e-37;
+      p[j].error = p[j].value * (score_error + log_error + 10 * u) + 1e-37;
     }
+    for (int64_t j = 0; j <= i; ++j) {  // of the weights before they are rounded
+      delta += p[j].value * grad_p[j].value;
+      delta_error += p[j].error * std::abs(grad_p[j].value) + p[j].value * grad_p[j].error +
+                     (static_cast<double>(i) + 3) * u * p[j].value * std::abs(grad_p[j].value);
+    }
+    for (Bounded& weight : p) weight.error += c.w() * weight.value;
     for (int64_t e = 0; e < s.d; ++e) {
       Bounded& o = out[(t * s.H + h) * s.d + e];
       for (int64_t j = 0; j <= i; ++j) {
@@ -117,8 +123,6 @@ struct Oracle {
         o = {o.value + p[j].value * v, o.error + std::abs(v) * (p[j].error + p[j].value * sum_error)};
       }
       o.error += (c.w() + 2 * u) * std::abs(o.value);
-      delta += grad(e) * o.value;
-      delta_error += std::abs(grad(e)) * (o.error + dot_error * std::abs(o.value));
     }
     for (int64_t j = 0; j <= i; ++j) {
       const double difference = grad_p[j].value - delta, ds = p[j].value * difference * scale;
@@ -155,8 +159,7 @@ struct Results {
         grad(c.shape.num_tokens(), c.shape.columns(), c.dtype, NAN),
         logsumexp(static_cast<size_t>(c.shape.num_tokens() * c.shape.H)) {
     causal_attention(c.shape, qkv.matrix(), out.matrix(), logsumexp.data(), pool);
-    causal_attention_backward(c.shape, qkv.matrix(), out.matrix(), logsumexp.data(), grad_out.matrix(), grad.matrix(),
-                              pool);
+    causal_attention_backward(c.shape, qkv.matrix(), logsumexp.data(), grad_out.matrix(), grad.matrix(), pool);
   }
 };
 

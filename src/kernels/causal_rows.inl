@@ -9,13 +9,13 @@ SoftmaxSum exponentials_row(const float* x, int64_t n, float scale, void* out, D
   for (; i < n; ++i) maximum = x[i] > maximum ? x[i] : maximum;
   VF sums = {};
   for (i = 0; i + kWidth <= n; i += kWidth) {
-    const VF e = exp((load(x + i) - maximum) * scale);
+    const VF e = exp_up_to_zero((load(x + i) - maximum) * scale);
     store_any(out, dtype, i, kWidth, e);
     sums += e;
   }
   float sum = sum_lanes(sums);
   if (i < n) {
-    const VF e = exp((load_part(x + i, n - i) - maximum) * scale);
+    const VF e = exp_up_to_zero((load_part(x + i, n - i) - maximum) * scale);
     store_any(out, dtype, i, n - i, e);
     for (int64_t lane = 0; lane < n - i; ++lane) sum += e[lane];
   }
@@ -23,10 +23,18 @@ SoftmaxSum exponentials_row(const float* x, int64_t n, float scale, void* out, D
 }
 
 void attention_backward_row(const AttentionBackwardRow& row) {
+  VF products = {};
   for (int64_t i = 0; i < row.n; i += kWidth) {
     const int64_t m = lanes_left(i, row.n);
-    const VF weight = exp(load_floats(row.scores, i, m) * row.scale - row.logsumexp);
+    const VF weight = exp_up_to_zero(load_floats(row.scores, i, m) * row.scale - row.logsumexp);
+    products = fma(weight, load_floats(row.grad_weights, i, m), products);
     store_any(row.weights, row.dtype, i, m, weight);
-    store_any(row.grad_scores, row.dtype, i, m, weight * (load_floats(row.grad_weights, i, m) - row.delta) * row.scale);
+    store_floats(row.scores, i, m, weight);
+  }
+  const float delta = sum_lanes(products);
+  for (int64_t i = 0; i < row.n; i += kWidth) {
+    const int64_t m = lanes_left(i, row.n);
+    const VF gradient = (load_floats(row.grad_weights, i, m) - delta) * row.scale;
+    store_any(row.grad_scores, row.dtype, i, m, load_floats(row.scores, i, m) * gradient);
   }
 }

@@ -136,9 +136,10 @@ struct SoftmaxSum {
   float maximum = 0.0f;  // of the row
 };
 
-// One query's weights from its scores, and the gradient of the scores from that of the weights.
+// One query's weights from its scores, and the gradient of the scores from that of the weights. With delta, the sum of
+// weights * grad_weights:
 struct AttentionBackwardRow {
-  const float* scores = nullptr;  // before scaling
+  float* scores = nullptr;  // before scaling; overwritten
   const float* grad_weights = nullptr;
   void* weights = nullptr;      // receives exp(scale * scores - logsumexp)
   void* grad_scores = nullptr;  // receives weights * (grad_weights - delta) * scale
@@ -146,7 +147,6 @@ struct AttentionBackwardRow {
   int64_t n = 0;
   float scale = 1.0f;
   float logsumexp = 0.0f;
-  float delta = 0.0f;
 };
 
 // What a step of Adam or AdamW is for every element (Loshchilov and Hutter 2019, algorithm 2), with

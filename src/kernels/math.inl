@@ -1,7 +1,9 @@
 // exp, the logistic function and the normal distribution, to a few units in the last place of fp32
 // (polynomials fitted by iteratively reweighted least squares to the least maximal relative error).
 
-// For x from -87.3 (below, the result would be denormal) to 88.7; NaN stays NaN.
+constexpr float kLowestExponent = -87.3365f;  // below, the result would be denormal
+
+// For x from there to 88.7; NaN stays NaN.
 COTERIE_INLINE VF exp_within_range(VF x) {
   // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to an integer. ln2 is split so that
   // n * 0.693359375 is exact.
@@ -21,10 +23,17 @@ COTERIE_INLINE VF exp_within_range(VF x) {
 
 // Truncates: 0 below that range, infinity above.
 COTERIE_INLINE VF exp(VF x) {
-  constexpr float kLowest = -87.3365f, kHighest = 88.7228f;
-  const VF result = exp_within_range(x < kLowest ? broadcast(kLowest) : (x > kHighest ? broadcast(kHighest) : x));
+  constexpr float kHighest = 88.7228f;
+  const VF result =
+      exp_within_range(x < kLowestExponent ? broadcast(kLowestExponent) : (x > kHighest ? broadcast(kHighest) : x));
   const VF high = x > kHighest ? broadcast(std::numeric_limits<float>::infinity()) : result;
-  return x < kLowest ? VF{} : high;
+  return x < kLowestExponent ? VF{} : high;
+}
+
+// For x that is above 0 by rounding errors at most.
+COTERIE_INLINE VF exp_up_to_zero(VF x) {
+  const VF result = exp_within_range(x < kLowestExponent ? broadcast(kLowestExponent) : x);
+  return x < kLowestExponent ? VF{} : result;
 }
 
 COTERIE_INLINE VF logistic(VF x) { return reciprocal(1.0f + exp(-x)); }

@@ -37,7 +37,7 @@ struct AttentionOp : torch::autograd::Function<AttentionOp> {
     const at::Tensor out = pooled_empty({qkv.size(0), shape.H * shape.d}, qkv.scalar_type());
     const at::Tensor logsumexp_BHS = at::empty({shape.B, shape.H, shape.S}, at::kFloat);
     causal_attention(shape, const_matrix(rotated), matrix(out), logsumexp_BHS.mutable_data_ptr<float>(), torch_pool());
-    context->save_for_backward({rotated, out, logsumexp_BHS});
+    context->save_for_backward({rotated, logsumexp_BHS});
     context->saved_data["shape"] = std::vector<int64_t>{shape.B, shape.S, shape.H, shape.G, shape.d};
     context->saved_data["theta"] = theta;
     return out;
@@ -50,8 +50,8 @@ struct AttentionOp : torch::autograd::Function<AttentionOp> {
     const double theta = context->saved_data["theta"].toDouble();
     const at::Tensor grad_out = grads[0].contiguous();
     const at::Tensor grad = pooled_empty(saved[0].sizes(), saved[0].scalar_type());
-    causal_attention_backward(shape, const_matrix(saved[0]), const_matrix(saved[1]), saved[2].const_data_ptr<float>(),
-                              const_matrix(grad_out), matrix(grad), torch_pool());
+    causal_attention_backward(shape, const_matrix(saved[0]), saved[1].const_data_ptr<float>(), const_matrix(grad_out),
+                              matrix(grad), torch_pool());
     if (theta > 0) rotate(grad, shape, theta, -1.0f);
     return {grad, at::Tensor(), at::Tensor()};
   }
