@@ -1,6 +1,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
+
 #include "kernels/kernel_table.h"
 #include "kernels/norm.h"
 #include "kernels/parallel_rows.h"
@@ -14,6 +16,8 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+constexpr std::array kOnes = {1.0f, 1.0f};
 
 at::Tensor fresh(const at::Tensor& x) { return pooled_empty(x.sizes(), at::kFloat); }
 
@@ -29,9 +33,9 @@ void add_and_normalize(const at::Tensor& x, const at::Tensor& y, const at::Tenso
   parallel_rows(x.size(0), 2 * D, torch_pool(), [&](int64_t t) {
     const float* row = x_TD + t * D;
     if (y_TD) {
-      std::copy_n(row, D, sum_TD + t * D);
+      const std::array terms = {row, y_TD + t * D};
+      kernels.combine_rows(terms.data(), kOnes.data(), 2, sum_TD + t * D, DType::kF32, D);
       row = sum_TD + t * D;
-      kernels.add_row(y_TD + t * D, DType::kF32, sum_TD + t * D, D);
     }
     if (settings.kind == NormKind::kRmsNorm) {
       kernels.rms_norm_row(row, weight_D, settings.eps, D, normed_TD + t * D);
