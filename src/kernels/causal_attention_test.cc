@@ -214,22 +214,29 @@ TEST(CausalAttention, BitsDependOnTheSequenceAlone) {
   });
 }
 
-// Scores of a thousand don't overflow, and what a query does not see does not matter.
+// Scores of a thousand don't overflow, be they of either sign or all far below zero, and what a query does not see does
+// not matter.
 TEST(CausalAttention, ExtremeScoresStayFinite) {
   NativeThreadPool pool(1);
-  const Case c{{.B = 1, .S = 40, .H = 1, .G = 1, .d = 16}, DType::kF32};
-  std::mt19937 random(7);
-  Operand qkv(40, 48, c.dtype, random), grad_out(40, 16, c.dtype, random);
-  for (int64_t t = 0; t < 40; ++t) {
-    for (int64_t i = 0; i < 32; ++i) qkv.floats[t * qkv.stride + i] *= 30.0f;
-  }
-  for_each_isa([&] {
-    const Results results(c, qkv, grad_out, pool);
-    for (int64_t i = 0; i < 16; ++i) ASSERT_EQ(results.out.get(0, i), qkv.get(0, 32 + i));
+  for (bool all_below : {false, true}) {
+    SCOPED_TRACE(all_below ? "all below zero" : "of either sign");
+    const Case c{{.B = 1, .S = 40, .H = 1, .G = 1, .d = 16}, DType::kF32};
+    std::mt19937 random(7);
+    Operand qkv(40, 48, c.dtype, random), grad_out(40, 16, c.dtype, random);
     for (int64_t t = 0; t < 40; ++t) {
-      for (int64_t i = 0; i < 48; ++i) ASSERT_TRUE(std::isfinite(results.grad.get(t, i))) << t << " " << i;
+      for (int64_t i = 0; i < 32; ++i) {
+        float& x = qkv.floats[t * qkv.stride + i];
+        x = 30.0f * (all_below ? std::copysign(x, i < 16 ? 1.0f : -1.0f) : x);
+      }
     }
-  });
+    for_each_isa([&] {
+      const Results results(c, qkv, grad_out, pool);
+      for (int64_t i = 0; i < 16; ++i) ASSERT_EQ(results.out.get(0, i), qkv.get(0, 32 + i));
+      for (int64_t t = 0; t < 40; ++t) {
+        for (int64_t i = 0; i < 48; ++i) ASSERT_TRUE(std::isfinite(results.grad.get(t, i))) << t << " " << i;
+      }
+    });
+  }
 }
 
 }  // namespace

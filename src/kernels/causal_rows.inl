@@ -27,9 +27,10 @@ void attention_backward_row(const AttentionBackwardRow& row) {
   for (int64_t i = 0; i < row.n; i += kWidth) {
     const int64_t m = lanes_left(i, row.n);
     const VF weight = exp_up_to_zero(load_floats(row.scores, i, m) * row.scale - row.logsumexp);
-    products = fma(weight, load_floats(row.grad_weights, i, m), products);
     store_any(row.weights, row.dtype, i, m, weight);
     store_floats(row.scores, i, m, weight);
+    // Read back, lanes past the row are zero, and not what exp gave for them.
+    products = fma(load_floats(row.scores, i, m), load_floats(row.grad_weights, i, m), products);
   }
   const float delta = sum_lanes(products);
   for (int64_t i = 0; i < row.n; i += kWidth) {

@@ -2,8 +2,8 @@
 // Legend: M rows of A, K reduced, N columns of C. B is [N, K], as weights are stored ([out, in]).
 //
 // Arithmetic: both operands are converted to one type, B's unless another is given, products are accumulated in fp32
-// over all of K, and C is rounded once, at the end. The order of accumulation depends on K and the ISA alone, never on
-// M, threads or neighbours: a row has the same bits alone and in a batch.
+// over all of K, and C is rounded once, at the end (denormals of bf16 may become zero). The order of accumulation
+// depends on K and the ISA alone, never on M, threads or neighbours: a row has the same bits alone and in a batch.
 //
 // With few rows of A, a B of that type is read once and where it lies: with contiguous rows up to 64 rows of A, with
 // contiguous columns up to 8 in fp32, or 16 in bf16 where a group's B fit into the caches. Otherwise B is packed into

@@ -30,7 +30,7 @@ COTERIE_INLINE VF exp(VF x) {
   return x < kLowestExponent ? VF{} : high;
 }
 
-// For x that is above 0 by rounding errors at most.
+// For x that is above 0 by rounding errors at most; far above, anything.
 COTERIE_INLINE VF exp_up_to_zero(VF x) {
   const VF result = exp_within_range(x < kLowestExponent ? broadcast(kLowestExponent) : x);
   return x < kLowestExponent ? VF{} : result;

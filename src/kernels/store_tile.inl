@@ -27,7 +27,8 @@ struct RowMemory {
     for (int i = 0; i < kCount; ++i) stream_floats(reinterpret_cast<float*>(row) + i * kWidth, v[i]);
   }
   COTERIE_INLINE void put(const VF (&v)[kCount], bool past_caches) const { past_caches ? stream(v) : store(v); }
-  // Whether rows from `first` on, so many bytes apart, are where stream() may write.
+  // Whether rows from `first` on, so many bytes (or several distances, joined by |) apart, are where stream() may
+  // write.
   static bool streams(const char* first, int64_t row_bytes) {
     constexpr int64_t kAlignment = kBf16 ? kVectorBytes / 2 * kCount : kVectorBytes;
     return kVectors && (reinterpret_cast<intptr_t>(first) | row_bytes) % kAlignment == 0;
@@ -46,8 +47,7 @@ void store_rows(const TileStore& s, int64_t column, int64_t n) {
   char* const c = static_cast<char*>(s.c) + column * kBytes;
   char* const slopes = s.slopes ? static_cast<char*>(s.slopes) + column * kBytes : nullptr;
   const bool stream = s.stream && Memory::streams(c, s.c_stride * kBytes);
-  const bool stream_slopes =
-      stream && Memory::streams(slopes, s.slopes_stride * kBytes) && s.slopes_up_offset * kBytes % kVectorBytes == 0;
+  const bool stream_slopes = stream && Memory::streams(slopes, (s.slopes_stride | s.slopes_up_offset) * kBytes);
   for (int64_t r = 0; r < s.rows; ++r) {
     const float* const sums = s.tile + r * 2 * kWidth + column;
     VF v[Memory::kCount], slope[Memory::kCount], slope_up[Memory::kCount];
