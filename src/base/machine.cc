@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <limits>
 
@@ -32,6 +33,28 @@ double cpu_quota(const std::string& group) {
   return number_in(group + "/cpu/cpu.cfs_quota_us", kUnlimited) / number_in(group + "/cpu/cpu.cfs_period_us", 1);
 }
 
+// The number behind a name in a file of lines "name number"; 0 without.
+double named_number(const std::string& path, const std::string& name) {
+  std::ifstream file(path);
+  std::string line;
+  while (std::getline(file, line)) {
+    if (line.starts_with(name)) return std::strtod(line.c_str() + name.size(), nullptr);
+  }
+  return 0;
+}
+
+double memory_limit(const std::string& group) {
+  return std::min(number_in(group + "/memory.max", kUnlimited),
+                  number_in(group + "/memory/memory.limit_in_bytes", kUnlimited));
+}
+
+// Bytes in use that are not caches of files; one of the two versions is there.
+double memory_in_use(const std::string& group) {
+  return number_in(group + "/memory.current", 0) - named_number(group + "/memory.stat", "inactive_file ") +
+         number_in(group + "/memory/memory.usage_in_bytes", 0) -
+         named_number(group + "/memory/memory.stat", "total_inactive_file ");
+}
+
 }  // namespace
 
 int available_cpus(const std::string& control_group) {
@@ -43,9 +66,13 @@ int available_cpus(const std::string& control_group) {
 
 int64_t available_memory(const std::string& control_group) {
   const double all = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  const double limit = std::min(number_in(control_group + "/memory.max", kUnlimited),
-                                number_in(control_group + "/memory/memory.limit_in_bytes", kUnlimited));
-  return static_cast<int64_t>(std::min(all, limit));
+  return static_cast<int64_t>(std::min(all, memory_limit(control_group)));
+}
+
+int64_t unused_memory(const std::string& control_group) {
+  const double of_machine = 1024 * named_number("/proc/meminfo", "MemAvailable:");
+  const double of_group = memory_limit(control_group) - memory_in_use(control_group);
+  return static_cast<int64_t>(std::max(0.0, std::min(of_machine, of_group)));
 }
 
 }  // namespace coterie

@@ -14,4 +14,7 @@ int available_cpus(const std::string& control_group = kControlGroup);
 // Bytes of memory, used or not.
 int64_t available_memory(const std::string& control_group = kControlGroup);
 
+// Of those, the ones that nothing but caches of files uses now.
+int64_t unused_memory(const std::string& control_group = kControlGroup);
+
 }  // namespace coterie

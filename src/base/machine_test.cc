@@ -44,12 +44,27 @@ TEST_F(MachineTest, LimitsOfAContainer) {
   EXPECT_EQ(available_memory(group_), 100 << 20);
 }
 
+TEST_F(MachineTest, UnusedMemory) {
+  const int64_t unused = unused_memory("/nowhere");
+  EXPECT_GT(unused, int64_t{1} << 24);
+  EXPECT_LT(unused, available_memory("/nowhere"));
+  write("memory.max", "104857600\n");
+  write("memory.current", "94371840\n");
+  write("memory.stat", "anon 1\ninactive_file 20971520\nactive_file 3\n");
+  EXPECT_EQ(unused_memory(group_), 30 << 20);  // 10 MiB, and 20 that caches of files use
+  write("memory.current", "209715200\n");
+  EXPECT_EQ(unused_memory(group_), 0);
+}
+
 TEST_F(MachineTest, LimitsOfVersion1) {
   write("cpu/cpu.cfs_quota_us", "90000\n");
   write("cpu/cpu.cfs_period_us", "100000\n");
   write("memory/memory.limit_in_bytes", "104857600\n");
   EXPECT_EQ(available_cpus(group_), 1);
   EXPECT_EQ(available_memory(group_), 100 << 20);
+  write("memory/memory.usage_in_bytes", "94371840\n");
+  write("memory/memory.stat", "inactive_file 1\ntotal_inactive_file 20971520\n");
+  EXPECT_EQ(unused_memory(group_), 30 << 20);
 }
 
 }  // namespace
