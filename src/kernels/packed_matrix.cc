@@ -60,11 +60,11 @@ PackedMatrix::PackedMatrix(const QuantizedView& b, ThreadPool& pool, bool gated,
   });
 }
 
-std::optional<PackedMatrix> PackedMatrix::compacted(ThreadPool& pool) const {
+std::optional<PackedMatrix> PackedMatrix::compacted(ThreadPool& pool, AlignedBuffer panels) const {
   if (type() != PanelType::kBF16 || shape_.compact) return std::nullopt;
   PackedShape shape = shape_;
   shape.compact = true;
-  PackedMatrix result(shape, AlignedBuffer());
+  PackedMatrix result(shape, std::move(panels));
   const CompactPanel panel = {cols(), kernels_->panel_columns()};
   const int64_t units = panel_units(shape_);
   std::atomic<bool> all = true;

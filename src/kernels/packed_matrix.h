@@ -38,8 +38,8 @@ class PackedMatrix {
   // Panels of the active ISA that are there already.
   PackedMatrix(const PackedShape& shape, AlignedBuffer panels);
 
-  // The same in compact panels of its own, or nothing where they cannot be.
-  std::optional<PackedMatrix> compacted(ThreadPool& pool) const;
+  // The same in compact panels, in memory as above, or nothing where they cannot be.
+  std::optional<PackedMatrix> compacted(ThreadPool& pool, AlignedBuffer panels = {}) const;
 
   // The same panels have moved there; their memory belongs to somebody else.
   void point_to(const void* panels);

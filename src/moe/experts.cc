@@ -10,33 +10,15 @@
 namespace coterie {
 namespace {
 
-// Where an expert's weights come from: packed panels or plain matrices.
-struct ExpertSource {
-  const PackedExperts* packed = nullptr;
-  const ExpertWeights* plain = nullptr;
-
-  DType dtype() const { return packed ? packed->down_E.front().dtype() : plain->dtype; }
-  void set_up(GemmProblem& problem, const ExpertShape& s, int64_t e) const {
-    const int64_t U = s.up_rows();
-    if (packed) {
-      problem.packed_b = &packed->up_E[e];
-      problem.bias_N = packed->up_bias_EU.empty() ? nullptr : packed->up_bias_EU.data() + e * U;
-    } else {
-      problem.b = row_major(plain->up_EUD, plain->dtype, s.num_experts * U, s.hidden_size).row_range(e * U, U);
-      problem.bias_N = plain->up_bias_EU ? plain->up_bias_EU + e * U : nullptr;
-    }
+// B of an expert's up or down product, [rows, cols]: its panels where there are any, else its part of all experts'.
+void set_b(GemmProblem& problem, const PackedMatrix* packed_E, const void* plain, DType dtype, int64_t e, int64_t rows,
+           int64_t cols) {
+  if (packed_E) {
+    problem.packed_b = packed_E + e;
+  } else {
+    problem.b = row_major(plain, dtype, (e + 1) * rows, cols).row_range(e * rows, rows);
   }
-  void set_down(GemmProblem& problem, const ExpertShape& s, int64_t e) const {
-    const int64_t D = s.hidden_size;
-    if (packed) {
-      problem.packed_b = &packed->down_E[e];
-      problem.bias_N = packed->down_bias_ED.empty() ? nullptr : packed->down_bias_ED.data() + e * D;
-    } else {
-      problem.b = row_major(plain->down_EDF, plain->dtype, s.num_experts * D, s.intermediate_size).row_range(e * D, D);
-      problem.bias_N = plain->down_bias_ED ? plain->down_bias_ED + e * D : nullptr;
-    }
-  }
-};
+}
 
 void check_shapes(const ExpertShape& shape, const Dispatch& dispatch, const ConstMatrix& x_TD, const Matrix& out_TD) {
   COTERIE_CHECK(static_cast<int64_t>(dispatch.offset_E1.size()) == shape.num_experts + 1,
@@ -57,14 +39,16 @@ std::vector<GemmProblem> problems_of_experts(const Dispatch& dispatch, const Fil
   return problems;
 }
 
-void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatch& dispatch, const ConstMatrix& x_TD,
+void forward(const ExpertShape& shape, const ExpertWeights& w, const Dispatch& dispatch, const ConstMatrix& x_TD,
              const Matrix& out_TD, const Matrix& inner_RF, const Matrix& slopes_RU, float* down_RD, ThreadPool& pool,
              bool accumulate) {
+  const int64_t D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
   const auto up = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
     p.a = x_TD;
     p.gather_M = dispatch.token_R.data() + first;
     p.num_gathered = count;
-    source.set_up(p, shape, e);
+    set_b(p, w.up_E, w.up_EUD, w.dtype, e, U, D);
+    if (w.up_bias_EU) p.bias_N = w.up_bias_EU + e * U;
     p.activation = shape.activation;
     p.gated = shape.gated;
     p.c = inner_RF.row_range(first, count);
@@ -73,10 +57,11 @@ void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatc
   grouped_gemm(up, pool);
 
   const bool direct = is_identity(dispatch);
-  const Matrix rows_RD = direct ? out_TD : row_major(down_RD, dispatch.num_rows(), shape.hidden_size);
+  const Matrix rows_RD = direct ? out_TD : row_major(down_RD, dispatch.num_rows(), D);
   const auto down = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
     p.a = inner_RF.row_range(first, count);
-    source.set_down(p, shape, e);
+    set_b(p, w.down_E, w.down_EDF, w.dtype, e, D, F);
+    if (w.down_bias_ED) p.bias_N = w.down_bias_ED + e * D;
     p.c = rows_RD.row_range(first, count);
     p.accumulate = direct && accumulate;
   });
@@ -85,10 +70,12 @@ void forward(const ExpertShape& shape, const ExpertSource& source, const Dispatc
 }
 
 // Rows that several experts take are rounded to what the products are of once, not by each of them.
-bool worth_rounding(const PackedExperts& experts, const Dispatch& dispatch, const ConstMatrix& x_TD) {
+bool worth_rounding(const ExpertWeights& weights, const Dispatch& dispatch, const ConstMatrix& x_TD) {
   constexpr int64_t kLeastTokens = 32;
   const bool many = dispatch.num_tokens >= kLeastTokens && dispatch.num_rows() >= 2 * dispatch.num_tokens;
-  return many && x_TD.dtype == DType::kF32 && x_TD.col_stride == 1 && experts.down_E.front().type() == PanelType::kBF16;
+  const PackedMatrix* const packed = weights.down_E;
+  const bool in_bf16 = packed ? packed->type() == PanelType::kBF16 : weights.dtype == DType::kBF16;
+  return many && x_TD.dtype == DType::kF32 && x_TD.col_stride == 1 && in_bf16;
 }
 
 ConstMatrix rounded_to_bf16(const ConstMatrix& x_TD, uint16_t* memory, ThreadPool& pool) {
@@ -120,36 +107,29 @@ PackedExperts::PackedExperts(const ExpertShape& expert_shape, const ExpertWeight
   if (weights.down_bias_ED) down_bias_ED.assign(weights.down_bias_ED, weights.down_bias_ED + E * D);
 }
 
-void experts_forward(const PackedExperts& experts, const Dispatch& dispatch, const ConstMatrix& x_TD,
-                     const Matrix& out_TD, ThreadPool& pool, bool accumulate) {
-  const ExpertShape& shape = experts.shape;
-  check_shapes(shape, dispatch, x_TD, out_TD);
-  const ExpertSource source = {&experts, nullptr};
-  // The down product packs its input as the weights' type: keeping it in that type loses nothing.
-  const DType dtype = source.dtype();
-  const int64_t R = dispatch.num_rows(), D = shape.hidden_size, F = shape.intermediate_size;
-  Workspace& workspace = forward_workspace();
-  const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
-  const auto input_size = static_cast<size_t>(worth_rounding(experts, dispatch, x_TD) ? x_TD.rows * D : 0);
-  workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)) +
-                    Workspace::padded(input_size * sizeof(uint16_t)));
-  const Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F);
-  float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
-  const ConstMatrix input_TD =
-      input_size > 0 ? rounded_to_bf16(x_TD, workspace.take<uint16_t>(input_size), pool) : x_TD;
-  forward(shape, source, dispatch, input_TD, out_TD, inner_RF, {}, down_RD, pool, accumulate);
+ExpertWeights PackedExperts::weights() const {
+  const auto pointer = [](const std::vector<float>& bias) { return bias.empty() ? nullptr : bias.data(); };
+  return {.up_bias_EU = pointer(up_bias_EU),
+          .down_bias_ED = pointer(down_bias_ED),
+          .dtype = down_E.front().dtype(),
+          .up_E = up_E.data(),
+          .down_E = down_E.data()};
 }
 
 void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, const Dispatch& dispatch,
-                     const ConstMatrix& x_TD, const Matrix& out_TD, ExpertsContext* context, ThreadPool& pool) {
+                     const ConstMatrix& x_TD, const Matrix& out_TD, ExpertsContext* context, ThreadPool& pool,
+                     bool accumulate) {
   check_shapes(shape, dispatch, x_TD, out_TD);
-  const ExpertSource source = {nullptr, &weights};
   const int64_t R = dispatch.num_rows(), D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
+  // The down product packs its input as the weights' type: keeping it in that type loses nothing.
   const DType dtype = weights.dtype;
   const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
+  const auto input_size = static_cast<size_t>(worth_rounding(weights, dispatch, x_TD) ? x_TD.rows * D : 0);
   Workspace& workspace = forward_workspace();
-  workspace.reserve(Workspace::padded(inner_bytes) + Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)));
-  Matrix inner_RF = row_major(workspace.take<char>(inner_bytes), dtype, R, F), slopes_RU;
+  workspace.reserve((context ? 0 : Workspace::padded(inner_bytes)) +
+                    Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)) +
+                    Workspace::padded(input_size * sizeof(uint16_t)));
+  Matrix inner_RF = row_major(context ? nullptr : workspace.take<char>(inner_bytes), dtype, R, F), slopes_RU;
   if (context) {
     context->inner_RF.reserve(inner_bytes);
     context->slopes_RU.reserve(static_cast<size_t>(R * U) * dtype_size(dtype));
@@ -157,7 +137,9 @@ void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, con
     slopes_RU = row_major(context->slopes_RU.data(), dtype, R, U);
   }
   float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
-  forward(shape, source, dispatch, x_TD, out_TD, inner_RF, slopes_RU, down_RD, pool, /*accumulate=*/false);
+  const ConstMatrix input_TD =
+      input_size > 0 ? rounded_to_bf16(x_TD, workspace.take<uint16_t>(input_size), pool) : x_TD;
+  forward(shape, weights, dispatch, input_TD, out_TD, inner_RF, slopes_RU, down_RD, pool, accumulate);
 }
 
 }  // namespace coterie
