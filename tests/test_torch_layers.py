@@ -189,7 +189,7 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("transformers")
     text = (Path(__file__).parent.parent / "docs" / "pytorch.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     exec("\n".join(examples), {})
 
 

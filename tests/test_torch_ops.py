@@ -188,6 +188,72 @@ def test_no_grad_keeps_nothing() -> None:
         assert torch.equal(run(**inputs), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_packed_weights_give_the_same_bits(case: str, dtype: torch.dtype) -> None:
+    """Few rows of an expert, many, and what the backward pass is given; any strides."""
+    for T in (5, 37, 700):
+        inputs = expert_inputs(case, T, dtype=dtype)
+        inputs["up"] = inputs["up"].detach().mT.contiguous().mT.requires_grad_()
+        expected = values_and_gradients(run, inputs)
+        with functional.packed_weights():
+            for use in range(2):
+                values_and_gradients(run, inputs)
+                assert (functional.packed_weight_bytes() > 0) == (use == 1)
+            actual = values_and_gradients(run, inputs)
+            with torch.no_grad():
+                assert torch.equal(run(**inputs), expected["out"])
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packed_linear_weights_give_the_same_bits(transposed: bool, dtype: torch.dtype) -> None:
+    inputs = grouped_inputs(transposed, dtype)
+    if transposed:
+        inputs["weight"] = inputs["weight"].mT
+    x, offset, weight, bias = inputs.values()
+
+    def outputs() -> list[Tensor]:
+        return [OPS.grouped_linear(x, offset, weight, bias), OPS.linear(x, weight[1], bias[1])]
+
+    with torch.no_grad():
+        expected = outputs()
+        with functional.packed_weights():
+            for _ in range(3):
+                actual = outputs()
+            assert functional.packed_weight_bytes() > 0
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_packed_weights_follow_changes_and_end_with_the_block() -> None:
+    x, weight = leaf(3, D, seed=1).detach(), torch.nn.Parameter(leaf(4, D, seed=2).detach())
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+
+    def close() -> bool:
+        return torch.equal(OPS.linear(x, weight), OPS.linear(x, weight.detach().clone()))
+
+    with functional.packed_weights(), torch.no_grad():
+        for change in (lambda: None, lambda: weight.mul_(2), optimizer.step, lambda: weight.copy_(weight + 1)):
+            weight.grad = torch.ones_like(weight)
+            change()
+            assert all(close() for _ in range(3))
+        held = functional.packed_weight_bytes()
+        assert held > 0
+        with functional.packed_weights(max_bytes=1):
+            assert functional.packed_weight_bytes() == held  # what is there stays
+            other = weight.detach().clone()
+            for _ in range(3):
+                OPS.linear(x, other)
+            assert functional.packed_weight_bytes() == held
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):  # whose copies live as long
+                OPS.linear(x, weight)
+        assert functional.packed_weight_bytes() == held
+    assert functional.packed_weight_bytes() == 0
+
+
 def test_double_use_checkpointing_and_accumulation() -> None:
     def twice(f):
         def g(x, **rest):

@@ -109,6 +109,21 @@ def test_fp32_equals_transformers(name: str) -> None:
         assert_close(loss_and_gradients(model, "coterie"), expected, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["olmoe", "granitemoe", "gpt_oss"])
+def test_packed_weights_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    model = build(name, dtype).eval()
+    model.set_experts_implementation("coterie")
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        with coterie.torch.packed_weights():
+            for _ in range(3):
+                actual = model(input_ids=tokens).logits
+            assert coterie.torch.packed_weight_bytes() > 0
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16_equals_transformers(name: str) -> None:
     """One MoE layer alone: through several, a rounding may send a token to another expert."""

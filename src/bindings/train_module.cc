@@ -13,6 +13,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/machine.h"
 #include "bindings/errors.h"
 #include "bindings/process_group_binding.h"
 #include "io/safetensors.h"
@@ -20,6 +21,7 @@
 #include "train/checkpoint.h"
 #include "train/expert_parallel_json.h"
 #include "train/memory_plan.h"
+#include "train/packed_weights.h"
 #include "train/torch_process_group.h"
 #include "train/trainer.h"
 #include "train/verify.h"
@@ -369,6 +371,9 @@ NB_MODULE(_train, m) {
   register_exceptions(m);
   bind_process_group(m);
   m.def("torch_process_group", &torch_process_group, "name"_a, "timeout_s"_a);
+  m.def("keep_packed_weights", &keep_packed_weights, "max_bytes"_a);
+  m.def("packed_weight_bytes", &packed_weight_bytes);
+  m.def("unused_memory", [] { return unused_memory(); });
   m.def("verify", &verify, "model_config_json"_a, "settings_json"_a, "world"_a);
   bind_module_optimizer(m);
   nb::class_<Trainer>(m, "Trainer")

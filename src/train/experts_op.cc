@@ -5,6 +5,7 @@
 #include "coterie/error.h"
 #include "moe/combine.h"
 #include "train/ops.h"
+#include "train/packed_weights.h"
 #include "train/torch_op.h"
 
 namespace coterie {
@@ -80,18 +81,21 @@ void check(const Arguments& a, std::string_view activation, bool gated) {
   check_choices(a);
 }
 
-// The arguments as the kernels take them: contiguous, biases and weights of choices in fp32.
+// The arguments as the kernels take them: contiguous or in panels, biases and weights of choices in fp32.
 struct Problem {
   ExpertShape shape;
   at::Tensor x_TD, up_EUD, down_EDF, up_bias_EU, down_bias_ED;
   Dispatch dispatch;
+  std::shared_ptr<const WeightPanels> up_panels = nullptr, down_panels = nullptr;
 
   ExpertWeights weights() const {
     return {.up_EUD = up_EUD.const_data_ptr(),
             .down_EDF = down_EDF.const_data_ptr(),
             .up_bias_EU = float_pointer(up_bias_EU),
             .down_bias_ED = float_pointer(down_bias_ED),
-            .dtype = dtype_of(up_EUD)};
+            .dtype = dtype_of(up_EUD),
+            .up_E = up_panels ? up_panels->matrices() : nullptr,
+            .down_E = down_panels ? down_panels->matrices() : nullptr};
   }
 };
 
@@ -103,18 +107,23 @@ Dispatch dispatch_of(const Arguments& a) {
                                           : make_dispatch(ids_TK.const_data_ptr<int64_t>(), weights, T, K, E);
 }
 
-Problem problem_of(const Arguments& a, std::string_view activation, bool gated) {
+// `panels`: whether those that are kept will do.
+Problem problem_of(const Arguments& a, std::string_view activation, bool gated, bool panels) {
+  const auto up = panels ? packed_weight(a.up_EUD, gated) : nullptr;
+  const auto down = panels ? packed_weight(a.down_EDF) : nullptr;
   return {.shape = {.num_experts = a.up_EUD.size(0),
                     .hidden_size = a.up_EUD.size(2),
                     .intermediate_size = a.down_EDF.size(2),
                     .activation = activation_of(activation),
                     .gated = gated},
           .x_TD = a.x_TD.contiguous(),
-          .up_EUD = a.up_EUD.contiguous(),
-          .down_EDF = a.down_EDF.contiguous(),
+          .up_EUD = up ? a.up_EUD : a.up_EUD.contiguous(),
+          .down_EDF = down ? a.down_EDF : a.down_EDF.contiguous(),
           .up_bias_EU = as_float(a.up_bias_EU),
           .down_bias_ED = as_float(a.down_bias_ED),
-          .dispatch = dispatch_of(a)};
+          .dispatch = dispatch_of(a),
+          .up_panels = up,
+          .down_panels = down};
 }
 
 // A view of memory that torch owns, for the length of a call.
@@ -128,7 +137,7 @@ at::Tensor experts_cpu(const at::Tensor& x, const at::Tensor& ids, const Optiona
                        std::string_view activation, bool gated) {
   const Arguments arguments{x, ids, weights, up, up_bias, down, down_bias};
   check(arguments, activation, gated);
-  const Problem p = problem_of(arguments, activation, gated);
+  const Problem p = problem_of(arguments, activation, gated, /*panels=*/true);
   const at::Tensor out = pooled_empty(x.sizes(), x.scalar_type());
   experts_forward(p.shape, p.weights(), p.dispatch, const_matrix(p.x_TD), matrix(out), nullptr, torch_pool());
   return out;
@@ -146,7 +155,7 @@ Kept forward_cpu(const at::Tensor& x, const at::Tensor& ids, const OptionalTenso
   check_differentiable(activation);
   const Arguments arguments{x, ids, weights, up, up_bias, down, down_bias};
   check(arguments, activation, gated);
-  const Problem p = problem_of(arguments, activation, gated);
+  const Problem p = problem_of(arguments, activation, gated, /*panels=*/true);
   const at::Tensor out = pooled_empty(x.sizes(), x.scalar_type());
   // In the weights' type, as the kernels keep them.
   const at::Tensor slopes = pooled_empty({ids.numel(), p.shape.up_rows()}, up.scalar_type());
@@ -160,7 +169,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
                        const OptionalTensor& weights, const at::Tensor& up, const OptionalTensor& up_bias,
                        const at::Tensor& down, const OptionalTensor& down_bias, const at::Tensor& slopes,
                        const at::Tensor& inner, std::string_view activation, bool gated, Wanted wanted) {
-  const Problem p = problem_of({x, ids, weights, up, up_bias, down, down_bias}, activation, gated);
+  const Problem p = problem_of({x, ids, weights, up, up_bias, down, down_bias}, activation, gated, /*panels=*/false);
   const at::Tensor grad = grad_out.contiguous(), kept_slopes = slopes.contiguous(), kept_inner = inner.contiguous();
   const ExpertsContext context{.slopes_RU = borrowed(kept_slopes), .inner_RF = borrowed(kept_inner)};
   const at::Tensor grad_x = gradient_of(x, wanted[kX]), grad_up = gradient_of(up, wanted[kUp]);

@@ -4,6 +4,7 @@
 
 #include "kernels/gemm.h"
 #include "moe/dispatcher.h"
+#include "train/packed_weights.h"
 #include "train/torch_op.h"
 
 namespace coterie {
@@ -84,12 +85,6 @@ struct Groups {
   }
 };
 
-// Matrix e of [E, N, D], any strides.
-ConstMatrix matrix_of(const at::Tensor& weight, int64_t e) {
-  const auto* base = static_cast<const char*>(weight.const_data_ptr()) + e * weight.stride(0) * weight.itemsize();
-  return {base, dtype_of(weight), weight.size(1), weight.size(2), weight.stride(1), weight.stride(2)};
-}
-
 // Whether [E, N, D] is the view of a contiguous [E, D, N].
 bool is_transposed(const at::Tensor& weight) {
   return !weight.is_contiguous() && weight.transpose(1, 2).is_contiguous();
@@ -108,9 +103,14 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& offset, const at::
   const Groups groups(offset, x.size(0));
   const at::Tensor y = pooled_empty({x.size(0), weight.size(1)}, x.scalar_type()), bias_EN = as_float(bias);
   groups.clear_rest(y);
+  const auto panels = packed_weight(weight);
   for_experts(groups.E, [&](GemmProblem& p, int64_t e) {
     p.a = groups.rows(const_matrix(x), e);
-    p.b = matrix_of(weight, e);
+    if (panels) {
+      p.packed_b = panels->matrices() + e;
+    } else {
+      p.b = const_matrix(weight, e);
+    }
     p.c = groups.rows(matrix(y), e);
     if (bias_EN.defined()) p.bias_N = bias_EN.const_data_ptr<float>() + e * weight.size(1);
   });
@@ -148,7 +148,7 @@ Gradients backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::
     groups.clear_rest(grad_x);
     for_experts(groups.E, [&](GemmProblem& p, int64_t e) {
       p.a = groups.rows(const_matrix(grad), e);
-      p.b = matrix_of(weight, e).transposed();
+      p.b = const_matrix(weight, e).transposed();
       p.c = groups.rows(matrix(grad_x), e);
     });
   }

@@ -2,6 +2,7 @@
 
 #include "kernels/gemm.h"
 #include "train/ops.h"
+#include "train/packed_weights.h"
 #include "train/torch_op.h"
 
 namespace coterie {
@@ -42,8 +43,14 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& weight, const Opti
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   const at::Tensor y = pooled_empty(sizes, dtype.value_or(x.scalar_type())), bias_N = as_float(bias), x_TD = rows_of(x);
-  gemm({.a = const_matrix(x_TD), .b = const_matrix(weight), .c = matrix(rows_of(y)), .bias_N = float_pointer(bias_N)},
-       torch_pool());
+  GemmProblem problem{.a = const_matrix(x_TD), .c = matrix(rows_of(y)), .bias_N = float_pointer(bias_N)};
+  const auto panels = packed_weight(weight);
+  if (panels) {
+    problem.packed_b = panels->matrices();
+  } else {
+    problem.b = const_matrix(weight);
+  }
+  gemm(problem, torch_pool());
   return y;
 }
 

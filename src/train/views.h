@@ -22,6 +22,18 @@ inline ConstMatrix const_matrix(const at::Tensor& tensor) {
           tensor.size(1),          tensor.stride(0), tensor.stride(1)};
 }
 
+// Matrix e of [E, N, K], any strides.
+inline ConstMatrix const_matrix(const at::Tensor& tensor, int64_t e) {
+  COTERIE_CHECK(tensor.dim() == 3, "matrices have three axes");
+  const auto* const start = static_cast<const char*>(tensor.const_data_ptr());
+  return {start + e * tensor.stride(0) * static_cast<int64_t>(tensor.itemsize()),
+          dtype_of(tensor),
+          tensor.size(1),
+          tensor.size(2),
+          tensor.stride(1),
+          tensor.stride(2)};
+}
+
 inline Matrix matrix(const at::Tensor& tensor) {
   COTERIE_CHECK(tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), "rows are contiguous");
   return {tensor.mutable_data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};

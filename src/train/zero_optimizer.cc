@@ -323,8 +323,11 @@ void ZeroOptimizer::update(const Chunk& chunk, const AdamWFactors& factors) cons
   active_kernels().adamw_row(row);
 }
 
-// Every rank has updated its own partition.
+// Every rank has updated its own partition, through pointers: torch, too, learns of it.
 void ZeroOptimizer::gather_weights() {
+  for (const Parameter& p : parameters_) {
+    if (!p.tensor.is_inference()) p.tensor.unsafeGetTensorImpl()->bump_version();
+  }
   if (stage_ == 0) return;
   for (Bucket& bucket : buckets_) {
     if (!bucket.ranks) continue;

@@ -101,6 +101,21 @@ TEST(ZeroOptimizer, EqualsTheFormula) {
   }
 }
 
+// It writes through pointers, which torch does not see by itself.
+TEST(ZeroOptimizer, TorchLearnsOfChanges) {
+  const std::vector<Parameter> trained = parameters(at::kBFloat16);
+  ZeroOptimizer optimizer(trained, 1, {}, nullptr);
+  const auto version = [&] { return trained[0].tensor._version(); };
+  const auto before = version();
+  trained[0].tensor.mutable_grad() = random_gradient(trained[0], 1);
+  optimizer.accumulate_gradients();
+  optimizer.step(settings(), kMaxNorm);
+  const auto after = version();
+  EXPECT_GT(after, before);
+  optimizer.publish_masters();
+  EXPECT_GT(version(), after);
+}
+
 TEST(ZeroOptimizer, BitsDontDependOnThreads) {
   const int before = at::get_num_threads();
   std::vector<at::Tensor> results;

@@ -11,7 +11,15 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from coterie.torch.engine import Engine, add_config_arguments, initialize
-from coterie.torch.functional import aten_ops, cross_entropy, experts, linear, route
+from coterie.torch.functional import (
+    aten_ops,
+    cross_entropy,
+    experts,
+    linear,
+    packed_weight_bytes,
+    packed_weights,
+    route,
+)
 from coterie.torch.layers import GroupedExperts, Linear, Router
 from coterie.torch.moe import Experts, LayerConfig, Load, RouterConfig, RouterDraws, Routing
 from coterie.torch.moe.layer import MoE
@@ -38,6 +46,8 @@ __all__ = [
     "initialize",
     "is_moe_param",
     "linear",
+    "packed_weight_bytes",
+    "packed_weights",
     "route",
     "split_params_into_different_moe_groups_for_optimizer",
 ]
