@@ -134,6 +134,14 @@ def test_every_system_runs_every_cell(measured: dict[str, Any]):
         assert cell["ratio_to_best_peer"] == pytest.approx(min(cell["peers"].values()) / cell["ours_ms"])
 
 
+def test_forward_passes_of_ours_run_with_packed_weights_and_without():
+    assert [system.name for system in bench.systems("layer", [])] == ["coterie"]
+    cell = replace(TINY, dtype="bf16", backward=False)
+    systems = bench.run([cell], bench.systems("layer", [], backward=False), SETTINGS)["cells"][0]["systems"]
+    assert systems.keys() == {"coterie", "coterie_unpacked"}
+    assert all(system["ms"] is not None for system in systems.values())
+
+
 def test_every_system_computes_the_same(measured: dict[str, Any]):
     """A dot product of n terms is off by n roundings at most, and a step is three of them in a row (up, down,
     gradient). In bf16 its results are rounded as well: inner values, rows, weighted rows, their sum."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,26 @@ from coterie import config, distributed, training
 from coterie.torch import RouterConfig, functional
 
 
+@cache
+def begin_packing() -> AbstractContextManager[None]:
+    """For as long as the process lives, which is as long as a cell."""
+    packed = functional.packed_weights()
+    packed.__enter__()
+    return packed
+
+
 class ExpertLayer(GroupedLayer):
-    """The same parameters, on our ops: what coterie.torch.Router and GroupedExperts do."""
+    """The same parameters, on our ops: what coterie.torch.Router and GroupedExperts do. Forward passes run on packed
+    weights unless the environment says otherwise; training changes them with every step."""
+
+    def __init__(self, cell: dict[str, Any]) -> None:
+        super().__init__(cell)
+        if cell["backward"] or os.environ.get("BENCH_PACKED") == "0":
+            return
+        begin_packing()
+        with torch.no_grad():
+            for _ in range(2):  # they are packed at their second use
+                self(torch.zeros(1, cell["hidden"], dtype=self.up.dtype))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logits_TE = functional.linear(x_TD, self.router, dtype=torch.float32)

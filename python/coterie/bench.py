@@ -34,7 +34,10 @@ PEERS = {
     "train": ("deepspeed", "ddp", "fsdp2"),
 }
 # Ours at other settings, beside the peers of a kind: what they set in the environment, and whether they are one rank.
-VARIANTS = {"train": {"coterie_zero0": {"BENCH_ZERO_STAGE": "0"}, "coterie_one_rank": {}}}
+VARIANTS = {
+    "layer": {"coterie_unpacked": {"BENCH_PACKED": "0"}},  # of forward passes alone
+    "train": {"coterie_zero0": {"BENCH_ZERO_STAGE": "0"}, "coterie_one_rank": {}},
+}
 PACKAGES = {"deepspeed": "deepspeed", "transformers": "transformers"}  # of the peers that need more than torch
 TCMALLOC = "tcmalloc"
 SHARES = ("share_of_peak", "share_of_bandwidth", "share_of_limit")  # the last two of forward passes alone
@@ -331,13 +334,15 @@ class Worker:
         return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
 
 
-def systems(kind: str, peers: Sequence[str], ranks: int = 1) -> list[System]:
+def systems(kind: str, peers: Sequence[str], ranks: int = 1, backward: bool = True) -> list[System]:
     """Ours, its variants, and the named peers.
 
     Parameters
     ----------
     kind
         One of `PEERS`.
+    backward
+        Whether they run backward passes, too.
     peers
         Names of `PEERS[kind]`, each with or without "+tcmalloc".
     ranks
@@ -356,7 +361,8 @@ def systems(kind: str, peers: Sequence[str], ranks: int = 1) -> list[System]:
     interpreter = str(python) if python.exists() else sys.executable
     program, path = str(folder / f"{OURS}_peer.py"), {"PYTHONPATH": str(root / "python")}
     found = [_ranked(OURS, sys.executable, program, path, ranks, choose_launcher() if ranks > 1 else "")]
-    for name, environment in VARIANTS.get(kind, {}).items():
+    variants = {} if kind == "layer" and backward else VARIANTS.get(kind, {})
+    for name, environment in variants.items():
         alone = name.endswith("one_rank")
         threads = {"OMP_NUM_THREADS": str(ranks), "BENCH_THREADS": str(ranks)} if alone else {}
         launcher = "" if alone or ranks == 1 else choose_launcher()

@@ -46,7 +46,10 @@ def layer(
     repeat: RepeatOption = 3,
     json: JsonOption = False,
 ) -> None:
-    """A Mixture-of-Experts layer; options with several values, "8,32", span the cells."""
+    """A Mixture-of-Experts layer; options with several values, "8,32", span the cells.
+
+    Forward passes of ours run on packed weights; beside it on weights as they lie (coterie_unpacked).
+    """
     cells = [
         benches.LayerCell(d, t, hidden, ffn, e, k, backward)
         for d, t, e, k in product(
@@ -212,7 +215,8 @@ def _between(least: float, most: float) -> str:
 def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, json: bool, ranks: int = 1) -> None:
     for cell in cells:
         cell.check()
-    contestants = benches.systems(cells[0].kind, [peer for peer in peers.split(",") if peer], ranks)
+    names = [peer for peer in peers.split(",") if peer]
+    contestants = benches.systems(cells[0].kind, names, ranks, cells[0].backward)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True) as bars:
         bar = bars.add_task("", total=len(cells) * settings.rounds * len(contestants))
