@@ -68,12 +68,11 @@ struct Turn {
 // last one asks for the next group's.
 void compute_quantized_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
                              const uint32_t* b_panels, Turn turn) {
-  constexpr int64_t kBytesAhead = 4096;
   alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
   const KernelTable& kernels = *plan.b.kernels;
   const int rows = plan.rows.rows(pa);
   const auto multiply = kernels.multiply_quantized[index_of(plan.b.type) - kFirstQuantized][rows - 1];
-  int64_t ahead = turn.index == 0 ? kBytesAhead : 0;
+  int64_t ahead = turn.index == 0 ? bytes_ahead(rows * quantized_format(plan.b.type).parts) : 0;
   if (turn.more && turn.index > 0 && turn.index + 1 == turn.of) ahead = (last_b - first_b) * plan.b.panel_units() * 4;
   for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += plan.b.panel_units()) {
     multiply(plan.a.cols, a_panel, b_panels, ahead, tile);
@@ -85,7 +84,7 @@ void compute_quantized_tiles(const Plan& plan, int64_t pa, int64_t first_b, int6
 // so many units of memory. In the first turn it comes from memory; in the others it lies in a cache, and each asks for
 // a share of the next group's panel.
 Ahead ahead_of(const Plan& plan, Turn turn, int64_t group, int64_t done, int64_t row, int rows, const uint32_t* b) {
-  if (turn.index == 0) return ahead_in_panel(b, row, plan.b.compact ? kMostUnitsAhead : units_ahead(rows));
+  if (turn.index == 0) return ahead_in_panel(b, row, units_ahead(rows, plan.b.compact));
   const int64_t step = ceil_div(row, turn.of - 1);
   const uint32_t* const next = b - done * row + group * plan.b.panel_units();
   return {next + ((turn.index - 1) * plan.units + done) * step, step};

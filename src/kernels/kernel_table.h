@@ -5,6 +5,7 @@
 // The best table that the CPU runs is chosen at first use. COTERIE_ISA=generic|avx2|avx512|amx forces one.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -180,11 +181,15 @@ struct Ahead {
   int64_t step = 0;
 };
 
-// The first panel of A finds B in memory, which is far: it asks for what it needs itself a little later. With few rows
-// all time goes into reading, and more at once would only wait. (Hardware prefetchers stop at every page, and start
-// late.) A row of the panel, for a unit of K, takes `row` units of memory.
-constexpr int64_t kMostUnitsAhead = 64;
-constexpr int64_t units_ahead(int rows) { return rows <= 8 ? 16 : kMostUnitsAhead; }
+// The first panel of A finds B in memory, which is far: it asks for what it needs itself a little later, the earlier
+// the more rows it has, since then the products of a unit take longer. (Hardware prefetchers stop at every page, and
+// start late.) In units of K; a row of the panel, for one of them, takes `row` units of memory.
+constexpr int64_t units_ahead(int rows, bool compact = false) {
+  if (compact) return rows < 8 ? 96 : 128;
+  return rows == 1 ? 32 : rows <= 8 ? 64 : 96;
+}
+// The same of quantized panels, in bytes, for so many lines of codes of A.
+constexpr int64_t bytes_ahead(int lines) { return std::min(3072 + 1024 * lines, 12288); }
 inline Ahead ahead_in_panel(const uint32_t* b, int64_t row, int64_t units) { return {b + units * row, row}; }
 
 // Where a row of weights goes, as in QuantizedView: scales, or the others.

@@ -11,24 +11,32 @@ COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
 // lie too oddly for hardware prefetchers. (Behind the last chunk lies the next panel.)
 constexpr int64_t kChunksAhead = 4;
 
-// A unit of K: of the rows of A times that of two vectors of columns.
-template <bool kBf16, int kRows>
-COTERIE_INLINE void multiply_unit(const uint32_t* a, VU b0, VU b1, VF (&sums)[kRows][2]) {
+struct AskForNothing {
+  COTERIE_INLINE void operator()(int /*row*/, VF& /*sum*/) const {}
+};
+
+// A unit of K: of the rows of A times that of two vectors of columns. Behind row i, ask(i, one of its sums).
+template <bool kBf16, int kRows, typename Ask = AskForNothing>
+COTERIE_INLINE void multiply_unit(const uint32_t* a, VU b0, VU b1, VF (&sums)[kRows][2], const Ask& ask = {}) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     const uint32_t ai = a[i * kChunkUnits];
     sums[i][0] = multiply_add<kBf16>(ai, b0, sums[i][0]);
     sums[i][1] = multiply_add<kBf16>(ai, b1, sums[i][1]);
+    ask(i, sums[i][1]);
   }
 }
 
-// The same of a panel of B, with what is asked for meanwhile.
+// The same of a panel of B, with what is asked for meanwhile. `coming_a`: null, or a line of A.
 template <bool kBf16, int kRows>
-COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead, VF (&sums)[kRows][2]) {
+COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead, const uint32_t* coming_a,
+                                  VF (&sums)[kRows][2]) {
   const VU b0 = load_units(b), b1 = load_units(b + kWidth);
-  __builtin_prefetch(ahead);
-  if constexpr (kVectorBytes == 64) __builtin_prefetch(ahead + kWidth);
-  multiply_unit<kBf16>(a, b0, b1, sums);
+  multiply_unit<kBf16>(a, b0, b1, sums, [&](int i, VF& sum) {
+    if (i == 0) ask_behind(sum, ahead);
+    if (kVectorBytes == 64 && i == kRows / 2) ask_behind(sum, ahead + kWidth);
+    if (coming_a && i == kRows - 1) ask_behind(sum, coming_a);
+  });
 }
 
 template <bool kBf16, int kRows>
@@ -44,12 +52,12 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, 
   for (; units >= kChunkUnits; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * 2 * kWidth) {
 #pragma GCC unroll 16  // a tenth faster than a loop
     for (int64_t u = 0; u < kChunkUnits; ++u, ahead.start += ahead.step) {
-      if (u < kRows) __builtin_prefetch(a + (kChunksAhead * kRows + u) * kChunkUnits);
-      multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, sums);
+      const uint32_t* const coming_a = u < kRows ? a + (kChunksAhead * kRows + u) * kChunkUnits : nullptr;
+      multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, coming_a, sums);
     }
   }
   for (int64_t u = 0; u < units; ++u, ahead.start += ahead.step) {
-    multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, sums);
+    multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, nullptr, sums);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {

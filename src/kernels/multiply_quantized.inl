@@ -26,20 +26,19 @@ template <PanelType kType, int kLines>
 COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t ahead, int64_t units,
                                    VI (&dots)[kLines][2]) {
   constexpr int64_t kPairUnits = 2 * quantized_format(kType).bits / 8 * 2 * kWidth;  // of B
+  constexpr int64_t kPairLines = (kPairUnits + 15) / 16;
 #pragma GCC unroll 8
   for (int64_t u = 0; u < units; u += 2, b += kPairUnits) {
     VU codes[2][2];
     load_codes<kType>(b, codes);
     const char* const coming = reinterpret_cast<const char*>(b) + ahead;
-    for (int64_t line = 0; line < kPairUnits * 4; line += 64) __builtin_prefetch(coming + line);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLines; ++i) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t ai = a[i * kChunkUnits + u + half];
-        dots[i][0] = multiply_add_bytes(codes[half][0], ai, dots[i][0]);
-        dots[i][1] = multiply_add_bytes(codes[half][1], ai, dots[i][1]);
-      }
+#pragma GCC unroll 32
+    for (int64_t i = 0, line = 0; i < 2 * kLines; ++i) {
+      const int64_t row = i / 2, half = i % 2;
+      const uint32_t ai = a[row * kChunkUnits + u + half];
+      dots[row][0] = multiply_add_bytes(codes[half][0], ai, dots[row][0]);
+      dots[row][1] = multiply_add_bytes(codes[half][1], ai, dots[row][1]);
+      for (; line < kPairLines * (i + 1) / (2 * kLines); ++line) ask_behind(dots[row][1], coming + 64 * line);
     }
   }
 }
@@ -156,6 +155,7 @@ void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, int64_t
         b += (end - u) * kUnitOfB;
       }
     }
+    ask_behind(dots[0][0], reinterpret_cast<const char*>(b) + ahead);  // scales, too
     add_group<kType>(factors, b, dots, sums);
     b += kWidth;
     factors.words += 2 * kRows;
