@@ -128,14 +128,31 @@ void multiply_along_k(const PanelInPlace& b, int64_t units, const uint32_t* stri
   multiply_broadcast<kBf16, 2>(b, units, strips, tile);
 }
 
+// What a block asks for, line by line: from memory into L2, and from there what comes soon.
+struct Coming {
+  const char* far;
+  int64_t far_step;
+  const char* near;
+  int64_t near_step;
+
+  COTERIE_INLINE void ask_behind_both(VF& first, VF& second) {
+    ask_into_L2_behind(first, far);
+    ask_behind(second, near);
+    far += far_step;
+    near += near_step;
+  }
+};
+
 // `left` units of kWidth columns, block[unit], times those of the rows of a panel of A.
 template <bool kBf16, int kRows>
-COTERIE_INLINE void multiply_block(const uint32_t* a, const VU (&block)[kWidth], int64_t left, VF (&sums)[kRows]) {
+COTERIE_INLINE void multiply_block(const uint32_t* a, const VU (&block)[kWidth], int64_t left, Coming coming,
+                                   VF (&sums)[kRows]) {
 #pragma GCC unroll 16
   for (int j = 0; j < kWidth; ++j) {
     if (j >= left) return;
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(a[i * kChunkUnits + j], block[j], sums[i]);
+    coming.ask_behind_both(sums[0], sums[kRows - 1]);
   }
 }
 
@@ -152,18 +169,17 @@ COTERIE_INLINE void multiply_few_by(const PanelInPlace& b, int half, int64_t uni
     const int64_t left = units - u;
     VU block[kWidth];
     block_along_k<kBf16, kBf16>(at, stride, b.count[half], b.cols - (kBf16 ? 2 : 1) * u, block);
+    Coming coming = {first + b.byte_ahead(column_bytes, 4 * u), stride, at + kBytesFromL2, stride};
     if (stride == column_bytes) {
-      prefetch_rows<2>(first + b.columns_ahead * stride + 4 * u * kWidth, kVectorBytes);
-    } else {
-      prefetch_rows<2>(first + b.byte_ahead(column_bytes, 4 * u), stride);
+      coming.far = first + b.columns_ahead * stride + 4 * u * kWidth;
+      coming.far_step = kVectorBytes;
     }
-    prefetch_rows<3>(at + kBytesFromL2, stride);
     transpose(block);
     const uint32_t* const unit = a + u / kChunkUnits * kRows * kChunkUnits + u % kChunkUnits;
     if (left >= kWidth) {
-      multiply_block<kBf16, kRows>(unit, block, kWidth, sums);
+      multiply_block<kBf16, kRows>(unit, block, kWidth, coming, sums);
     } else {
-      multiply_block<kBf16, kRows>(unit, block, left, sums);
+      multiply_block<kBf16, kRows>(unit, block, left, coming, sums);
     }
   }
 #pragma GCC unroll 12

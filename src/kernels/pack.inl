@@ -94,11 +94,10 @@ COTERIE_INLINE void block_along_k(const char* p, int64_t row_bytes, int64_t coun
 }
 
 // The same place of kWidth rows of memory.
-template <int kLocality>
 COTERIE_INLINE void prefetch_rows(const char* p, int64_t row_bytes) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) {
-    __builtin_prefetch(p, 0, kLocality);
+    __builtin_prefetch(p);
     p += row_bytes;
   }
 }
@@ -116,7 +115,7 @@ COTERIE_INLINE void pack_columns_along_k(const PackSource& s, int64_t units, int
     const int64_t ahead = at + kBytesAhead, coming = ahead < K_bytes ? ahead : kWidth * row_bytes + ahead - K_bytes;
     VU block[kWidth];
     block_along_k<kSourceBf16, kPanelBf16>(rows_at + at, row_bytes, count, s.cols - kPerUnit * u, block);
-    prefetch_rows<3>(rows_at + coming, row_bytes);
+    prefetch_rows(rows_at + coming, row_bytes);
     transpose(block);
     const int64_t n = units - u < kWidth ? units - u : kWidth;
     for (int64_t i = 0; i < n; ++i) store_units(half + (u + i) * 2 * kWidth, block[i]);

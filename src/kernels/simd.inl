@@ -34,6 +34,11 @@ template <typename V>
 COTERIE_INLINE void ask_behind(V& value, const void* p) {
   __asm__ volatile("prefetcht0 %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
 }
+// As far as into the L2 cache.
+template <typename V>
+COTERIE_INLINE void ask_into_L2_behind(V& value, const void* p) {
+  __asm__ volatile("prefetcht1 %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
+}
 
 // Round to nearest even to the upper half, as to_bfloat16 does; what the lower half holds is undefined.
 COTERIE_INLINE VU round_to_bf16(VF value) {
