@@ -15,12 +15,12 @@
 namespace coterie {
 
 // A job is published by raising `generation`; workers spin on it for a short while (a decode step
-// has hundreds of short jobs) and then sleep. `shares` hands out task indices; `active` counts the
-// workers that have not yet left the job, so that `task` stays valid until all are out.
+// has hundreds of short jobs, and the next step follows soon) and then sleep. `shares` hands out task indices; `active`
+// counts the workers that have not yet left the job, so that `task` stays valid until all are out.
 struct NativeThreadPool::State {
-  // About 50 us at 4 GHz: longer than the gap between two jobs of a forward pass, and shorter
-  // than what a sleeping worker would notice between two requests.
-  static constexpr int kSpins = 2000;
+  // About 100 to 200 us: longer than the gap between two jobs of a forward pass, and than what a program in Python does
+  // with one token before it asks for the next step (50 us).
+  static constexpr int kSpins = 8000;
 
   explicit State(int num_threads) : shares(num_threads) {}
 
