@@ -227,31 +227,54 @@ def test_packed_linear_weights_give_the_same_bits(transposed: bool, dtype: torch
     assert all(map(torch.equal, actual, expected))
 
 
-def test_packed_weights_follow_changes_and_end_with_the_block() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_packed_weights_follow_changes(fused: bool) -> None:
+    """Fused optimizers don't count theirs, which is seen to."""
     x, weight = leaf(3, D, seed=1).detach(), torch.nn.Parameter(leaf(4, D, seed=2).detach())
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
 
-    def close() -> bool:
+    def is_right() -> bool:
         return torch.equal(OPS.linear(x, weight), OPS.linear(x, weight.detach().clone()))
 
     with functional.packed_weights(), torch.no_grad():
         for change in (lambda: None, lambda: weight.mul_(2), optimizer.step, lambda: weight.copy_(weight + 1)):
             weight.grad = torch.ones_like(weight)
             change()
-            assert all(close() for _ in range(3))
-        held = functional.packed_weight_bytes()
-        assert held > 0
-        with functional.packed_weights(max_bytes=1):
-            assert functional.packed_weight_bytes() == held  # what is there stays
-            other = weight.detach().clone()
-            for _ in range(3):
-                OPS.linear(x, other)
-            assert functional.packed_weight_bytes() == held
+            assert all(is_right() for _ in range(3))
+            assert functional.packed_weight_bytes() > 0
+
+
+def test_packed_weights_end_with_the_last_block() -> None:
+    x, weight = leaf(3, D, seed=1).detach(), leaf(4, D, seed=2).detach()
+
+    def use(weight: Tensor) -> int:
         for _ in range(3):
-            with torch.autocast("cpu", torch.bfloat16):  # whose copies live as long
+            OPS.linear(x, weight)
+        return functional.packed_weight_bytes()
+
+    blocks = [functional.packed_weights() for _ in range(2)]
+    blocks[0].__enter__()
+    held = use(weight)
+    assert held > 0
+    blocks[1].__enter__()
+    blocks[0].__exit__(None, None, None)  # as in another thread
+    assert functional.packed_weight_bytes() == held
+    for max_bytes in (0, 1):  # smaller than the outer one's
+        with functional.packed_weights(max_bytes):
+            assert use(weight) == held
+    blocks[1].__exit__(None, None, None)
+    assert use(weight) == 0
+    with functional.packed_weights(max_bytes=1):
+        assert use(weight) == 0
+
+
+def test_packed_weights_of_autocast_live_as_long_as_its_copies() -> None:
+    x, weight = leaf(3, D, seed=1).detach(), torch.nn.Parameter(leaf(4, D, seed=2).detach())
+    with functional.packed_weights(), torch.no_grad():
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
                 OPS.linear(x, weight)
-        assert functional.packed_weight_bytes() == held
-    assert functional.packed_weight_bytes() == 0
+        assert functional.packed_weight_bytes() == 0
 
 
 def test_double_use_checkpointing_and_accumulation() -> None:

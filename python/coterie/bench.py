@@ -491,6 +491,8 @@ def _fit_together(cell: Cell, copies: int, num_systems: int) -> bool:
     """Whether all systems can hold the cell at once; otherwise each builds it anew for every turn."""
     gradients = 3 if cell.backward else 1  # weights, gradients, and gradients on their way
     need = num_systems * (copies * cell.weight_bytes * gradients + cell.activation_bytes)
+    if not cell.backward:
+        need += copies * cell.weight_bytes  # ours has them packed, too
     return need < 0.8 * memory_of_machine("MemAvailable")
 
 

@@ -18,9 +18,11 @@ namespace coterie {
 // has hundreds of short jobs, and the next step follows soon) and then sleep. `shares` hands out task indices; `active`
 // counts the workers that have not yet left the job, so that `task` stays valid until all are out.
 struct NativeThreadPool::State {
-  // About 100 to 200 us: longer than the gap between two jobs of a forward pass, and than what a program in Python does
-  // with one token before it asks for the next step (50 us).
+  // 100 to 400 us, by processor: longer than the gap between two jobs of a forward pass, and than what a program in
+  // Python does with one token before it asks for the next step (50 us).
   static constexpr int kSpins = 8000;
+  // Of the caller, who waits for the last tasks, before it gives way: there may be more threads than processors.
+  static constexpr int kSpinsOfCaller = 2000;
 
   explicit State(int num_threads) : shares(num_threads) {}
 
@@ -95,7 +97,7 @@ void NativeThreadPool::run(int64_t num_tasks, const std::function<void(int64_t, 
   int spins = 0;
   while (state_->active.load(std::memory_order_acquire) != 0) {
     _mm_pause();
-    if (++spins > State::kSpins) std::this_thread::yield();  // more threads than processors
+    if (++spins > State::kSpinsOfCaller) std::this_thread::yield();
   }
 }
 

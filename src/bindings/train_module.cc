@@ -371,8 +371,8 @@ NB_MODULE(_train, m) {
   register_exceptions(m);
   bind_process_group(m);
   m.def("torch_process_group", &torch_process_group, "name"_a, "timeout_s"_a);
-  m.def("keep_packed_weights", &keep_packed_weights, "max_bytes"_a);
-  m.def("packed_weight_bytes", &packed_weight_bytes);
+  m.def("keep_packed_weights", &keep_packed_weights, "max_bytes"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("packed_weight_bytes", &packed_weight_bytes, nb::call_guard<nb::gil_scoped_release>());
   m.def("unused_memory", [] { return unused_memory(); });
   m.def("verify", &verify, "model_config_json"_a, "settings_json"_a, "world"_a);
   bind_module_optimizer(m);

@@ -181,9 +181,10 @@ struct Ahead {
   int64_t step = 0;
 };
 
-// The first panel of A finds B in memory, which is far: it asks for what it needs itself a little later, the earlier
-// the more rows it has, since then the products of a unit take longer. (Hardware prefetchers stop at every page, and
-// start late.) In units of K; a row of the panel, for one of them, takes `row` units of memory.
+// The first panel of A finds B in memory, which is far: it asks for what it needs itself a little later. (Hardware
+// prefetchers stop at every page, and start late.) The more rows it has, the less far the processor runs ahead of what
+// it waits for, and the earlier B is asked for; as measured. In units of K; a row of the panel, for one of them, takes
+// `row` units of memory.
 constexpr int64_t units_ahead(int rows, bool compact = false) {
   if (compact) return rows < 8 ? 96 : 128;
   return rows == 1 ? 32 : rows <= 8 ? 64 : 96;

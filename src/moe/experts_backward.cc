@@ -178,6 +178,7 @@ void experts_backward(const ExpertShape& shape, const ExpertWeights& weights, co
   COTERIE_CHECK(x_TD.cols == shape.hidden_size && grad_out_TD.cols == shape.hidden_size, "hidden sizes differ");
   COTERIE_CHECK(x_TD.rows == dispatch.num_tokens && grad_out_TD.rows == dispatch.num_tokens,
                 "numbers of tokens differ");
+  COTERIE_CHECK(!weights.up_E && !weights.down_E, "the backward pass needs the weights themselves");
   Backward{shape, weights, dispatch, x_TD, grad_out_TD, context, gradients, pool}.run();
 }
 

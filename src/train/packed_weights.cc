@@ -1,10 +1,12 @@
 #include "train/packed_weights.h"
 
 #include <atomic>
+#include <compare>
 #include <map>
 #include <mutex>
 #include <utility>
 
+#include "coterie/error.h"
 #include "kernels/kernel_table.h"
 #include "train/torch_pool.h"
 #include "train/views.h"
@@ -22,36 +24,56 @@ PackedShape shape_of(const at::Tensor& weight, bool gated) {
   return {panel_type(dtype_of(weight)), weight.size(-2), weight.size(-1), gated};
 }
 
-// What is known of a weight: which one it was, and in which state.
+bool tries_compact(const PackedShape& shape) { return shape.type == PanelType::kBF16 && active_kernels().compact_pays; }
+
+// Which weight it is, and how it is packed.
+struct Key {
+  const void* data;
+  at::ScalarType dtype;
+  bool gated;
+  std::vector<int64_t> sizes, strides;
+
+  Key(const at::Tensor& weight, bool is_gated)
+      : data(weight.const_data_ptr()),
+        dtype(weight.scalar_type()),
+        gated(is_gated),
+        sizes(weight.sizes().vec()),
+        strides(weight.strides().vec()) {}
+  auto operator<=>(const Key&) const = default;
+};
+
+// What is known of it.
 struct Kept {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  std::vector<int64_t> sizes, strides;
   int64_t version;
   std::shared_ptr<const WeightPanels> panels = nullptr;  // null after a first use
 
   explicit Kept(const at::Tensor& weight)
-      : storage(weight.storage().getWeakStorageImpl()),
-        sizes(weight.sizes().vec()),
-        strides(weight.strides().vec()),
-        version(weight._version()) {}
+      : storage(weight.storage().getWeakStorageImpl()), version(weight._version()) {}
 
   // Its storage is not forgotten before this is: another one has another address.
-  bool is(const at::Tensor& weight) const {
-    return storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl() && weight.sizes() == sizes &&
-           weight.strides() == strides && weight._version() == version;
+  bool is_as(const at::Tensor& weight) const {
+    return storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl() && weight._version() == version;
+  }
+  // The storage is no more, or elsewhere.
+  bool is_dead(const void* data) const {
+    const auto alive = storage.lock();
+    if (!alive) return true;
+    const auto* const start = static_cast<const char*>(alive->data());
+    return data < start || data >= start + alive->nbytes();
   }
   size_t bytes() const { return panels ? panels->bytes() : 0; }
 };
 
 class PackedWeights {
  public:
-  size_t keep(size_t max_bytes) {
+  void keep(size_t max_bytes) {
     const std::lock_guard lock(mutex_);
     if (max_bytes == 0) {
       kept_.clear();
       bytes_ = 0;
     }
-    return max_bytes_.exchange(max_bytes);
+    max_bytes_ = max_bytes;
   }
 
   size_t bytes() {
@@ -62,31 +84,45 @@ class PackedWeights {
   std::shared_ptr<const WeightPanels> find(const at::Tensor& weight, bool gated) {
     if (max_bytes_ == 0 || weight.is_inference() || weight.numel() == 0) return nullptr;
     const std::lock_guard lock(mutex_);
-    const auto [place, is_new] = kept_.try_emplace({weight.const_data_ptr(), gated}, weight);
+    const auto [place, is_new] = kept_.try_emplace(Key(weight, gated), weight);
     Kept& kept = place->second;
     if (is_new) {
       forget_dead();
-    } else if (!kept.is(weight)) {
+    } else if (!kept.is_as(weight)) {
       bytes_ -= kept.bytes();
       kept = Kept(weight);
-    } else if (!kept.panels && bytes_ + WeightPanels::most_bytes(weight, gated) <= max_bytes_) {
-      kept.panels = std::make_shared<const WeightPanels>(weight, gated, torch_pool());
+    } else if (!kept.panels && has_room(WeightPanels::most_bytes(weight, gated))) {
+      kept.panels = pack(weight, gated);
       bytes_ += kept.bytes();
     }
     return kept.panels;
   }
 
  private:
+  bool has_room(size_t bytes) {
+    if (bytes_ + bytes > max_bytes_) forget_dead();
+    return bytes_ + bytes <= max_bytes_;
+  }
+
   void forget_dead() {
     std::erase_if(kept_, [this](const auto& entry) {
-      const bool dead = entry.second.storage.expired();
-      if (dead) bytes_ -= entry.second.bytes();
+      const auto& [key, kept] = entry;
+      const bool dead = kept.is_dead(key.data);
+      if (dead) bytes_ -= kept.bytes();
       return dead;
     });
   }
 
+  static std::shared_ptr<const WeightPanels> pack(const at::Tensor& weight, bool gated) {
+    try {
+      return std::make_shared<const WeightPanels>(weight, gated, torch_pool());
+    } catch (const ResourceExhausted&) {
+      return nullptr;  // it works without
+    }
+  }
+
   std::mutex mutex_;
-  std::map<std::pair<const void*, bool>, Kept> kept_;
+  std::map<Key, Kept> kept_;
   std::atomic<size_t> max_bytes_ = 0;
   size_t bytes_ = 0;
 };
@@ -101,14 +137,16 @@ PackedWeights& packed_weights() {
 
 WeightPanels::WeightPanels(const at::Tensor& weight, bool gated, ThreadPool& pool) {
   PackedShape shape = shape_of(weight, gated);
-  shape.compact = shape.type == PanelType::kBF16 && active_kernels().compact_pays;
+  shape.compact = tries_compact(shape);
   if (pack(weight, shape, pool)) return;
+  memory_ = {};
   shape.compact = false;
   pack(weight, shape, pool);
 }
 
 size_t WeightPanels::most_bytes(const at::Tensor& weight, bool gated) {
-  return static_cast<size_t>(num_matrices(weight)) * shape_of(weight, gated).bytes();
+  const PackedShape shape = shape_of(weight, gated);
+  return static_cast<size_t>(num_matrices(weight) + tries_compact(shape)) * shape.bytes();
 }
 
 // Fails where a matrix cannot be compact.
@@ -135,7 +173,7 @@ bool WeightPanels::pack(const at::Tensor& weight, const PackedShape& shape, Thre
   return true;
 }
 
-size_t keep_packed_weights(size_t max_bytes) { return packed_weights().keep(max_bytes); }
+void keep_packed_weights(size_t max_bytes) { packed_weights().keep(max_bytes); }
 
 size_t packed_weight_bytes() { return packed_weights().bytes(); }
 

@@ -18,6 +18,7 @@ class WeightPanels {
  public:
   WeightPanels(const at::Tensor& weight, bool gated, ThreadPool& pool);  // gated: see PackedShape
 
+  // That packing it takes: compact panels are made of plain ones, matrix by matrix.
   static size_t most_bytes(const at::Tensor& weight, bool gated);
 
   const PackedMatrix* matrices() const { return matrices_.data(); }
@@ -30,16 +31,16 @@ class WeightPanels {
   std::vector<PackedMatrix> matrices_;
 };
 
-// How many bytes of panels to keep at most; 0, as in the beginning, lets go of all. Returns what it was.
-size_t keep_packed_weights(size_t max_bytes);
+// How many bytes of panels to keep at most; 0, as in the beginning, lets go of all.
+void keep_packed_weights(size_t max_bytes);
 
 // Bytes of the panels that are kept.
 size_t packed_weight_bytes();
 
 // The panels of a weight: packed when it is used a second time without a change, and again after changes. Null where
 // none are kept: at a first use, above the bound, and for tensors of inference mode, which don't count their changes.
-// Changes are what torch counts (Tensor._version); what is written through `.data` or a pointer, nobody sees. Any
-// thread.
+// Changes are what torch counts (Tensor._version). Nobody sees what is written through `.data` or a pointer, and
+// torch's fused optimizers write so: whoever uses them raises the counter. Any thread.
 std::shared_ptr<const WeightPanels> packed_weight(const at::Tensor& weight, bool gated = false);
 
 }  // namespace coterie

@@ -2,6 +2,7 @@
 #include "train/packed_weights.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
@@ -61,8 +62,15 @@ TEST_F(PackedWeightsTest, ViewsAreWeightsOfTheirOwn) {
   EXPECT_EQ(of_transposed->matrices()->rows(), 6);
   EXPECT_EQ(packed_weight(weight, /*gated=*/true), nullptr);
   EXPECT_TRUE(packed_weight(weight, true)->matrices()->gated());
-  EXPECT_EQ(packed_weight(at::empty({0, 6})), nullptr);
-  EXPECT_EQ(packed_weight(at::empty({0, 6})), nullptr);
+  const at::Tensor halves = weight.view(at::kBFloat16).as_strided({4, 6}, {6, 1});
+  EXPECT_EQ(packed_weight(halves), nullptr);
+  EXPECT_EQ(packed_weight(halves)->matrices()->type(), PanelType::kBF16);
+  EXPECT_EQ(packed_weight(weight), panels);  // still
+}
+
+TEST_F(PackedWeightsTest, NothingToPack) {
+  const at::Tensor weight = at::empty({0, 6});
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(packed_weight(weight), nullptr);
 }
 
 TEST_F(PackedWeightsTest, AnotherTensorAtTheSameAddress) {
@@ -89,15 +97,29 @@ TEST_F(PackedWeightsTest, DeadTensorsAreForgotten) {
   EXPECT_EQ(packed_weight_bytes(), 0u);
 }
 
+// Those that were all met before the dead ones died find room too, and so do others where one has moved.
+TEST_F(PackedWeightsTest, TheDeadMakeRoom) {
+  at::Tensor first = at::randn({64, 64});
+  keep_packed_weights(WeightPanels::most_bytes(first, false));
+  packed_weight(first);
+  const at::Tensor second = used_once({64, 64}), third = used_once({64, 64});
+  EXPECT_NE(packed_weight(first), nullptr);
+  EXPECT_EQ(packed_weight(second), nullptr);
+  first = at::Tensor();
+  EXPECT_NE(packed_weight(second), nullptr);
+  second.storage().unsafeGetStorageImpl()->set_data_ptr_noswap(c10::GetCPUAllocator()->allocate(64 * 64 * 4));
+  EXPECT_NE(packed_weight(third), nullptr);
+}
+
 TEST_F(PackedWeightsTest, NoMoreThanTheBound) {
   const at::Tensor a = used_once({64, 64}), b = used_once({64, 64});
   const size_t one = WeightPanels::most_bytes(a, false);
-  EXPECT_EQ(keep_packed_weights(2 * one - 1), kPlenty);
+  keep_packed_weights(2 * one - 1);
   EXPECT_NE(packed_weight(a), nullptr);
   EXPECT_EQ(packed_weight(b), nullptr);
   EXPECT_EQ(packed_weight_bytes(), one);
   EXPECT_NE(packed_weight(a), nullptr);
-  EXPECT_EQ(keep_packed_weights(2 * one), 2 * one - 1);
+  keep_packed_weights(2 * one);
   EXPECT_NE(packed_weight(b), nullptr);
   const auto in_use = packed_weight(a);
   keep_packed_weights(0);
@@ -118,7 +140,7 @@ TEST_F(PackedWeightsTest, Bf16IsCompactWhereItCanBe) {
   const auto of_wild = packed_weight(wild);
   ASSERT_NE(of_wild, nullptr);
   EXPECT_FALSE(of_wild->matrices()->shape().compact);
-  EXPECT_EQ(of_wild->bytes(), WeightPanels::most_bytes(wild, false));
+  EXPECT_EQ(of_wild->bytes(), 64u * 64 * 2);
 }
 
 TEST_F(PackedWeightsTest, TensorsOfInferenceModeCountNoChanges) {

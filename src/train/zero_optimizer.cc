@@ -74,6 +74,11 @@ AdamWFactors factors_of(const AdamWSettings& settings, int64_t num_steps, double
   return factors;
 }
 
+// Its memory was written to through another tensor or a pointer.
+void tell_torch_of_change(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
 }  // namespace
 
 ZeroOptimizer::ZeroOptimizer(const std::vector<Parameter>& parameters, int64_t gradient_accumulation_steps,
@@ -283,6 +288,9 @@ double ZeroOptimizer::step(const std::vector<AdamWSettings>& settings, double ma
   });
   for (Bucket& bucket : buckets_) bucket.sum.reset();
   gather_weights();
+  for (const Parameter& p : parameters_) {
+    if (p.tensor.requires_grad()) tell_torch_of_change(p.tensor);
+  }
   return norm;
 }
 
@@ -323,11 +331,8 @@ void ZeroOptimizer::update(const Chunk& chunk, const AdamWFactors& factors) cons
   active_kernels().adamw_row(row);
 }
 
-// Every rank has updated its own partition, through pointers: torch, too, learns of it.
+// Every rank has updated its own partition.
 void ZeroOptimizer::gather_weights() {
-  for (const Parameter& p : parameters_) {
-    if (!p.tensor.is_inference()) p.tensor.unsafeGetTensorImpl()->bump_version();
-  }
   if (stage_ == 0) return;
   for (Bucket& bucket : buckets_) {
     if (!bucket.ranks) continue;
@@ -395,6 +400,7 @@ void ZeroOptimizer::publish_masters() {
     (whole ? bucket.weights : own_part(bucket, bucket.weights)).copy_(bucket.masters);
   }
   gather_weights();
+  for (const Parameter& p : parameters_) tell_torch_of_change(p.tensor);
 }
 
 TrainingBytes ZeroOptimizer::held_bytes() const {

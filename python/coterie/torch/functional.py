@@ -12,6 +12,7 @@ gate rows first), V vocabulary, R rows.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -20,6 +21,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from coterie.torch import moe
@@ -33,6 +35,10 @@ if HAS_KERNELS:
 LOGITS_CHUNK = 1024
 
 _ROUTER_KEYS = tuple(field.name for field in fields(RouterConfig))
+
+# Of the packed_weights() blocks that last.
+_packed_bounds: list[int] = []
+_packed_bounds_lock = threading.Lock()
 
 _aten_everywhere = os.environ.get("COTERIE_TORCH_ATEN", "0") == "1"
 
@@ -52,28 +58,42 @@ def aten_ops() -> Iterator[None]:
 def packed_weights(max_bytes: int | None = None) -> Iterator[None]:
     """Keep weights in the layout that the kernels read fastest, while the block lasts: for inference.
 
-    Every weight that an op of this package uses a second time is packed then, once: the experts of our modules and of
-    transformers' models, ``Linear``. Results have the same bits with and without. A weight that has changed since, as
-    torch counts changes (optimizers, ``copy_``, ``load_state_dict``), is packed again; changes through ``.data`` or
-    numpy are not seen. Gradients are computed as always. The panels are freed at the end of the outermost block.
+    Every weight that ``experts``, ``linear`` or ``grouped_linear`` use a second time is packed then, once: the experts
+    of our modules and of transformers' models, ``Linear``. Results have the same bits with and without. A weight that
+    has changed since is packed again: by a step of any torch optimizer, or as torch counts changes (``copy_``,
+    ``load_state_dict``). Changes through ``.data`` or numpy are not seen. Gradients are computed as always. Weights
+    made within ``torch.inference_mode()`` stay as they are, since torch counts none of their changes.
+
+    Blocks may overlap, in several threads too; the panels are everybody's, and freed when the last block ends.
 
     Parameters
     ----------
     max_bytes
-        How much memory they may take beside the weights; what does not fit is read where it lies. They are as large as
-        the weights, in bfloat16 on CPUs with AVX-512 three quarters of it. When left out, half of the memory that
-        nobody uses when the block begins.
+        How much memory the panels may take beside the weights (of several blocks, the largest counts); what does not
+        fit is read where it lies. They are as large as the weights, in bfloat16 on CPUs with AVX-512 three quarters of
+        it. When left out, half of the memory that nobody uses when the block begins.
     """
     if not HAS_KERNELS:
         yield
         return
-    if max_bytes is None:
-        max_bytes = coterie._train.unused_memory() // 2
-    before = coterie._train.keep_packed_weights(max_bytes)
+    bound = coterie._train.unused_memory() // 2 if max_bytes is None else max_bytes
+    hook = register_optimizer_step_post_hook(_count_changes_of_step)
+    with _packed_bounds_lock:
+        _packed_bounds.append(bound)
+        coterie._train.keep_packed_weights(max(_packed_bounds))
     try:
         yield
     finally:
-        coterie._train.keep_packed_weights(before)
+        with _packed_bounds_lock:
+            _packed_bounds.remove(bound)
+            coterie._train.keep_packed_weights(max(_packed_bounds, default=0))
+        hook.remove()
+
+
+def _count_changes_of_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Fused optimizers write through pointers, and torch does not count that."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 def packed_weight_bytes() -> int:

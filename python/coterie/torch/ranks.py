@@ -165,3 +165,5 @@ def broadcast(tensor: torch.Tensor, group: ProcessGroup, label: str) -> None:
     if flat.data_ptr() != tensor.data_ptr():
         with torch.no_grad():
             tensor.copy_(flat.view_as(tensor))
+    else:
+        torch.autograd.graph.increment_version(tensor)  # which numpy did not
