@@ -268,6 +268,15 @@ def test_packed_weights_end_with_the_last_block() -> None:
         assert use(weight) == 0
 
 
+@pytest.mark.parametrize("max_bytes", [-1, "4GB", 0.5])
+def test_packed_weights_refuse_a_bound_that_is_none(max_bytes: object) -> None:
+    with pytest.raises(ValueError, match="^max_bytes: .* is no number of bytes from 0 up$"):
+        with functional.packed_weights(max_bytes):
+            pass
+    with functional.packed_weights(max_bytes=1 << 70):  # and the next block is none the worse
+        pass
+
+
 def test_packed_weights_of_autocast_live_as_long_as_its_copies() -> None:
     x, weight = leaf(3, D, seed=1).detach(), torch.nn.Parameter(leaf(4, D, seed=2).detach())
     with functional.packed_weights(), torch.no_grad():

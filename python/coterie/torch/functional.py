@@ -12,6 +12,7 @@ gate rows first), V vocabulary, R rows.
 """
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,10 +74,12 @@ def packed_weights(max_bytes: int | None = None) -> Iterator[None]:
         fit is read where it lies. They are as large as the weights, in bfloat16 on CPUs with AVX-512 three quarters of
         it. When left out, half of the memory that nobody uses when the block begins.
     """
+    if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 0):
+        raise ValueError(f"max_bytes: {max_bytes!r} is no number of bytes from 0 up")
     if not HAS_KERNELS:
         yield
         return
-    bound = coterie._train.unused_memory() // 2 if max_bytes is None else max_bytes
+    bound = coterie._train.unused_memory() // 2 if max_bytes is None else min(max_bytes, sys.maxsize)
     hook = register_optimizer_step_post_hook(_count_changes_of_step)
     with _packed_bounds_lock:
         _packed_bounds.append(bound)
