@@ -51,7 +51,7 @@ class EngineImpl : public Engine {
                settings_.enable_prefix_caching),
         scheduler_(cache_, settings_.limits),
         speculator_(make_speculator(options)) {
-    if (!weight_mover_ && !stay_mapped(options, weights_)) cache_.provide_memory();
+    if (!stay_mapped(options, weights_)) cache_.provide_memory();
   }
 
   RequestId add_request(Request request) override {
@@ -181,9 +181,7 @@ class EngineImpl : public Engine {
   }
 
   void move_weights() {
-    if (!weight_mover_ || !weight_mover_->move_if_ready()) return;
-    weight_mover_.reset();
-    cache_.provide_memory();  // not earlier: a first answer does not wait for it
+    if (weight_mover_ && weight_mover_->move_if_ready()) weight_mover_.reset();
   }
 
   std::unique_ptr<Speculator> make_speculator(const EngineOptions& options) {

@@ -22,7 +22,7 @@ int64_t dynamic_context(const RopeScaling& scaling) {
   return scaling.kind == RopeScalingKind::kDynamic ? scaling.original_context : 0;
 }
 
-// Of memory that is provided before it is needed, at most.
+// Of memory that is provided ahead of its use, at most.
 constexpr int64_t kProvidedTokens = 4096;
 constexpr size_t kProvidedBytes = size_t{256} << 20;
 
@@ -51,26 +51,20 @@ KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
 }
 
 void KvCache::provide_memory() {
+  if (!provider_) {
+    provider_.emplace();
+    if (num_held_ > 0) provider_->pause();
+  }
   const int64_t whole_slabs_left = (max_blocks_ - static_cast<int64_t>(blocks_.size())) / slab_blocks_;
   const auto affordable = static_cast<int64_t>(kProvidedBytes / slab_bytes(slab_blocks_));
   const int64_t count = std::min({blocks_for(kProvidedTokens) / slab_blocks_, affordable, whole_slabs_left});
-  std::vector<char*> pieces;  // in the order of use; one takes some milliseconds
-  constexpr size_t kPiece = size_t{2} << 20;
-  for (int64_t i = 0; i < count; ++i) {
-    AlignedBuffer slab;
-    try {
-      slab = AlignedBuffer(slab_bytes(slab_blocks_));
-    } catch (const ResourceExhausted&) {
-      break;  // it is only needed later, or never
+  try {
+    while (static_cast<int64_t>(provided_slabs_.size()) < count) {
+      AlignedBuffer& slab = provided_slabs_.emplace_back(slab_bytes(slab_blocks_));
+      provider_->provide({slab.as<std::byte>(), slab.size()});
     }
-    for (size_t at = 0; at + kPiece <= slab.size(); at += kPiece) pieces.push_back(slab.as<char>() + at);
-    provided_slabs_.push_back(std::move(slab));
+  } catch (const ResourceExhausted&) {  // it is only needed later, or never
   }
-  std::ranges::reverse(provided_slabs_);
-  if (pieces.empty()) return;  // slabs of a small model cost nothing to touch
-  provider_ = std::jthread([pieces = std::move(pieces)](const std::stop_token& stop) {
-    for (size_t i = 0; i < pieces.size() && !stop.stop_requested(); ++i) provide_pages(pieces[i], kPiece);
-  });
 }
 
 int32_t KvCache::allocate() {
@@ -82,15 +76,22 @@ int32_t KvCache::allocate() {
   const int32_t block = free_.back();
   free_.pop_back();
   blocks_[block].holders = 1;
-  ++num_held_;
+  count_held(+1);
   return block;
+}
+
+void KvCache::count_held(int64_t change) {
+  const bool was_idle = num_held_ == 0;
+  num_held_ += change;
+  if (!provider_ || was_idle == (num_held_ == 0)) return;
+  was_idle ? provider_->pause() : provider_->resume();
 }
 
 void KvCache::release(int32_t block) {
   Block& b = blocks_[block];
   COTERIE_CHECK(b.holders > 0, "a block is given back twice");
   if (--b.holders > 0) return;
-  --num_held_;
+  count_held(-1);
   if (b.prefix == kEmptyPrefix) return free_.push_back(block);
   b.idle = idle_.insert(idle_.end(), block);
   if (!keep_released_) forget(block);
@@ -102,7 +103,7 @@ std::optional<KvCache::CachedBlock> KvCache::find(Prefix before, std::span<const
   Block& b = blocks_[found->second];
   if (b.holders++ == 0) {
     idle_.erase(b.idle);
-    ++num_held_;
+    count_held(+1);
   }
   return CachedBlock{found->second, b.prefix};
 }
@@ -131,10 +132,11 @@ void KvCache::add_slab() {
   if (provided_slabs_.empty()) {
     slabs_.emplace_back(slab_bytes(count));
   } else {
-    slabs_.push_back(std::move(provided_slabs_.back()));
-    provided_slabs_.pop_back();
+    slabs_.push_back(std::move(provided_slabs_.front()));
+    provided_slabs_.pop_front();
   }
   blocks_.resize(first + count);
+  if (provider_) provide_memory();
   for (int64_t block = first + count - 1; block >= first; --block) free_.push_back(static_cast<int32_t>(block));
 }
 

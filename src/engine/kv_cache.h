@@ -8,15 +8,16 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <optional>
 #include <span>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include "base/dtype.h"
 #include "base/memory.h"
+#include "base/page_provider.h"
 #include "kernels/attention.h"
 #include "model/config.h"
 
@@ -39,7 +40,8 @@ class KvCache {
   // Of all layers.
   static int64_t block_bytes(const ModelConfig& config, DType dtype, int64_t block_size);
 
-  // Takes memory for the first 4096 tokens, at most 256 MiB, before they come, on a thread of its own. At most once.
+  // From now on, has memory for the next 4096 tokens, at most 256 MiB, ready before they come: it is provided while
+  // nobody holds a block.
   void provide_memory();
 
   int32_t allocate();  // with one holder; ResourceExhausted when all blocks are held
@@ -91,6 +93,7 @@ class KvCache {
   int64_t layer_bytes() const { return key_bytes_ + value_bytes_; }
   size_t slab_bytes(int64_t num_blocks) const { return static_cast<size_t>(num_blocks * num_layers_ * layer_bytes()); }
   void add_slab();
+  void count_held(int64_t change);
   void forget(int32_t block);
 
   DType dtype_;
@@ -107,8 +110,8 @@ class KvCache {
   std::vector<int32_t> free_;  // neither held nor published, used last in first out
   std::list<int32_t> idle_;    // published and not held, least recently used first
   std::unordered_map<Key, int32_t, KeyHash> published_;
-  std::vector<AlignedBuffer> provided_slabs_;  // used from the end on
-  std::jthread provider_;                      // of their pages
+  std::deque<AlignedBuffer> provided_slabs_;  // in the order of use
+  std::optional<PageProvider> provider_;      // of their pages
 };
 
 // The blocks of one sequence; the table gives them back when it goes.
