@@ -243,15 +243,12 @@ void BM_Attention(benchmark::State& state) {
   constexpr int64_t kBlock = 16;
   const int64_t blocks = (S + kBlock - 1) / kBlock;
   Tensor q(DType::kF32, T * H * d), out(DType::kF32, T * H * d);
-  Tensor keys(type, blocks * kBlock * G * d), values(type, blocks * kBlock * G * d);
-  std::vector<void*> k_blocks, v_blocks;
-  const auto block_bytes = kBlock * G * d * static_cast<int64_t>(dtype_size(type));
-  for (int64_t b = 0; b < blocks; ++b) {
-    k_blocks.push_back(keys.memory.as<char>() + b * block_bytes);
-    v_blocks.push_back(values.memory.as<char>() + b * block_bytes);
-  }
+  Tensor cache(type, blocks * kBlock * G * 2 * d);
+  std::vector<void*> kv_blocks;
+  const int64_t block_bytes = G * KvHead(type, kBlock, d, d).size;
+  for (int64_t b = 0; b < blocks; ++b) kv_blocks.push_back(cache.memory.as<char>() + b * block_bytes);
   const AttentionShape shape = {.H = H, .G = G, .d = d, .v = d, .scale = 0.125f};
-  const AttentionChunk chunk = {{k_blocks.data(), v_blocks.data(), type, kBlock}, 0, T, S};
+  const AttentionChunk chunk = {{kv_blocks.data(), type, kBlock}, 0, T, S};
   const double pairs = static_cast<double>(T) * (static_cast<double>(S) - static_cast<double>(T - 1) / 2);
   measure(state, DType::kF32, 4 * pairs * static_cast<double>(H * d), 0,
           [&] { attention({&chunk, 1}, q.memory.as<float>(), shape, out.memory.as<float>(), pool()); });

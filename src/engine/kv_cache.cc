@@ -9,13 +9,10 @@
 namespace coterie {
 namespace {
 
-int64_t key_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {
-  return kv_block_bytes(dtype, block_size, config.cache_heads(), config.cache_key_dim());
-}
-
-int64_t value_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {
-  if (config.cache_value_dim() == 0) return 0;
-  return kv_block_bytes(dtype, block_size, config.cache_heads(), config.cache_value_dim());
+// Of one layer of a block. Begins where factors may lie, behind those of any other layer.
+int64_t bytes_of_layer(const ModelConfig& config, DType dtype, int64_t block_size) {
+  const KvHead head(dtype, block_size, config.cache_key_dim(), config.cache_value_dim());
+  return (config.cache_heads() * head.size + 3) / 4 * 4;
 }
 
 int64_t dynamic_context(const RopeScaling& scaling) {
@@ -35,14 +32,14 @@ KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int
       block_size_(block_size),
       slab_blocks_(std::max<int64_t>(1, kSlabTokens / block_size)),
       num_layers_(config.num_layers()),
-      key_bytes_(key_bytes(config, dtype, block_size)),
-      value_bytes_(value_bytes(config, dtype, block_size)),
+      layer_bytes_(bytes_of_layer(config, dtype, block_size)),
+      has_values_(config.cache_value_dim() > 0),
       dynamic_context_(dynamic_context(config.rope_scaling)),
       max_blocks_(max_blocks),
       keep_released_(keep_released) {}
 
 int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {
-  return config.num_layers() * (key_bytes(config, dtype, block_size) + value_bytes(config, dtype, block_size));
+  return config.num_layers() * bytes_of_layer(config, dtype, block_size);
 }
 
 KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
@@ -149,14 +146,13 @@ size_t KvCache::KeyHash::operator()(const Key& key) const {
   return hash;
 }
 
-void* KvCache::at(int32_t block, int64_t layer, int64_t offset) const {
+void* KvCache::data(int32_t block, int64_t layer) const {
   const int64_t layers_before = (block % slab_blocks_) * num_layers_ + layer;
   const void* data = slabs_[block / slab_blocks_].data();
-  return static_cast<char*>(const_cast<void*>(data)) + layers_before * layer_bytes() + offset;
+  return static_cast<char*>(const_cast<void*>(data)) + layers_before * layer_bytes_;
 }
 
-BlockTable::BlockTable(KvCache& cache)
-    : cache_(cache), keys_L_(cache.num_layers()), values_L_(cache.num_layers()), views_L_(cache.num_layers()) {}
+BlockTable::BlockTable(KvCache& cache) : cache_(cache), data_L_(cache.num_layers()), views_L_(cache.num_layers()) {}
 
 void BlockTable::reserve(int64_t num_tokens) {
   while (num_blocks() < cache_.blocks_for(num_tokens)) append(cache_.allocate());
@@ -165,10 +161,8 @@ void BlockTable::reserve(int64_t num_tokens) {
 void BlockTable::append(int32_t block) {
   blocks_.push_back(block);
   for (int64_t layer = 0; layer < cache_.num_layers(); ++layer) {
-    keys_L_[layer].push_back(cache_.keys(block, layer));
-    values_L_[layer].push_back(cache_.values(block, layer));
-    views_L_[layer] = {keys_L_[layer].data(), cache_.has_values() ? values_L_[layer].data() : nullptr, cache_.dtype(),
-                       cache_.block_size()};
+    data_L_[layer].push_back(cache_.data(block, layer));
+    views_L_[layer] = {data_L_[layer].data(), cache_.dtype(), cache_.block_size(), cache_.has_values()};
   }
 }
 
@@ -176,9 +170,7 @@ void BlockTable::append(int32_t block) {
 void BlockTable::trim(int64_t num_tokens) {
   const int64_t kept = cache_.blocks_for(num_tokens);
   for (; num_blocks() > kept; blocks_.pop_back()) cache_.release(blocks_.back());
-  for (auto* parts_L : {&keys_L_, &values_L_}) {
-    for (std::vector<void*>& parts : *parts_L) parts.resize(blocks_.size());
-  }
+  for (std::vector<void*>& data : data_L_) data.resize(blocks_.size());
 }
 
 }  // namespace coterie

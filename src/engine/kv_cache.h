@@ -57,11 +57,9 @@ class KvCache {
   // stretched by the length of the prompt (RopeScalingKind::kDynamic) are of use to prompts of that length alone.
   Prefix root(int64_t num_prompt_tokens) const;
 
-  // Keys or values of one layer of a block, as kernels/attention.h has them; no values where keys hold them (latent
-  // attention).
-  void* keys(int32_t block, int64_t layer) const { return at(block, layer, 0); }
-  void* values(int32_t block, int64_t layer) const { return at(block, layer, key_bytes_); }
-  bool has_values() const { return value_bytes_ > 0; }
+  // One layer of a block, as kernels/attention.h has it.
+  void* data(int32_t block, int64_t layer) const;
+  bool has_values() const { return has_values_; }  // of their own: in latent attention keys hold them
 
   int64_t block_size() const { return block_size_; }
   int64_t blocks_for(int64_t num_tokens) const { return (num_tokens + block_size_ - 1) / block_size_; }
@@ -89,9 +87,7 @@ class KvCache {
     std::list<int32_t>::iterator idle;  // its place in idle_, while published and not held
   };
 
-  void* at(int32_t block, int64_t layer, int64_t offset) const;
-  int64_t layer_bytes() const { return key_bytes_ + value_bytes_; }
-  size_t slab_bytes(int64_t num_blocks) const { return static_cast<size_t>(num_blocks * num_layers_ * layer_bytes()); }
+  size_t slab_bytes(int64_t num_blocks) const { return static_cast<size_t>(num_blocks * num_layers_ * layer_bytes_); }
   void add_slab();
   void count_held(int64_t change);
   void forget(int32_t block);
@@ -99,8 +95,9 @@ class KvCache {
   DType dtype_;
   int64_t block_size_, slab_blocks_;
   int64_t num_layers_;
-  int64_t key_bytes_, value_bytes_;  // of one layer of one block
-  int64_t dynamic_context_;          // the original context under kDynamic, else 0
+  int64_t layer_bytes_;  // of one block
+  bool has_values_;
+  int64_t dynamic_context_;  // the original context under kDynamic, else 0
   int64_t max_blocks_;
   bool keep_released_;
   int64_t num_held_ = 0;
@@ -135,7 +132,7 @@ class BlockTable {
  private:
   KvCache& cache_;
   std::vector<int32_t> blocks_;
-  std::vector<std::vector<void*>> keys_L_, values_L_;  // [L][blocks]
+  std::vector<std::vector<void*>> data_L_;  // [L][blocks]
   std::vector<PagedKv> views_L_;
 };
 

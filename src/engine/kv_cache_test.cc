@@ -15,7 +15,8 @@ constexpr int64_t kBlockSize = 16;
 
 TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
   const ModelConfig config = small_config();
-  const int64_t part_bytes = config.num_kv_heads * kBlockSize * config.head_dim * 2;
+  const int64_t layer_bytes =
+      config.num_kv_heads * KvHead(DType::kBF16, kBlockSize, config.head_dim, config.head_dim).size;
   KvCache cache(config, DType::kBF16, kBlockSize, 70);  // more than two slabs
   cache.provide_memory();
   std::vector<int32_t> blocks;
@@ -24,23 +25,21 @@ TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
   EXPECT_EQ(cache.num_free(), 0);
   EXPECT_THROW(cache.allocate(), ResourceExhausted);
 
-  // Every part of every block is filled with its own number; none is overwritten by another.
+  // Every layer of every block is filled with its own number; none is overwritten by another.
   unsigned char mark = 0;
   for (const int32_t block : blocks) {
     for (int64_t layer = 0; layer < config.num_layers(); ++layer) {
-      std::memset(cache.keys(block, layer), mark++, part_bytes);
-      std::memset(cache.values(block, layer), mark++, part_bytes);
+      std::memset(cache.data(block, layer), mark++, layer_bytes);
     }
   }
   mark = 0;
-  const auto intact = [&](const void* part, unsigned char value) {
-    const auto* bytes = static_cast<const unsigned char*>(part);
-    return std::all_of(bytes, bytes + part_bytes, [&](unsigned char byte) { return byte == value; });
+  const auto intact = [&](const void* data, unsigned char value) {
+    const auto* bytes = static_cast<const unsigned char*>(data);
+    return std::all_of(bytes, bytes + layer_bytes, [&](unsigned char byte) { return byte == value; });
   };
   for (const int32_t block : blocks) {
     for (int64_t layer = 0; layer < config.num_layers(); ++layer) {
-      ASSERT_TRUE(intact(cache.keys(block, layer), mark++));
-      ASSERT_TRUE(intact(cache.values(block, layer), mark++));
+      ASSERT_TRUE(intact(cache.data(block, layer), mark++));
     }
   }
 
@@ -61,7 +60,7 @@ TEST(KvCache, TableGivesBackItsEnd) {
   EXPECT_EQ(table.num_blocks(), 2);
   table.reserve(3 * kBlockSize);
   EXPECT_EQ(table.block(1), second);
-  EXPECT_EQ(table.layers()[1].k_blocks[2], cache.keys(table.block(2), 1));
+  EXPECT_EQ(table.layers()[1].blocks[2], cache.data(table.block(2), 1));
 }
 
 TEST(KvCache, TableGrowsByBlocksAndGivesThemBack) {
@@ -71,12 +70,12 @@ TEST(KvCache, TableGrowsByBlocksAndGivesThemBack) {
     BlockTable table(cache);
     table.reserve(1);
     EXPECT_EQ(table.num_blocks(), 1);
-    void* first = table.layers()[2].k_blocks[0];
+    void* first = table.layers()[2].blocks[0];
     table.reserve(kBlockSize);
     EXPECT_EQ(table.num_blocks(), 1);
     table.reserve(kBlockSize + 1);
     EXPECT_EQ(table.num_blocks(), 2);
-    EXPECT_EQ(table.layers()[2].k_blocks[0], first);  // what it holds stays where it is
+    EXPECT_EQ(table.layers()[2].blocks[0], first);  // what it holds stays where it is
     EXPECT_EQ(static_cast<int64_t>(table.layers().size()), config.num_layers());
     EXPECT_THROW(table.reserve(5 * kBlockSize), ResourceExhausted);
   }

@@ -151,36 +151,20 @@ struct QueryTile {
   const uint32_t* weights(int t) const { return reinterpret_cast<const uint32_t*>(scores(t)); }
   int64_t query_units() const { return step.d / kHeld; }
 
-  // What comes next is asked for by the first queries, a little at a time (many lines at once would only wait for each
+  // What comes is asked for by the first queries, a little at a time (many lines at once would only wait for each
   // other), and nobody reads it a second time soon.
-
-  // Row j of it, or null.
-  COTERIE_INLINE const char* next_row(const void* const* groups, int64_t j, int64_t row_elements) const {
-    if (!groups || !groups[j / kGroupRows] || first > 0) return nullptr;
-    const auto* const rows = static_cast<const Element*>(groups[j / kGroupRows]);
-    return reinterpret_cast<const char*>(rows + j % kGroupRows * row_elements);
-  }
-  COTERIE_INLINE void ask_for_keys(int64_t j) const {
-    const char* const rows = next_row(step.next_keys, j, step.d);
+  COTERIE_INLINE void ask_for_rows(const AttendStep::Coming& coming, int64_t j, int64_t count) const {
+    const char* const rows = coming_rows(coming, j);
     if (!rows) return;
-    const int64_t bytes = kWidth * step.d * static_cast<int64_t>(sizeof(Element));
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows + i, /*rw=*/0, /*locality=*/0);
+    for (int64_t i = 0; i < count * coming.row_bytes; i += 64) __builtin_prefetch(rows + i, /*rw=*/0, /*locality=*/0);
   }
-  // Of kHeld rows the columns from i on that kPanels have.
-  template <int kPanels>
-  COTERIE_INLINE void ask_for_values(int64_t j, int64_t i) const {
-    constexpr auto kSize = static_cast<int64_t>(sizeof(Element)), kBytes = kPanels * kPanelWidth * kSize;
-    const char* const rows = next_row(step.next_values, j, step.value_stride);
-    if (!rows) return;
-#pragma GCC unroll 2
-    for (int64_t r = 0; r < kHeld; ++r) {
-      const char* const row = rows + (r * step.value_stride + i) * kSize;
-      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, /*rw=*/0, /*locality=*/0);
-    }
+  COTERIE_INLINE const char* coming_rows(const AttendStep::Coming& coming, int64_t j) const {
+    if (!coming.groups || !coming.groups[j / kGroupRows] || first > 0) return nullptr;
+    return static_cast<const char*>(coming.groups[j / kGroupRows]) + j % kGroupRows * coming.row_bytes;
   }
-  COTERIE_INLINE void ask_for_factors(const float* const* groups, int64_t j) const {
-    if (groups && groups[j / kGroupRows] && first == 0)
-      __builtin_prefetch(groups[j / kGroupRows] + j % kGroupRows, 0, 0);
+  COTERIE_INLINE void ask_for_factors(const AttendStep::Coming& coming, int64_t j) const {
+    if (!coming.factors || !coming.factors[j / kGroupRows] || first > 0) return;
+    __builtin_prefetch(coming.factors[j / kGroupRows] + j % kGroupRows, /*rw=*/0, /*locality=*/0);
   }
 
   // scores[j] = scale * q . keys[j] (times what q and the key are multiplied with), -infinity where the query does not
@@ -191,8 +175,8 @@ struct QueryTile {
       Sum dots[kQueries];
       multiply(j, dots);
       if constexpr (kInPlace) {
-        ask_for_keys(j);
-        ask_for_factors(step.next_key_factors, j);
+        ask_for_rows(step.while_scoring, j, kWidth);
+        ask_for_factors(step.while_scoring, j);
       }
 #pragma GCC unroll 4
       for (int t = 0; t < kQueries; ++t) {
@@ -229,7 +213,7 @@ struct QueryTile {
     VF sums = {};
     for (int64_t j = first_key; j < last_key; j += kWidth) {
       if constexpr (kInPlace) {
-        if (t == 0) ask_for_factors(step.next_value_factors, j);
+        if (t == 0) ask_for_factors(step.while_adding, j);
       }
       VF e = exp(load(scores(t) + j) - maximum);
       sums += e;
@@ -298,7 +282,9 @@ struct QueryTile {
     for (int64_t u = units.first; u < units.last; ++u) {
       VU values[kVectors];
       load_values<kPanels>(u, i, values);
-      if constexpr (kInPlace) ask_for_values<kPanels>(u * kHeld, i);
+      if constexpr (kInPlace) {
+        if (i == 0) ask_for_rows(step.while_adding, u * kHeld, kHeld);
+      }
       if constexpr (kMasked) hide(u, seen[t], values);
 #pragma GCC unroll 4
       for (int c = 0; c < kCount; ++c) {

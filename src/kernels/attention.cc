@@ -7,6 +7,7 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -164,43 +165,41 @@ struct Scratch {
   }
 };
 
-// One row of a block, and its factor where the type has one.
+// A row of keys or of values, and its factor where the type has one.
 struct CacheRow {
   char* data;
   float* factor;
 };
 
-int64_t values_bytes(DType dtype, int64_t block_size, int64_t G, int64_t d) {
-  return round_up(G * block_size * d * static_cast<int64_t>(dtype_size(dtype)), sizeof(float));
-}
-
-// Rows of head g, one position after the other.
-class CacheRows {
+// The keys and values of head g.
+class HeadCache {
  public:
-  CacheRows(const PagedKv& kv, void* const* blocks, int64_t position, int64_t g, int64_t G, int64_t d)
-      : block_(blocks + position / kv.block_size),
-        first_row_(g * kv.block_size),
-        block_size_(kv.block_size),
-        offset_(position % kv.block_size),
-        row_bytes_(d * static_cast<int64_t>(dtype_size(kv.dtype))),
-        values_bytes_(values_bytes(kv.dtype, kv.block_size, G, d)) {}
+  HeadCache(const PagedKv& kv, const AttentionShape& shape, int64_t g)
+      : blocks_(kv.blocks), block_size_(static_cast<uint64_t>(kv.block_size)) {
+    const KvHead head(kv.dtype, kv.block_size, shape.d, kv.has_values ? shape.v : 0);
+    const int64_t start = g * head.size, size = static_cast<int64_t>(dtype_size(kv.dtype));
+    keys_ = {start, start + head.key_factors, shape.d * size};
+    values_ = kv.has_values ? Rows{start + head.values, start + head.value_factors, shape.v * size} : keys_;
+  }
 
-  CacheRow get() const {
-    auto* const block = static_cast<char*>(*block_);
-    const int64_t row = first_row_ + offset_;
-    return {block + row * row_bytes_, reinterpret_cast<float*>(block + values_bytes_) + row};
-  }
-  // By no more than to where the next block begins.
-  void advance(int64_t count) {
-    offset_ += count;
-    if (offset_ < block_size_) return;
-    offset_ = 0;
-    ++block_;
-  }
+  CacheRow key(int64_t position) const { return row(keys_, position); }
+  CacheRow value(int64_t position) const { return row(values_, position); }  // its key where that holds it
 
  private:
-  void* const* block_;
-  int64_t first_row_, block_size_, offset_, row_bytes_, values_bytes_;
+  // Where they begin in a block, in bytes.
+  struct Rows {
+    int64_t first, factors, row_bytes;
+  };
+
+  CacheRow row(const Rows& rows, int64_t position) const {
+    const auto offset = static_cast<int64_t>(static_cast<uint64_t>(position) % block_size_);
+    auto* const block = static_cast<char*>(blocks_[static_cast<uint64_t>(position) / block_size_]);
+    return {block + rows.first + offset * rows.row_bytes, reinterpret_cast<float*>(block + rows.factors) + offset};
+  }
+
+  void* const* blocks_;
+  uint64_t block_size_;
+  Rows keys_, values_;
 };
 
 void store_cache_row(const float* values, DType dtype, int64_t d, const CacheRow& row) {
@@ -218,21 +217,20 @@ void fill_up(char* row, DType dtype, int64_t d, int64_t padded) {
   std::fill(row + d * size, row + padded * size, char{0});
 }
 
-// Positions [first, first + n) of one head as rows of scratch. The factors of integers are copied.
-void load_run(const PagedKv& kv, void* const* blocks, int64_t g, int64_t first, int64_t n, int64_t G, int64_t d,
-              char* rows, float* factors) {
+// n rows as rows of scratch, of `dim` elements; row(j) is one of the cache. The factors of integers are copied.
+template <typename Row>
+void load_run(const Row& row, DType dtype, int64_t n, int64_t dim, char* rows, float* factors) {
   const KernelTable& kernels = active_kernels();
-  const int64_t padded = round_up(d, kPadding), row_bytes = padded * scratch_size(kv.dtype);
-  CacheRows cache(kv, blocks, first, g, G, d);
-  for (int64_t j = 0; j < n; ++j, rows += row_bytes, cache.advance(1)) {
-    const CacheRow row = cache.get();
-    if (kv.dtype == DType::kI8) {
-      factors[j] = *row.factor;
-      kernels.widen_row(reinterpret_cast<const int8_t*>(row.data), d, reinterpret_cast<int16_t*>(rows));
+  const int64_t padded = round_up(dim, kPadding), row_bytes = padded * scratch_size(dtype);
+  for (int64_t j = 0; j < n; ++j, rows += row_bytes) {
+    const CacheRow from = row(j);
+    if (dtype == DType::kI8) {
+      factors[j] = *from.factor;
+      kernels.widen_row(reinterpret_cast<const int8_t*>(from.data), dim, reinterpret_cast<int16_t*>(rows));
     } else {
-      std::copy(row.data, row.data + d * scratch_size(kv.dtype), rows);
+      std::copy(from.data, from.data + dim * scratch_size(dtype), rows);
     }
-    fill_up(rows, kv.dtype, d, padded);
+    fill_up(rows, dtype, dim, padded);
   }
 }
 
@@ -276,10 +274,9 @@ int64_t first_visible(const AttentionShape& shape, int64_t position) {
   return shape.window > 0 ? std::max<int64_t>(0, position - shape.window + 1) : 0;
 }
 
-// Where the keys and values of a run are: in panels, or by groups.
+// Where the keys and values of a run are: in panels, or by groups, null where there is none.
 struct Run {
   PanelsOfB key_panels, value_panels;
-  int64_t value_stride = 0;
   const void *keys[kRunGroups] = {}, *values[kRunGroups] = {};
   const float *key_factors[kRunGroups] = {}, *value_factors[kRunGroups] = {};
 };
@@ -289,47 +286,42 @@ bool can_read_in_place(const Call& call, const Task& task) {
          call.padded_d() == call.shape.d && call.padded_v() == call.shape.v;
 }
 
-Run run_in_place(const Call& call, const Task& task, int64_t first, int64_t n) {
-  const AttentionShape& shape = call.shape;
-  const PagedKv& kv = task.tokens.chunk->kv;
-  Run run{.value_stride = kv.v_blocks ? shape.v : shape.d};
-  CacheRows keys(kv, kv.k_blocks, first, task.g, shape.G, shape.d), values = keys;
-  if (kv.v_blocks) values = CacheRows(kv, kv.v_blocks, first, task.g, shape.G, shape.v);
-  for (int64_t i = 0; i * kGroupRows < n; ++i, keys.advance(kGroupRows), values.advance(kGroupRows)) {
-    const CacheRow key = keys.get(), value = values.get();
+void set_groups(const HeadCache& cache, int64_t first, int64_t n, Run& run) {
+  for (int64_t i = 0; i < kRunGroups; ++i) {
+    const int64_t position = first + i * kGroupRows;
+    const bool there = i * kGroupRows < n;
+    const CacheRow none = {}, key = there ? cache.key(position) : none, value = there ? cache.value(position) : none;
     run.keys[i] = key.data, run.key_factors[i] = key.factor;
     run.values[i] = value.data, run.value_factors[i] = value.factor;
   }
-  return run;
 }
 
-Run run_in_scratch(const Call& call, const Task& task, int64_t first, int64_t n, const Scratch& scratch) {
+void bring_into_scratch(const Call& call, const PagedKv& kv, const HeadCache& cache, int64_t first, int64_t n,
+                        const Scratch& scratch, Run& run) {
   const AttentionShape& shape = call.shape;
-  const PagedKv& kv = task.tokens.chunk->kv;
   const PanelProduct product = product_of(kv.dtype);
   const auto rows = [&](int64_t cols) {
     return row_major(static_cast<const void*>(scratch.rows), product.type, n, cols);
   };
-  Run run;
-  load_run(kv, kv.k_blocks, task.g, first, n, shape.G, shape.d, scratch.rows, scratch.key_factors);
+  load_run([&](int64_t j) { return cache.key(first + j); }, kv.dtype, n, shape.d, scratch.rows, scratch.key_factors);
   ConstMatrix values = rows(call.padded_d());
   run.key_panels = product.pack_b(values, scratch.key_panels);
-  if (kv.v_blocks) {
-    load_run(kv, kv.v_blocks, task.g, first, n, shape.G, shape.v, scratch.rows, scratch.value_factors);
+  if (kv.has_values) {
+    load_run([&](int64_t j) { return cache.value(first + j); }, kv.dtype, n, shape.v, scratch.rows,
+             scratch.value_factors);
     values = rows(call.padded_v());
   }
   values.cols = call.padded_v();  // of a key its first elements
   run.value_panels = product.pack_b(values.transposed(), scratch.value_panels);
   for (int64_t i = 0; i < kRunGroups; ++i) {
     run.key_factors[i] = scratch.key_factors + i * kGroupRows;
-    run.value_factors[i] = (kv.v_blocks ? scratch.value_factors : scratch.key_factors) + i * kGroupRows;
+    run.value_factors[i] = (kv.has_values ? scratch.value_factors : scratch.key_factors) + i * kGroupRows;
   }
-  return run;
 }
 
-// Every query of the task against the n keys of a run. What lies ahead is asked for meanwhile.
+// Every query of the task against the n keys of a run.
 void attend_run(const Call& call, const Task& task, const Run& run, int64_t first, int64_t n, const Scratch& scratch,
-                const Run& ahead) {
+                const AttendStep::Coming& while_scoring, const AttendStep::Coming& while_adding) {
   const DType cache = task.tokens.chunk->kv.dtype;
   const bool has_factors = cache == DType::kI8;
   active_kernels().attend({.q = reinterpret_cast<const uint32_t*>(scratch.queries),
@@ -347,14 +339,12 @@ void attend_run(const Call& call, const Task& task, const Run& run, int64_t firs
                            .values = run.values,
                            .key_factors = has_factors ? run.key_factors : nullptr,
                            .value_factors = has_factors ? run.value_factors : nullptr,
-                           .next_keys = ahead.keys,
-                           .next_values = ahead.values,
-                           .next_key_factors = has_factors ? ahead.key_factors : nullptr,
-                           .next_value_factors = has_factors ? ahead.value_factors : nullptr,
+                           .while_scoring = while_scoring,
+                           .while_adding = while_adding,
                            .n = n,
                            .d = call.padded_d(),
                            .v = call.padded_v(),
-                           .value_stride = run.value_stride,
+                           .value_stride = task.tokens.chunk->kv.has_values ? call.shape.v : call.shape.d,
                            .scale = call.shape.scale,
                            .scores = scratch.scores,
                            .maxima = scratch.maxima,
@@ -365,6 +355,7 @@ void attend_run(const Call& call, const Task& task, const Run& run, int64_t firs
 // One task of a walk, with its memory.
 struct Part {
   Task task;
+  HeadCache cache;
   Scratch scratch;
 };
 
@@ -375,33 +366,63 @@ class Turns {
     const TokenBlock& tokens = parts.front().task.tokens;
     end_ = tokens.position() + tokens.count;
     first_ = first_visible(call.shape, tokens.position()) / kRunKeys * kRunKeys;
+    in_place_ = can_read_in_place(call, parts.front().task);
   }
 
   void take() {
-    Run run = in_place();
-    while (first_ < end_) {
-      const Part& part = parts_[part_];
-      const int64_t first = first_, n = keys();
-      if (!run.keys[0]) run = run_in_scratch(call_, part.task, first, n, part.scratch);
-      if (++part_ == parts_.size()) part_ = 0, first_ += kRunKeys;
-      const Run next = in_place();
-      attend_run(call_, part.task, run, first, n, part.scratch, next);
-      run = next;
+    for (Turn& turn : turns_) set(turn);
+    for (size_t now = 0; turns_[now].keys > 0; now = (now + 1) % turns_.size()) {
+      Turn& turn = turns_[now];
+      const Part& part = parts_[turn.part];
+      if (!in_place_) bring_into_scratch(call_, kv(), part.cache, turn.first, turn.keys, part.scratch, turn.run);
+      attend_run(call_, part.task, turn.run, turn.first, turn.keys, part.scratch, coming(now, halves_ahead()),
+                 coming(now, halves_ahead() + 1));
+      set(turn);
     }
   }
 
  private:
-  int64_t keys() const { return std::min(kRunKeys, end_ - first_); }
-  // What is read in this turn; nothing where that is brought into scratch first.
-  Run in_place() const {
-    const Task& task = parts_[part_].task;
-    return first_ < end_ && can_read_in_place(call_, task) ? run_in_place(call_, task, first_, keys()) : Run{};
+  struct Turn {
+    size_t part = 0;
+    int64_t first = 0, keys = 0;
+    Run run;
+  };
+
+  // Makes it the next one that is not among turns_ yet; without keys where there is none.
+  void set(Turn& turn) {
+    turn.keys = std::min(kRunKeys, end_ - first_);
+    if (turn.keys <= 0) return;
+    turn.first = first_, turn.part = part_;
+    if (in_place_) set_groups(parts_[part_].cache, first_, turn.keys, turn.run);
+    if (++part_ == parts_.size()) part_ = 0, first_ += kRunKeys;
+  }
+
+  const PagedKv& kv() const { return parts_.front().task.tokens.chunk->kv; }
+  int64_t row_bytes(bool values) const {
+    return (values ? call_.shape.v : call_.shape.d) * static_cast<int64_t>(dtype_size(kv().dtype));
+  }
+
+  // A turn reads keys in its first half and values in its second. Memory takes as long to bring them as about so many
+  // bytes to be read.
+  size_t halves_ahead() const {
+    constexpr int64_t kBytesAhead = 8 << 10;
+    return !kv().has_values || kRunKeys * row_bytes(false) < kBytesAhead ? 2 : 1;
+  }
+  // What is read so many halves after turn `now` began.
+  AttendStep::Coming coming(size_t now, size_t halves) const {
+    const Turn& turn = turns_[(now + halves / 2) % turns_.size()];
+    const bool values = halves % 2 == 1, has_factors = kv().dtype == DType::kI8;
+    if (!in_place_ || turn.keys <= 0 || (values && !kv().has_values)) return {};
+    const auto* const factors = values ? turn.run.value_factors : turn.run.key_factors;
+    return {values ? turn.run.values : turn.run.keys, has_factors ? factors : nullptr, row_bytes(values)};
   }
 
   const Call& call_;
   std::span<const Part> parts_;
   int64_t first_ = 0, end_ = 0;
   size_t part_ = 0;
+  bool in_place_ = false;
+  std::array<Turn, 2> turns_;  // this one, and the one to come, in turn
 };
 
 void attend_walk(const Call& call, std::span<const TokenBlock> blocks, const Walk& walk, Scratch scratch) {
@@ -410,25 +431,31 @@ void attend_walk(const Call& call, std::span<const TokenBlock> blocks, const Wal
   for (int64_t i = 0; i < walk.count; ++i) {
     const Task task = task_of(call, blocks, walk.first + i);
     load_queries(call, task, scratch);
-    parts.push_back({task, scratch});
+    parts.push_back({task, HeadCache(task.tokens.chunk->kv, call.shape, task.g), scratch});
     scratch = scratch.behind(call, task.tokens.chunk->kv.dtype, task.queries());
   }
   Turns(call, parts).take();
   for (const Part& part : parts) store_outs(call, part.task, part.scratch);
 }
 
-// A token's row of keys, or of values.
-void append_row(const PagedKv& kv, void* const* blocks, int64_t position, const float* row_Gd, int64_t G, int64_t d) {
-  for (int64_t g = 0; g < G; ++g) {
-    store_cache_row(row_Gd + g * d, kv.dtype, d, CacheRows(kv, blocks, position, g, G, d).get());
+void append_token(const PagedKv& kv, const AttentionShape& shape, int64_t position, const float* k_Gd,
+                  const float* values_Gv) {
+  for (int64_t g = 0; g < shape.G; ++g) {
+    const HeadCache cache(kv, shape, g);
+    store_cache_row(k_Gd + g * shape.d, kv.dtype, shape.d, cache.key(position));
+    if (kv.has_values) store_cache_row(values_Gv + g * shape.v, kv.dtype, shape.v, cache.value(position));
   }
 }
 
 }  // namespace
 
-int64_t kv_block_bytes(DType dtype, int64_t block_size, int64_t G, int64_t d) {
-  const int64_t factors = dtype == DType::kI8 ? G * block_size * static_cast<int64_t>(sizeof(float)) : 0;
-  return values_bytes(dtype, block_size, G, d) + factors;
+KvHead::KvHead(DType dtype, int64_t block_size, int64_t d, int64_t v) {
+  const auto element = static_cast<int64_t>(dtype_size(dtype)), factor = static_cast<int64_t>(sizeof(float));
+  const int64_t factors = dtype == DType::kI8 ? block_size * factor : 0;
+  values = block_size * d * element;
+  key_factors = round_up(values + block_size * v * element, factor);
+  value_factors = key_factors + factors;
+  size = value_factors + (v > 0 ? factors : 0);
 }
 
 void append_kv(std::span<const AttentionChunk> chunks, const float* k_TGd, const float* values_TGv,
@@ -443,9 +470,7 @@ void append_kv(std::span<const AttentionChunk> chunks, const float* k_TGd, const
     const AttentionChunk& chunk = chunks[static_cast<size_t>(index)];
     const int64_t t = token - (ends[static_cast<size_t>(index)] - chunk.T);
     const int64_t position = chunk.S - chunk.T + t, row = chunk.first_row + t;
-    append_row(chunk.kv, chunk.kv.k_blocks, position, k_TGd + row * G * d, G, d);
-    if (!chunk.kv.v_blocks) return;
-    append_row(chunk.kv, chunk.kv.v_blocks, position, values_TGv + row * G * v, G, v);
+    append_token(chunk.kv, shape, position, k_TGd + row * G * d, values_TGv + row * G * v);
   });
 }
 
@@ -454,7 +479,7 @@ void attention(std::span<const AttentionChunk> chunks, const float* q_THd, const
   COTERIE_CHECK(shape.G > 0 && shape.H % shape.G == 0, "heads do not fit");
   for (const AttentionChunk& chunk : chunks) {
     COTERIE_CHECK(chunk.T <= chunk.S, "lengths do not fit");
-    COTERIE_CHECK(chunk.kv.v_blocks || shape.v <= shape.d, "values are wider than the keys that hold them");
+    COTERIE_CHECK(chunk.kv.has_values || shape.v <= shape.d, "values are wider than the keys that hold them");
   }
   const Call call = {q_THd, shape, out_THv};
   const std::vector<TokenBlock> blocks = token_blocks(chunks, call.tokens_per_task());

@@ -34,8 +34,8 @@ struct Sequence {
   int64_t S;
   AttentionShape shape;
   std::vector<float> q, k, v, sinks_H;
-  std::vector<std::vector<float>> k_memory, v_memory;  // also large enough for bf16
-  std::vector<void*> k_blocks, v_blocks;
+  std::vector<std::vector<float>> memory;
+  std::vector<void*> blocks;
   PagedKv kv;
 
   Sequence(const Shape& s, std::mt19937& random) : S(s.S) {
@@ -49,15 +49,13 @@ struct Sequence {
       sinks_H = random_floats(s.H, random);
       shape.sinks_H = sinks_H.data();
     }
-    const int64_t blocks = (s.S + s.block_size - 1) / s.block_size;
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (auto* memory : {&k_memory, &v_memory}) {
-        memory->emplace_back(static_cast<size_t>(s.G * s.block_size * s.d), std::numeric_limits<float>::quiet_NaN());
-      }
+    const int64_t bytes = s.G * KvHead(s.dtype, s.block_size, s.d, s.values_in_keys ? 0 : value_dim).size;
+    memory.resize(static_cast<size_t>((s.S + s.block_size - 1) / s.block_size));
+    for (auto& block : memory) {
+      block.assign(static_cast<size_t>(bytes + 3) / 4, std::numeric_limits<float>::quiet_NaN());
+      blocks.push_back(block.data());
     }
-    for (auto& block : k_memory) k_blocks.push_back(block.data());
-    for (auto& block : v_memory) v_blocks.push_back(block.data());
-    kv = {k_blocks.data(), s.values_in_keys ? nullptr : v_blocks.data(), s.dtype, s.block_size};
+    kv = {blocks.data(), s.dtype, s.block_size, s.values_in_keys == 0};
   }
 
   // Tokens [first, first + T) as one chunk of a prompt.
@@ -71,9 +69,7 @@ struct Sequence {
 
   // Nothing is in the cache but the first tokens.
   void forget_behind(int64_t first, ThreadPool& pool) {
-    for (auto* memory : {&k_memory, &v_memory}) {
-      for (auto& block : *memory) std::fill(block.begin(), block.end(), std::numeric_limits<float>::quiet_NaN());
-    }
+    for (auto& block : memory) std::fill(block.begin(), block.end(), std::numeric_limits<float>::quiet_NaN());
     const AttentionChunk chunk = {kv, 0, first, first};
     append_kv({&chunk, 1}, k.data(), v.data(), shape, pool);
   }

@@ -86,6 +86,13 @@ struct AttendStep {
     bool empty() const { return first >= last; }
   };
 
+  // Groups that are asked for meanwhile, row by row as those of the run are read. Null where there is none.
+  struct Coming {
+    const void* const* groups = nullptr;
+    const float* const* factors = nullptr;
+    int64_t row_bytes = 0;
+  };
+
   const uint32_t* q = nullptr;       // [queries][d] of kF32 or kBF16; with kI8 integers of 16 bits
   const float* q_factors = nullptr;  // [queries], of the integers; null: ones
   int64_t queries = 0;               // `heads` of each token
@@ -100,10 +107,7 @@ struct AttendStep {
   const void* const* values = nullptr;          // and groups [kGroupRows][v], rows value_stride elements apart
   const float* const* key_factors = nullptr;    // groups [kGroupRows], of the keys' elements; null: ones
   const float* const* value_factors = nullptr;  // the same of the values
-  const void* const* next_keys = nullptr;  // null, or groups that are asked for meanwhile; null where there is none
-  const void* const* next_values = nullptr;
-  const float* const* next_key_factors = nullptr;
-  const float* const* next_value_factors = nullptr;
+  Coming while_scoring, while_adding;
   int64_t n = 0;
   int64_t d = 0;
   int64_t v = 0;

@@ -10,15 +10,17 @@ double as_type(double value, DType dtype) {
   return dtype == DType::kBF16 ? to_float(to_bfloat16(static_cast<float>(value))) : value;
 }
 
-double load_kv(void* const* blocks, const PagedKv& kv, int64_t position, int64_t g, int64_t G, int64_t d, int64_t i) {
-  if (kv.dtype == DType::kI8) {
-    const auto* bytes = static_cast<const int8_t*>(blocks[position / kv.block_size]);
-    const int64_t row = g * kv.block_size + position % kv.block_size, count = G * kv.block_size * d;
-    const auto* factors = reinterpret_cast<const float*>(bytes + (count + 3) / 4 * 4);
-    return static_cast<float>(bytes[row * d + i]) * factors[row];
-  }
-  const ConstMatrix block = row_major(blocks[position / kv.block_size], kv.dtype, (g + 1) * kv.block_size, d);
-  return load(block, g * kv.block_size + position % kv.block_size, i);
+// Element i of a key or a value.
+double load_kv(const PagedKv& kv, const AttentionShape& shape, bool value, int64_t position, int64_t g, int64_t i) {
+  const KvHead head(kv.dtype, kv.block_size, shape.d, kv.has_values ? shape.v : 0);
+  const auto* const bytes = static_cast<const char*>(kv.blocks[position / kv.block_size]) + g * head.size;
+  const bool own = value && kv.has_values;
+  const int64_t row = position % kv.block_size;
+  const char* const rows = bytes + (own ? head.values : 0);
+  const int64_t dim = own ? shape.v : shape.d;
+  if (kv.dtype != DType::kI8) return load(row_major(static_cast<const void*>(rows), kv.dtype, row + 1, dim), row, i);
+  const auto* const factors = reinterpret_cast<const float*>(bytes + (own ? head.value_factors : head.key_factors));
+  return static_cast<float>(reinterpret_cast<const int8_t*>(rows)[row * dim + i]) * factors[row];
 }
 
 struct Sum {
@@ -163,7 +165,7 @@ void attention(const float* q_THd, const PagedKv& kv, int64_t T, int64_t S, cons
       double maximum = shape.sinks_H ? shape.sinks_H[h] : -INFINITY;
       for (int64_t j = first; j < end; ++j) {
         p[j] = 0;
-        for (int64_t i = 0; i < d; ++i) p[j] += shape.scale * query[i] * load_kv(kv.k_blocks, kv, j, g, shape.G, d, i);
+        for (int64_t i = 0; i < d; ++i) p[j] += shape.scale * query[i] * load_kv(kv, shape, false, j, g, i);
         maximum = std::max(maximum, p[j]);
       }
       double sum = shape.sinks_H ? std::exp(shape.sinks_H[h] - maximum) : 0;
@@ -171,9 +173,7 @@ void attention(const float* q_THd, const PagedKv& kv, int64_t T, int64_t S, cons
       for (int64_t i = 0; i < v; ++i) {
         double& out = out_THv[(t * H + h) * v + i] = 0;
         for (int64_t j = first; j < end; ++j) {
-          out += p[j] / sum *
-                 (kv.v_blocks ? load_kv(kv.v_blocks, kv, j, g, shape.G, v, i)
-                              : load_kv(kv.k_blocks, kv, j, g, shape.G, d, i));
+          out += p[j] / sum * load_kv(kv, shape, true, j, g, i);
         }
       }
     }
