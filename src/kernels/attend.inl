@@ -21,7 +21,9 @@ struct FloatUnits {
   static COTERIE_INLINE VF multiply_add(VU a, VU b, VF sum) {
     return fma(reinterpret_cast<VF>(a), reinterpret_cast<VF>(b), sum);
   }
-  // The weights of keys [first, last) become units in place. Returns what sums of their products are multiplied with.
+  // Weights take the place of scores: those of keys j, j + 1, ..., and when all of keys [first, last) are there what is
+  // left to make units of them. Returns what sums of their products are multiplied with.
+  static COTERIE_INLINE void store_weights(float* scores, int64_t j, VF weights) { store(scores + j, weights); }
   static COTERIE_INLINE float round_weights(float*, int64_t, int64_t) { return 1.0f; }
 };
 
@@ -34,11 +36,10 @@ struct HalfUnits {
 
   static COTERIE_INLINE VU along(const Element* row) { return load_units(row); }
   static COTERIE_INLINE VF multiply_add(VU a, VU b, VF sum) { return multiply_add_bf16(a, b, sum); }
-  static COTERIE_INLINE float round_weights(float* weights, int64_t first, int64_t last) {
-    auto* const halves = reinterpret_cast<uint16_t*>(weights);
-    for (int64_t j = first; j < last; j += kWidth) store_halves(halves + j, round_to_bf16(load(weights + j)));
-    return 1.0f;
+  static COTERIE_INLINE void store_weights(float* scores, int64_t j, VF weights) {
+    store_rounded(reinterpret_cast<uint16_t*>(scores) + j, weights);
   }
+  static COTERIE_INLINE float round_weights(float*, int64_t, int64_t) { return 1.0f; }
 };
 
 // Integers: of 8 bits in the cache, of 16 for queries and weights. Sums are exact, in whatever order.
@@ -50,6 +51,7 @@ struct IntegerUnits {
 
   static COTERIE_INLINE VU along(const Element* row) { return load_byte_pairs(row); }
   static COTERIE_INLINE VI multiply_add(VU a, VU b, VI sum) { return multiply_add_halves(a, b, sum); }
+  static COTERIE_INLINE void store_weights(float* scores, int64_t j, VF weights) { store(scores + j, weights); }
   static COTERIE_INLINE float round_weights(float* weights, int64_t first, int64_t last) {
     constexpr float kLargest = 32767.0f;
     static_assert(kRunKeys * 32767 * 127 <= std::numeric_limits<int32_t>::max());
@@ -209,18 +211,18 @@ struct QueryTile {
     for (int64_t j = first_key; j < last_key; j += kWidth) maxima = max(maxima, load(scores(t) + j));
     const float maximum = max_lanes(maxima);
     Factors factors;
-    factors.correction = exp(broadcast(step.maxima[first + t] - maximum))[0];  // 0 at the first run
+    factors.correction = exp_up_to_zero(broadcast(step.maxima[first + t] - maximum))[0];  // 0 at the first run
     VF sums = {};
     for (int64_t j = first_key; j < last_key; j += kWidth) {
       if constexpr (kInPlace) {
         if (t == 0) ask_for_factors(step.while_adding, j);
       }
-      VF e = exp(load(scores(t) + j) - maximum);
+      VF e = exp_up_to_zero(load(scores(t) + j) - maximum);
       sums += e;
       if (step.value_factors) {  // which may be anything where no key was stored
         e = e > 0.0f ? e * load(step.value_factors[j / kGroupRows] + j % kGroupRows) : VF{};
       }
-      store(scores(t) + j, e);
+      Units::store_weights(scores(t), j, e);
     }
     step.maxima[first + t] = maximum;
     step.sums[first + t] = step.sums[first + t] * factors.correction + sum_lanes(sums);
