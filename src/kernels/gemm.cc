@@ -5,7 +5,9 @@
 #include <atomic>
 #include <vector>
 
+#include "base/check.h"
 #include "kernels/gemm_plan.h"
+#include "kernels/parallel_rows.h"
 #include "kernels/workspace.h"
 
 namespace coterie {
@@ -336,6 +338,15 @@ class GroupedGemm {
 };
 
 }  // namespace
+
+void quantize_rows(const ConstMatrix& a, PanelType type, uint32_t* rows, ThreadPool& pool) {
+  COTERIE_CHECK(is_quantized(type) && a.col_stride == 1, "A is not of a kind that is quantized");
+  const PackSource source = {a.data, a.dtype, a.rows, a.cols, a.row_stride};
+  const RowPanels panels = {a.rows, a.rows};  // of one row each
+  const int64_t units = a_row_units(type, a.cols);
+  parallel_rows(a.rows, kQuantizingCost * units, pool,
+                [&](int64_t row) { active_kernels().pack_a(source, type, panels, row, row + 1, rows + row * units); });
+}
 
 void grouped_gemm(std::span<const GemmProblem> problems, ThreadPool& pool) {
   static thread_local GroupedGemm state;

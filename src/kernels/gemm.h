@@ -24,6 +24,7 @@ namespace coterie {
 // One product of a group. Exactly one of b and packed_b is given.
 struct GemmProblem {
   ConstMatrix a = {};                      // [M, K], or the matrix that gather_M reads rows of
+  const uint32_t* quantized_a = nullptr;   // its rows as quantize_rows leaves them; a gives their shape alone
   const int32_t* gather_M = nullptr;       // row i of A is a.row(gather_M[i]); a.rows counts the source rows
   int64_t num_gathered = 0;                // M when gather_M is given
   ConstMatrix b = {};                      // [N, K]
@@ -44,6 +45,10 @@ struct GemmProblem {
 // pool together, so that a few large and many small ones fill all threads. M = 0 or K = 0 is fine
 // (K = 0 gives bias or zeros).
 void grouped_gemm(std::span<const GemmProblem> problems, ThreadPool& pool);
+
+// The rows of a, whose K is contiguous, as products with B of a quantized type take them: for rows that take part in
+// several. Memory of a.rows * a_row_units(type, a.cols) units.
+void quantize_rows(const ConstMatrix& a, PanelType type, uint32_t* rows, ThreadPool& pool);
 
 inline void gemm(const GemmProblem& problem, ThreadPool& pool) { grouped_gemm({&problem, 1}, pool); }
 

@@ -52,8 +52,9 @@ void check_problem(const GemmProblem& p) {
   COTERIE_CHECK(!p.packed_b || p.packed_b->gated() == p.gated, "B was packed for another kind of problem");
   COTERIE_CHECK(!p.packed_b || b_rows == 0 || p.packed_b->kernels() == &active_kernels(),
                 "B was packed for another ISA");
-  COTERIE_CHECK(!p.packed_b || !is_quantized(p.packed_b->type()) || p.a.col_stride == 1,
-                "A of quantized weights has contiguous rows");
+  const bool quantized = p.packed_b && is_quantized(p.packed_b->type());
+  COTERIE_CHECK(!quantized || p.a.col_stride == 1, "A of quantized weights has contiguous rows");
+  COTERIE_CHECK(quantized || !p.quantized_a, "A is quantized, and B is not");
 }
 
 // Where rows of A are so few that packing B would not pay, and it lies such that it can be read as it is.
@@ -77,6 +78,7 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b
   const int64_t most_rows = kernels.panel_rows[index_of(type)];
   plan.rows = {p.c.rows, ceil_div(p.c.rows, most_rows)};
   plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, nullptr);
+  plan.a.quantized = p.quantized_a;
   plan.b = {&kernels,
             pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K),
             type,

@@ -28,6 +28,7 @@ struct PackSource {
   int64_t col_stride = 1;
   const int32_t* gather_rows = nullptr;
   const int32_t* gather_cols = nullptr;
+  const uint32_t* quantized = nullptr;  // instead of data: every row as a panel of its own (of A, of a quantized type)
 };
 
 // Rows of A that multiply_few takes on some ISA.

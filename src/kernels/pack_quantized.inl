@@ -54,9 +54,35 @@ void quantize_a(const PackSource& s, PanelType type, const RowPanels& panels, in
   }
 }
 
+// Rows that are quantized already.
+void gather_quantized_a(const PackSource& s, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
+                        uint32_t* panel) {
+  constexpr int64_t kFactors = sizeof(Factors) / sizeof(uint32_t);
+  const int64_t row_units = a_row_units(type, s.cols), groups = groups_of(type, s.cols);
+  const int64_t parts = quantized_format(type).parts;
+  const int64_t lines = whole_chunks(units_of(type, s.cols)) / kChunkUnits * parts;  // of a row
+  for (int64_t p = first; p < last; ++p) {
+    const int count = panels.rows(p);
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = panels.first_row(p) + i;
+      const uint32_t* const from = s.quantized + (s.gather_rows ? s.gather_rows[row] : row) * row_units;
+      for (int64_t line = 0; line < lines; ++line) {
+        __builtin_memcpy(panel + (line * count + i) * kChunkUnits, from + line * kChunkUnits, 4 * kChunkUnits);
+      }
+      const uint32_t* const factors = from + lines * kChunkUnits;
+      uint32_t* const to = panel + lines * count * kChunkUnits;
+      for (int64_t g = 0; g < groups; ++g) {
+        __builtin_memcpy(to + (g * count + i) * kFactors, factors + g * kFactors, sizeof(Factors));
+      }
+    }
+    panel += count * row_units;
+  }
+}
+
 void pack_a(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
             uint32_t* memory) {
   if (!is_quantized(type)) return pack_float_a(source, type, panels, first, last, memory);
+  if (source.quantized) return gather_quantized_a(source, type, panels, first, last, memory);
   const QuantizedFormat format = quantized_format(type);
   if (format.parts == 2) return quantize_a<64, 2>(source, type, panels, first, last, memory);
   if (format.group == 64) return quantize_a<64, 1>(source, type, panels, first, last, memory);

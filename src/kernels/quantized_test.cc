@@ -71,6 +71,20 @@ Sum product(const std::vector<double>& a, const QuantizedView& b, int64_t n) {
   return sum;
 }
 
+// Rows that are quantized beforehand give the same bits.
+void expect_same_of_quantized_rows(GemmProblem problem, PanelType type, ThreadPool& pool) {
+  const int64_t size = problem.c.rows * problem.c.cols;
+  std::vector<uint32_t> rows(static_cast<size_t>(problem.a.rows * a_row_units(type, problem.a.cols)) + 1);
+  quantize_rows(problem.a, type, rows.data(), pool);
+  const auto* const expected = static_cast<const float*>(problem.c.data);
+  std::vector<float> out(static_cast<size_t>(size) + 1);
+  problem.a.data = nullptr;
+  problem.quantized_a = rows.data();
+  problem.c.data = out.data();
+  gemm(problem, pool);
+  for (int64_t i = 0; i < size; ++i) ASSERT_EQ(out[i], expected[i]) << i;
+}
+
 struct Case {
   PanelType type;
   int64_t M, N, K;
@@ -97,6 +111,7 @@ void check(const Case& c, ThreadPool& pool) {
   problem.gated = c.gated;
   problem.activation = c.gated ? Activation::kRelu : Activation::kNone;
   gemm(problem, pool);
+  expect_same_of_quantized_rows(problem, c.type, pool);
   const double u = kUnitRoundoff, steps = 6.0 * static_cast<double>(groups_of(c.type, c.K)) + 2;
   for (int64_t m = 0; m < c.M; ++m) {
     const std::vector<double> row = rounded_row(a.data() + gather[m] * c.K, c.K, c.type);

@@ -45,11 +45,25 @@ const float* SelfAttention::forward(const LayerWeights& w, int64_t layer, const 
   return heads_THd_.as<float>();
 }
 
+// What queries, keys and values are all made of is quantized once for them, where that is worth a step of its own.
+const uint32_t* SelfAttention::quantized_input(const LayerWeights& w, const ConstMatrix& input_TD) {
+  constexpr int64_t kLeastTokens = 32;
+  const PanelType type = w.q.weight_NK.type();
+  const bool alike = w.k.weight_NK.type() == type && w.v.weight_NK.type() == type;
+  if (!is_quantized(type) || !alike || input_TD.rows < kLeastTokens) return nullptr;
+  quantized_TD_.reserve(static_cast<size_t>(input_TD.rows * a_row_units(type, input_TD.cols)) * sizeof(uint32_t));
+  quantize_rows(input_TD, type, quantized_TD_.as<uint32_t>(), pool_);
+  return quantized_TD_.as<uint32_t>();
+}
+
 void SelfAttention::project(const LayerWeights& w, const float* normed_TD, int64_t T) {
   const int64_t Hd = config_.num_heads * config_.head_dim, Gd = config_.num_kv_heads * config_.head_dim;
   float *q = q_THd_.as<float>(), *k = k_TGd_.as<float>(), *v = v_TGd_.as<float>();
+  const ConstMatrix input_TD = row_major(normed_TD, T, config_.hidden_size);
+  const uint32_t* const quantized_TD = quantized_input(w, input_TD);
   const auto product = [&](const LinearWeights& linear, float* out, int64_t columns) {
-    return GemmProblem{.a = row_major(normed_TD, T, config_.hidden_size),
+    return GemmProblem{.a = input_TD,
+                       .quantized_a = quantized_TD,
                        .packed_b = &linear.weight_NK,
                        .c = row_major(out, T, columns),
                        .bias_N = linear.bias()};

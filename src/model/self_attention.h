@@ -22,11 +22,12 @@ class SelfAttention {
 
  private:
   void reserve(int64_t T);
+  const uint32_t* quantized_input(const LayerWeights& w, const ConstMatrix& input_TD);
   void project(const LayerWeights& w, const float* normed_TD, int64_t T);
 
   const ModelConfig& config_;
   ThreadPool& pool_;
-  AlignedBuffer q_THd_, k_TGd_, v_TGd_, heads_THd_;
+  AlignedBuffer quantized_TD_, q_THd_, k_TGd_, v_TGd_, heads_THd_;
 };
 
 }  // namespace coterie

@@ -39,12 +39,19 @@ std::vector<GemmProblem> problems_of_experts(const Dispatch& dispatch, const Fil
   return problems;
 }
 
-void forward(const ExpertShape& shape, const ExpertWeights& w, const Dispatch& dispatch, const ConstMatrix& x_TD,
+// What the up products gather rows of: numbers, or the same quantized.
+struct Input {
+  ConstMatrix x_TD;
+  const uint32_t* quantized_TD = nullptr;
+};
+
+void forward(const ExpertShape& shape, const ExpertWeights& w, const Dispatch& dispatch, const Input& input,
              const Matrix& out_TD, const Matrix& inner_RF, const Matrix& slopes_RU, float* down_RD, ThreadPool& pool,
              bool accumulate) {
   const int64_t D = shape.hidden_size, F = shape.intermediate_size, U = shape.up_rows();
   const auto up = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
-    p.a = x_TD;
+    p.a = input.x_TD;
+    p.quantized_a = input.quantized_TD;
     p.gather_M = dispatch.token_R.data() + first;
     p.num_gathered = count;
     set_b(p, w.up_E, w.up_EUD, w.dtype, e, U, D);
@@ -69,22 +76,33 @@ void forward(const ExpertShape& shape, const ExpertWeights& w, const Dispatch& d
   if (!direct) combine(dispatch, down_RD, /*unweighted=*/false, out_TD, pool, accumulate);
 }
 
-// Rows that several experts take are rounded to what the products are of once, not by each of them.
-bool worth_rounding(const ExpertWeights& weights, const Dispatch& dispatch, const ConstMatrix& x_TD) {
-  constexpr int64_t kLeastTokens = 32;
-  const bool many = dispatch.num_tokens >= kLeastTokens && dispatch.num_rows() >= 2 * dispatch.num_tokens;
-  const PackedMatrix* const packed = weights.down_E;
-  const bool in_bf16 = packed ? packed->type() == PanelType::kBF16 : weights.dtype == DType::kBF16;
-  return many && x_TD.dtype == DType::kF32 && x_TD.col_stride == 1 && in_bf16;
+PanelType type_of_up(const ExpertWeights& weights) {
+  return weights.up_E ? weights.up_E->type() : panel_type(weights.dtype);
 }
 
-ConstMatrix rounded_to_bf16(const ConstMatrix& x_TD, uint16_t* memory, ThreadPool& pool) {
+// Rows that several experts take are rounded to what the products are of once, not by each of them. Of a row: units of
+// memory that it takes then, or 0 where it stays as it is.
+int64_t rounded_units(const ExpertWeights& weights, const Dispatch& dispatch, const ConstMatrix& x_TD) {
+  constexpr int64_t kLeastTokens = 32;
+  const bool many = dispatch.num_tokens >= kLeastTokens && dispatch.num_rows() >= 2 * dispatch.num_tokens;
+  if (!many || x_TD.col_stride != 1) return 0;
+  const PanelType type = type_of_up(weights);
+  if (is_quantized(type)) return a_row_units(type, x_TD.cols);
+  return type == PanelType::kBF16 && x_TD.dtype == DType::kF32 ? units_of(type, x_TD.cols) : 0;
+}
+
+Input rounded(const ConstMatrix& x_TD, PanelType type, uint32_t* memory, ThreadPool& pool) {
+  if (is_quantized(type)) {
+    quantize_rows(x_TD, type, memory, pool);
+    return {x_TD, memory};
+  }
   const auto* const x = static_cast<const float*>(x_TD.data);
+  auto* const halves = reinterpret_cast<uint16_t*>(memory);
   const int64_t D = x_TD.cols;
   parallel_rows(x_TD.rows, D, pool, [&](int64_t t) {
-    active_kernels().convert_row(x + t * x_TD.row_stride, DType::kF32, memory + t * D, DType::kBF16, D);
+    active_kernels().convert_row(x + t * x_TD.row_stride, DType::kF32, halves + t * D, DType::kBF16, D);
   });
-  return row_major(static_cast<const void*>(memory), DType::kBF16, x_TD.rows, D);
+  return {row_major(static_cast<const void*>(halves), DType::kBF16, x_TD.rows, D)};
 }
 
 Workspace& forward_workspace() {
@@ -124,11 +142,11 @@ void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, con
   // The down product packs its input as the weights' type: keeping it in that type loses nothing.
   const DType dtype = weights.dtype;
   const size_t inner_bytes = static_cast<size_t>(R * F) * dtype_size(dtype);
-  const auto input_size = static_cast<size_t>(worth_rounding(weights, dispatch, x_TD) ? x_TD.rows * D : 0);
+  const auto rounded_size = static_cast<size_t>(x_TD.rows * rounded_units(weights, dispatch, x_TD));
   Workspace& workspace = forward_workspace();
   workspace.reserve((context ? 0 : Workspace::padded(inner_bytes)) +
                     Workspace::padded(static_cast<size_t>(R * D) * sizeof(float)) +
-                    Workspace::padded(input_size * sizeof(uint16_t)));
+                    Workspace::padded(rounded_size * sizeof(uint32_t)));
   Matrix inner_RF = row_major(context ? nullptr : workspace.take<char>(inner_bytes), dtype, R, F), slopes_RU;
   if (context) {
     context->inner_RF.reserve(inner_bytes);
@@ -137,9 +155,9 @@ void experts_forward(const ExpertShape& shape, const ExpertWeights& weights, con
     slopes_RU = row_major(context->slopes_RU.data(), dtype, R, U);
   }
   float* down_RD = workspace.take<float>(static_cast<size_t>(R * D));
-  const ConstMatrix input_TD =
-      input_size > 0 ? rounded_to_bf16(x_TD, workspace.take<uint16_t>(input_size), pool) : x_TD;
-  forward(shape, weights, dispatch, input_TD, out_TD, inner_RF, slopes_RU, down_RD, pool, accumulate);
+  const Input input =
+      rounded_size > 0 ? rounded(x_TD, type_of_up(weights), workspace.take<uint32_t>(rounded_size), pool) : Input{x_TD};
+  forward(shape, weights, dispatch, input, out_TD, inner_RF, slopes_RU, down_RD, pool, accumulate);
 }
 
 }  // namespace coterie
