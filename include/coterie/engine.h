@@ -40,7 +40,7 @@ struct EngineOptions {
   std::string kv_cache_dtype = "auto";    // "fp32", "bf16", "int8"; "auto": int8 where attention's weights are in few
                                           // bits and not latent, else bf16, beside fp32 fp32
   int64_t block_size = 64;                // tokens of a block of the cache, which requests share as a whole: a multiple
-                                          // of 16, at most 1024. Large blocks are read faster
+                                          // of 16, at most 1024. Attention reads 64 at a time
   int64_t num_kv_blocks = 0;              // blocks of the cache; 0: by kv_cache_bytes
   int64_t kv_cache_bytes = 0;             // taken as it is needed, for 4096 tokens (at most 256 MiB) at once; 0: a
                                           // quarter of the memory that the process may use, at most what max_num_seqs

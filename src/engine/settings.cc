@@ -29,7 +29,7 @@ int64_t at_least(const char* field, int64_t value, int64_t least) {
 }
 
 int64_t block_size(int64_t wanted) {
-  constexpr int64_t kUnit = 16, kMost = 1024;  // rows that attention reads together; more is no faster
+  constexpr int64_t kUnit = 16, kMost = 1024;  // rows that attention reads together; larger blocks share less
   if (wanted > 0 && wanted <= kMost && wanted % kUnit == 0) return wanted;
   throw InvalidArgument("block_size: " + std::to_string(wanted) + " is not a multiple of " + std::to_string(kUnit) +
                         " up to " + std::to_string(kMost));
