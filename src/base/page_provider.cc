@@ -30,11 +30,6 @@ void PageProvider::provide(std::span<std::byte> memory) {
   changed_.notify_all();
 }
 
-void PageProvider::wait() {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return pieces_.empty(); });
-}
-
 void PageProvider::pause() {
   const std::lock_guard lock(mutex_);
   paused_ = true;
@@ -65,7 +60,6 @@ void PageProvider::work() {
     provide_pages(piece.data(), piece.size());
     lock.lock();
     pieces_.pop_front();
-    if (pieces_.empty()) changed_.notify_all();
   }
 }
 

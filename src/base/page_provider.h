@@ -21,7 +21,6 @@ class PageProvider {
 
   // In the order of the calls. The memory must outlive the provider, but may be used at once.
   void provide(std::span<std::byte> memory);
-  void wait();  // for all of it, while not paused
   // In the first moment, and until resume() was called and nothing came for a moment, no page is provided (but for a
   // piece that was begun): even a thread that others may displace at once takes time from threads that wait for each
   // other.

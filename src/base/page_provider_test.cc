@@ -9,54 +9,75 @@
 #include <thread>
 #include <vector>
 
-#include "base/memory.h"
-
 namespace coterie {
 namespace {
 
+// That nobody has touched: what malloc gives may have been used before.
+struct FreshMemory {
+  size_t size;
+  char* data;
+
+  explicit FreshMemory(size_t bytes)
+      : size(bytes),
+        data(static_cast<char*>(
+            mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, /*fd=*/-1, 0))) {}
+  ~FreshMemory() { munmap(data, size); }
+  FreshMemory(const FreshMemory&) = delete;
+  FreshMemory& operator=(const FreshMemory&) = delete;
+
+  std::span<std::byte> bytes() { return {reinterpret_cast<std::byte*>(data), size}; }
+  bool is_resident() const {
+    std::vector<unsigned char> pages(size / static_cast<size_t>(sysconf(_SC_PAGESIZE)));
+    return mincore(data, size, pages.data()) == 0 &&
+           std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return (page & 1) != 0; });
+  }
+  bool becomes_resident() const {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    while (!is_resident() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    return is_resident();
+  }
+};
+
 constexpr size_t kBytes = (size_t{4} << 20) + 8192;  // not a whole number of pieces
 
-bool is_resident(AlignedBuffer& buffer) {
-  std::vector<unsigned char> pages(buffer.size() / static_cast<size_t>(sysconf(_SC_PAGESIZE)));
-  return mincore(buffer.data(), buffer.size(), pages.data()) == 0 &&
-         std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return (page & 1) != 0; });
+bool has_hint() {
+  const FreshMemory memory(kBytes);
+  return madvise(memory.data, kBytes, MADV_POPULATE_WRITE) == 0;
 }
 
-std::span<std::byte> all_of(AlignedBuffer& buffer) { return {buffer.as<std::byte>(), buffer.size()}; }
-
 TEST(PageProvider, ProvidesAllAndKeepsWhatIsWrittenMeanwhile) {
-  AlignedBuffer probe(kBytes), first(kBytes), second(kBytes);
-  if (madvise(probe.data(), kBytes, MADV_POPULATE_WRITE) != 0) GTEST_SKIP() << "the system has no such hint";
-  ASSERT_FALSE(is_resident(first));
+  if (!has_hint()) GTEST_SKIP() << "the system cannot be asked for pages";
+  FreshMemory first(kBytes), second(kBytes);
+  ASSERT_FALSE(first.is_resident());
   PageProvider provider;
-  provider.wait();  // for nothing
-  provider.provide(all_of(first));
-  provider.provide(all_of(second));
-  second.as<char>()[5000] = 7;
-  provider.wait();
-  EXPECT_TRUE(is_resident(first) && is_resident(second));
-  EXPECT_EQ(second.as<char>()[5000], 7);
+  provider.provide(first.bytes());
+  provider.provide(second.bytes());
+  second.data[5000] = 7;
+  EXPECT_TRUE(first.becomes_resident() && second.becomes_resident());
+  EXPECT_EQ(second.data[5000], 7);
 }
 
 TEST(PageProvider, RestsWhilePaused) {
-  AlignedBuffer buffer(kBytes);
+  if (!has_hint()) GTEST_SKIP() << "the system cannot be asked for pages";
+  FreshMemory memory(kBytes);
   PageProvider provider;
+  const auto rest = [] { std::this_thread::sleep_for(std::chrono::milliseconds(50)); };
   provider.pause();
-  provider.provide(all_of(buffer));
-  std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  EXPECT_FALSE(is_resident(buffer));
+  provider.provide(memory.bytes());
+  rest();
+  EXPECT_FALSE(memory.is_resident());
   provider.resume();
   provider.pause();  // within a moment
-  std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  EXPECT_FALSE(is_resident(buffer));
+  rest();
+  EXPECT_FALSE(memory.is_resident());
   provider.resume();
-  provider.wait();
+  EXPECT_TRUE(memory.becomes_resident());
 }
 
 TEST(PageProvider, StopsWithWorkLeft) {
-  AlignedBuffer buffer(size_t{64} << 20);
+  FreshMemory memory(size_t{64} << 20);
   PageProvider provider;
-  provider.provide(all_of(buffer));
+  provider.provide(memory.bytes());
 }
 
 }  // namespace

@@ -470,7 +470,8 @@ void append_kv(std::span<const AttentionChunk> chunks, const float* k_TGd, const
     const AttentionChunk& chunk = chunks[static_cast<size_t>(index)];
     const int64_t t = token - (ends[static_cast<size_t>(index)] - chunk.T);
     const int64_t position = chunk.S - chunk.T + t, row = chunk.first_row + t;
-    append_token(chunk.kv, shape, position, k_TGd + row * G * d, values_TGv + row * G * v);
+    const float* const values = chunk.kv.has_values ? values_TGv + row * G * v : nullptr;
+    append_token(chunk.kv, shape, position, k_TGd + row * G * d, values);
   });
 }
 

@@ -52,6 +52,7 @@ void forward(const ExpertShape& shape, const ExpertWeights& w, const Dispatch& d
   const auto up = problems_of_experts(dispatch, [&](GemmProblem& p, int64_t e, int64_t first, int64_t count) {
     p.a = input.x_TD;
     p.quantized_a = input.quantized_TD;
+    COTERIE_CHECK(!input.quantized_TD || w.up_E[e].type() == w.up_E->type(), "experts are of several types");
     p.gather_M = dispatch.token_R.data() + first;
     p.num_gathered = count;
     set_b(p, w.up_E, w.up_EUD, w.dtype, e, U, D);
@@ -83,8 +84,7 @@ PanelType type_of_up(const ExpertWeights& weights) {
 // Rows that several experts take are rounded to what the products are of once, not by each of them. Of a row: units of
 // memory that it takes then, or 0 where it stays as it is.
 int64_t rounded_units(const ExpertWeights& weights, const Dispatch& dispatch, const ConstMatrix& x_TD) {
-  constexpr int64_t kLeastTokens = 32;
-  const bool many = dispatch.num_tokens >= kLeastTokens && dispatch.num_rows() >= 2 * dispatch.num_tokens;
+  const bool many = dispatch.num_tokens >= kLeastRowsRounded && dispatch.num_rows() >= 2 * dispatch.num_tokens;
   if (!many || x_TD.col_stride != 1) return 0;
   const PanelType type = type_of_up(weights);
   if (is_quantized(type)) return a_row_units(type, x_TD.cols);
