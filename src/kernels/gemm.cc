@@ -107,12 +107,32 @@ void compute_compact_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_
   }
 }
 
+// One panel of A with panels [first_b, last_b) of B, straight into C; all their columns are there.
+void compute_rows(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
+                  const uint32_t* b_panels, Turn turn) {
+  const KernelTable& kernels = *plan.b.kernels;
+  const int rows = plan.rows.rows(pa);
+  const auto multiply = kernels.multiply_into_rows[index_of(plan.b.type)][rows - 1];
+  const Matrix c = plan.problem->c.row_range(plan.rows.first_row(pa), rows);
+  const auto size = static_cast<int64_t>(dtype_size(c.dtype));
+  const float* const bias_N = plan.problem->bias_N;
+  for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += plan.b.panel_units()) {
+    const int64_t column = pb * plan.b.width();
+    const Ahead ahead = ahead_of(plan, turn, last_b - first_b, 0, kernels.panel_columns(), rows, b_panels);
+    multiply(plan.units, a_panel, b_panels, ahead,
+             {static_cast<char*>(c.data) + column * size, c.row_stride * size, bias_N ? bias_N + column : nullptr,
+              plan.stream});
+  }
+}
+
 // One panel of A with panels [first_b, last_b) of B. Where K is long, a slice of it at a time, so that the panel of A
 // stays in the L1 cache; sums wait in fp32, which changes no bit of them.
 void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
                    const uint32_t* b_panels, Turn turn = {}) {
   if (is_quantized(plan.b.type)) return compute_quantized_tiles(plan, pa, first_b, last_b, a_panel, b_panels, turn);
   if (plan.b.compact) return compute_compact_tiles(plan, pa, first_b, last_b, a_panel, b_panels, turn);
+  const bool all_columns = last_b * plan.b.width() <= plan.problem->c.cols;
+  if (plan.into_rows && all_columns) return compute_rows(plan, pa, first_b, last_b, a_panel, b_panels, turn);
   constexpr int64_t kTile = kMaxPanelRows * kMaxPanelColumns;
   alignas(64) float tiles[kMostGroupB * kTile];
   const KernelTable& kernels = *plan.b.kernels;

@@ -61,6 +61,7 @@ struct Plan {
   int64_t block_P, block_Q;  // panels of a task
   int64_t first_task, num_tasks;
   bool stream;                   // C past the caches
+  bool into_rows;                // sums become C without a tile between
   bool own_a, own_b;             // tasks pack the operand themselves
   InPlace in_place;              // few rows of A: they are packed beforehand, and B is read where it lies
   uint32_t* a_panels = nullptr;  // all of A, unless own_a

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -23,6 +24,18 @@
 
 namespace coterie {
 namespace {
+
+// Results lie at cache lines, as those of tensors do.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t /*n*/) { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+};
+template <typename T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 // A matrix of random numbers with its own memory, in any layout.
 struct Storage {
@@ -76,8 +89,9 @@ struct Fixture {
   std::mt19937 random{42};
   Storage a, b;
   std::vector<int32_t> rows, columns;
-  std::vector<float> bias, c_floats, slopes;
-  std::vector<BFloat16> c_halves;
+  std::vector<float> bias, slopes;
+  LineVector<float> c_floats;
+  LineVector<BFloat16> c_halves;
   GemmProblem problem;
   PackedMatrix packed;
 
@@ -119,7 +133,7 @@ void check(const Case& c, ThreadPool& pool) {
   Fixture fixture(c);
   std::vector<double> expected(static_cast<size_t>(c.M * c.N)), absolute(expected.size());
   reference::gemm(fixture.problem, expected.data(), absolute.data());
-  const std::vector<float> untouched = fixture.c_floats;
+  const LineVector<float> untouched = fixture.c_floats;
   if (c.packed) fixture.pack(pool);
   gemm(fixture.problem, pool);
   for (int64_t m = 0; m < c.M; ++m) {
@@ -144,8 +158,10 @@ TEST(Gemm, ShapesOfAllTypes) {
   for_each_isa([&] {
     for (DType type : {DType::kF32, DType::kBF16}) {
       for (int64_t M : kSizes) {
-        for (int64_t N : {0, 1, 5, 16, 33, 70}) {
-          for (int64_t K : kSizes) check({.M = M, .N = N, .K = K, .a = type, .b = type}, pool);
+        for (int64_t N : {0, 1, 5, 16, 33, 64, 70}) {
+          for (int64_t K : kSizes) {
+            for (DType c : {DType::kF32, type}) check({.M = M, .N = N, .K = K, .a = type, .b = type, .c = c}, pool);
+          }
         }
       }
     }
@@ -173,14 +189,32 @@ TEST(Gemm, LayoutsAndConversions) {
   });
 }
 
-// Above 32 MiB results go past the caches, where their rows begin at a vector of memory and where they don't.
+// Above 8 MiB results go past the caches, where their rows begin at a vector of memory and where they don't; straight
+// from registers and by way of an epilogue.
 TEST(Gemm, LargeResults) {
   NativeThreadPool pool(2);
-  for (DType c : {DType::kF32, DType::kBF16}) {
-    const DType b = c;
-    const int64_t M = c == DType::kF32 ? 4200 : 8400;
-    for (int64_t N : {2048, 2051}) check({.M = M, .N = N, .K = 3, .b = b, .c = c}, pool);
-  }
+  for_each_isa([&] {
+    for (DType c : {DType::kF32, DType::kBF16}) {
+      const int64_t M = c == DType::kF32 ? 1100 : 2200;
+      for (int64_t N : {2048, 2051}) {
+        for (Activation activation : {Activation::kNone, Activation::kRelu}) {
+          check({.M = M, .N = N, .K = 3, .b = c, .c = c, .activation = activation}, pool);
+        }
+      }
+    }
+  });
+}
+
+// Just below and just above the K from which sums take the way by a tile.
+TEST(Gemm, SumsOfShortAndOfLongRows) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (DType type : {DType::kF32, DType::kBF16}) {
+      for (int64_t K : {383, 384, 385, 767, 768, 769}) {
+        check({.M = 25, .N = 96, .K = K, .a = type, .b = type, .c = type, .bias = true}, pool);
+      }
+    }
+  });
 }
 
 TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
@@ -212,7 +246,7 @@ TEST(Gemm, RowsHaveTheSameBitsAloneAndInABatch) {
       const Case c = {.M = 200, .N = 100, .K = 301, .a = type, .b = type};
       Fixture batch(c);
       gemm(batch.problem, one);
-      const std::vector<float> expected = batch.c_floats;
+      const LineVector<float> expected = batch.c_floats;
       gemm(batch.problem, two);
       ASSERT_EQ(batch.c_floats, expected);
       batch.pack(three);

@@ -208,6 +208,14 @@ struct QuantizedRow {
   float* workspace = nullptr;  // [2 * groups]
 };
 
+// A part of C that receives a tile of sums as they are or with bias, in the panels' type. All columns are there.
+struct PlainRows {
+  void* start = nullptr;
+  int64_t stride_bytes = 0;
+  const float* bias = nullptr;  // of the first column, or null
+  bool stream = false;          // past the caches
+};
+
 struct KernelTable {
   std::string_view name;
   int width;                    // floats in a vector
@@ -243,6 +251,9 @@ struct KernelTable {
   // kMaxPanelRows rows.
   void (*multiply[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile,
                                      bool add);
+  // The same, with all of K, straight into C. Null where sums don't end in registers.
+  void (*multiply_into_rows[2][kMaxPanelRows])(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead,
+                                               const PlainRows& out);
   // tile[rows][2 * width] = A panel * compact panel of B, over all of K; [rows - 1]. The same bits as with the plain
   // one.
   void (*multiply_compact[kMaxPanelRows])(const CompactPanel& shape, const uint32_t* a, const uint32_t* compact,

@@ -9,11 +9,11 @@
 #include "kernels/pack_quantized.inl"
 #include "kernels/compact_reader.inl"
 #include "kernels/compact.inl"
+#include "kernels/store_tile.inl"
 #include "kernels/multiply.inl"
 #include "kernels/multiply_compact.inl"
 #include "kernels/multiply_quantized.inl"
 #include "kernels/multiply_in_place.inl"
-#include "kernels/store_tile.inl"
 #include "kernels/activation_rows.inl"
 #include "kernels/attend.inl"
 #include "kernels/causal_rows.inl"
@@ -29,8 +29,8 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.slice_units[0] = table.slice_units[1] = std::numeric_limits<int64_t>::max();
   table.pack_a = pack_a;
   table.pack_b = pack_b;
-  fill_multiply<false>(table.multiply[0], std::make_integer_sequence<int, kPanelRowsF32>());
-  fill_multiply<true>(table.multiply[1], std::make_integer_sequence<int, kPanelRowsBf16>());
+  fill_multiply<false>(table, std::make_integer_sequence<int, kPanelRowsF32>());
+  fill_multiply<true>(table, std::make_integer_sequence<int, kPanelRowsBf16>());
   fill_compact(table, std::make_integer_sequence<int, kPanelRowsBf16>());
   table.compact_pays = kVectorBytes == 64;
   table.compact_panel = compact_panel;

@@ -246,6 +246,7 @@ namespace {
 template <int... kIndex>
 void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
   ((table.multiply[1][kIndex] = multiply_tiles<kIndex + 1>), ...);
+  ((table.multiply_into_rows[1][kIndex] = nullptr), ...);
   ((table.multiply_compact[kIndex] = multiply_compact_tiles<kIndex + 1>), ...);
   ((table.multiply_along_n[1][kIndex] = multiply_tiles_along_n<kIndex + 1>), ...);
 }

@@ -39,16 +39,10 @@ COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const ui
   });
 }
 
+// A part of K, added to the sums.
 template <bool kBf16, int kRows>
-void multiply(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile, bool add) {
-  VF sums[kRows][2] = {};
-  if (add) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      sums[i][0] = load(tile + i * 2 * kWidth);
-      sums[i][1] = load(tile + i * 2 * kWidth + kWidth);
-    }
-  }
+COTERIE_INLINE void multiply_units(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead,
+                                   VF (&sums)[kRows][2]) {
   for (; units >= kChunkUnits; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * 2 * kWidth) {
 #pragma GCC unroll 16  // a tenth faster than a loop
     for (int64_t u = 0; u < kChunkUnits; ++u, ahead.start += ahead.step) {
@@ -59,6 +53,19 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, 
   for (int64_t u = 0; u < units; ++u, ahead.start += ahead.step) {
     multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, nullptr, sums);
   }
+}
+
+template <bool kBf16, int kRows>
+void multiply(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile, bool add) {
+  VF sums[kRows][2] = {};
+  if (add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      sums[i][0] = load(tile + i * 2 * kWidth);
+      sums[i][1] = load(tile + i * 2 * kWidth + kWidth);
+    }
+  }
+  multiply_units<kBf16>(units, a, b, ahead, sums);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     store(tile + i * 2 * kWidth, sums[i][0]);
@@ -66,11 +73,29 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, 
   }
 }
 
+template <bool kBf16, int kRows>
+void multiply_into_rows(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, const PlainRows& out) {
+  using Memory = RowMemory<kBf16, 2>;
+  VF sums[kRows][2] = {};
+  multiply_units<kBf16>(units, a, b, ahead, sums);
+  if (out.bias) {
+    const VF bias0 = load(out.bias), bias1 = load(out.bias + kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      sums[i][0] += bias0;
+      sums[i][1] += bias1;
+    }
+  }
+  char* row = static_cast<char*>(out.start);
+  const bool stream = out.stream && Memory::streams(row, out.stride_bytes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i, row += out.stride_bytes) Memory{row, 0}.put(sums[i], stream);
+}
+
 template <bool kBf16, int... kIndex>
-constexpr void fill_multiply(void (*(&functions)[kMaxPanelRows])(int64_t, const uint32_t*, const uint32_t*, Ahead,
-                                                                 float*, bool),
-                             std::integer_sequence<int, kIndex...>) {
-  ((functions[kIndex] = multiply<kBf16, kIndex + 1>), ...);
+constexpr void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
+  ((table.multiply[kBf16][kIndex] = multiply<kBf16, kIndex + 1>), ...);
+  ((table.multiply_into_rows[kBf16][kIndex] = multiply_into_rows<kBf16, kIndex + 1>), ...);
 }
 
 // As many independent sums as the largest tile has: enough to hide the latency.

@@ -65,17 +65,18 @@ Gradients backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::
                        const OptionalTensor& bias, Wanted wanted) {
   const at::Tensor grad_TN = rows_of(grad_y), x_TD = rows_of(x);
   const at::Tensor grad_x = gradient_of(x, wanted[0]), grad_weight = gradient_of(weight, wanted[1]);
+  std::vector<GemmProblem> problems;
   if (wanted[0]) {
-    gemm({.a = const_matrix(grad_TN), .b = const_matrix(weight).transposed(), .c = matrix(rows_of(grad_x))},
-         torch_pool());
+    problems.push_back(
+        {.a = const_matrix(grad_TN), .b = const_matrix(weight).transposed(), .c = matrix(rows_of(grad_x))});
   }
   if (wanted[1]) {
-    gemm({.a = const_matrix(grad_TN).transposed(),
-          .b = const_matrix(x_TD).transposed(),
-          .panels = dtype_of(weight),
-          .c = matrix(grad_weight)},
-         torch_pool());
+    problems.push_back({.a = const_matrix(grad_TN).transposed(),
+                        .b = const_matrix(x_TD).transposed(),
+                        .panels = dtype_of(weight),
+                        .c = matrix(grad_weight)});
   }
+  grouped_gemm(problems, torch_pool());
   return {grad_x, grad_weight,
           wanted[2] ? grad_TN.sum(0, false, at::kFloat).to(bias->scalar_type()) : at::empty({0}, weight.options())};
 }
