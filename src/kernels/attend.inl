@@ -92,6 +92,31 @@ COTERIE_INLINE auto dot_rows(const uint32_t* q, const typename Units::Element* k
   return sum_each(sums);
 }
 
+// The same of two queries, for which every key is read once: half of the keys at a time.
+template <typename Units>
+COTERIE_INLINE void dot_rows(const uint32_t* q0, const uint32_t* q1, const typename Units::Element* keys, int64_t d,
+                             typename Units::Sum (&dots)[2]) {
+  constexpr int kHalf = kWidth / 2;
+  for (auto& dot : dots) {
+    typename Units::Sum sums[kWidth] = {};
+    const typename Units::Element* row = keys;
+    for (int64_t i = 0; i < d; i += Units::kHeld * kWidth, row += Units::kHeld * kWidth) {
+      const VU part0 = load_units(q0 + i / Units::kHeld), part1 = load_units(q1 + i / Units::kHeld);
+#pragma GCC unroll 8
+      for (int r = 0; r < kHalf; ++r) {
+        const VU key = Units::along(row + r * d);
+        sums[r] = Units::multiply_add(part0, key, sums[r]);
+        sums[kHalf + r] = Units::multiply_add(part1, key, sums[kHalf + r]);
+      }
+    }
+    dot = sum_each(sums);
+    keys += kHalf * d;
+  }
+  const typename Units::Sum first = shuffle<LowBlocks<kHalf>>(dots[0], dots[1]);
+  dots[1] = shuffle<HighBlocks<kHalf>>(dots[0], dots[1]);
+  dots[0] = first;
+}
+
 // The same sums of keys that are columns of a panel, in the same order: those of units lane, lane + kStep, ...
 template <typename Units, int kQueries, int kStep = 1>
 COTERIE_INLINE void dot_columns(const uint32_t* q, const uint32_t* keys, int64_t units, int lane,
@@ -158,7 +183,7 @@ struct QueryTile {
   COTERIE_INLINE void ask_for_rows(const AttendStep::Coming& coming, int64_t j, int64_t count) const {
     const char* const rows = coming_rows(coming, j);
     if (!rows) return;
-    for (int64_t i = 0; i < count * coming.row_bytes; i += 64) __builtin_prefetch(rows + i, /*rw=*/0, /*locality=*/0);
+    for (int64_t i = 0; i < count * coming.row_bytes; i += 64) ask_for_once(rows + i);
   }
   COTERIE_INLINE const char* coming_rows(const AttendStep::Coming& coming, int64_t j) const {
     if (!coming.groups || !coming.groups[j / kGroupRows] || first > 0) return nullptr;
@@ -166,7 +191,7 @@ struct QueryTile {
   }
   COTERIE_INLINE void ask_for_factors(const AttendStep::Coming& coming, int64_t j) const {
     if (!coming.factors || !coming.factors[j / kGroupRows] || first > 0) return;
-    __builtin_prefetch(coming.factors[j / kGroupRows] + j % kGroupRows, /*rw=*/0, /*locality=*/0);
+    ask_for_once(coming.factors[j / kGroupRows] + j % kGroupRows);
   }
 
   // scores[j] = scale * q . keys[j] (times what q and the key are multiplied with), -infinity where the query does not
@@ -197,7 +222,15 @@ struct QueryTile {
     const uint32_t* const q = step.q + first * query_units();
     if constexpr (kInPlace) {
       const Element* const keys = static_cast<const Element*>(step.keys[j / kGroupRows]) + j % kGroupRows * step.d;
-      for (int t = 0; t < kQueries; ++t) dots[t] = dot_rows<Units>(q + t * query_units(), keys, step.d);
+      const int64_t units = query_units();
+      int t = 0;
+      for (; t + 2 <= kQueries; t += 2) {
+        Sum two[2];
+        dot_rows<Units>(q + t * units, q + (t + 1) * units, keys, step.d, two);
+        dots[t] = two[0];
+        dots[t + 1] = two[1];
+      }
+      if (t < kQueries) dots[t] = dot_rows<Units>(q + t * units, keys, step.d);
     } else {
       for (Sum& dot : dots) dot = Sum{};
       const uint32_t* const keys = step.key_panels + j / kPanelWidth * step.key_panel_units + j % kPanelWidth;
@@ -343,7 +376,12 @@ void attend_tiles(const AttendStep& step) {
   for (; first + kTileQueries <= last; first += kTileQueries) {
     QueryTile<Units, kInPlace, kTileQueries>(step, first).attend();
   }
-  for (; first < last; ++first) QueryTile<Units, kInPlace, 1>(step, first).attend();
+  // The last ones, fewer than a tile.
+  if (first + 1 == last) return QueryTile<Units, kInPlace, 1>(step, first).attend();
+  if constexpr (kTileQueries == 4) {
+    if (first + 2 == last) return QueryTile<Units, kInPlace, 2>(step, first).attend();
+    if (first + 3 == last) return QueryTile<Units, kInPlace, 3>(step, first).attend();
+  }
 }
 
 template <typename Units>

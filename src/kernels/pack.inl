@@ -133,7 +133,7 @@ COTERIE_INLINE void pack_panels_along_rows(const PackSource& s, int64_t units, i
   for (int64_t u = 0; u < units; ++u) {
     for (int64_t k = u * kPerUnit + ahead; k < (u + 1) * kPerUnit + ahead && k < s.cols; ++k) {
       const char* const coming = element(s, first_row, k);
-      for (int64_t i = 0; i < piece; i += 64) __builtin_prefetch(coming + i);
+      for (int64_t i = 0; i < piece; i += 64) ask_for(coming + i);
     }
     const char* low = element(s, first_row, kPerUnit * u);
     const char* high = kPanelBf16 && 2 * u + 1 < s.cols ? element(s, first_row, 2 * u + 1) : nullptr;
