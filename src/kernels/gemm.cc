@@ -120,8 +120,8 @@ void compute_rows(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b,
     const int64_t column = pb * plan.b.width();
     const Ahead ahead = ahead_of(plan, turn, last_b - first_b, 0, kernels.panel_columns(), rows, b_panels);
     multiply(plan.units, a_panel, b_panels, ahead,
-             {static_cast<char*>(c.data) + column * size, c.row_stride * size, bias_N ? bias_N + column : nullptr,
-              plan.stream});
+             {static_cast<char*>(c.data) + column * size, c.row_stride * size, c.dtype,
+              bias_N ? bias_N + column : nullptr, plan.stream});
   }
 }
 

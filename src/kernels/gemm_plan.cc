@@ -33,9 +33,6 @@ constexpr double kUnitCost = 8;
 // A group's results above this size are written past the caches: nobody finds them there later, and a line
 // that is not owned yet would be read before it is written.
 constexpr int64_t kStreamBytes = 8 << 20;
-// With at most so many units of K, sums that become C as they are go there straight from registers. With more it would
-// save nothing, and costs some percent as measured.
-constexpr int64_t kMostUnitsIntoRows = 384;
 
 PackSource pack_source(const ConstMatrix& m, int64_t rows, int64_t cols, const int32_t* gather_rows,
                        const int32_t* gather_cols) {
@@ -75,7 +72,8 @@ InPlace in_place(const GemmProblem& p, PanelType type, const KernelTable& kernel
 bool goes_into_rows(const GemmProblem& p, const PanelsB& b, int64_t units) {
   if (is_quantized(b.type) || b.compact || units > kMostUnitsIntoRows) return false;
   const bool as_they_are = p.activation == Activation::kNone && !p.gated && !p.accumulate && !p.slopes.data;
-  return as_they_are && panel_type(p.c.dtype) == b.type && b.kernels->multiply_into_rows[index_of(b.type)][0];
+  const bool same_type = p.c.dtype == DType::kF32 || panel_type(p.c.dtype) == b.type;
+  return as_they_are && same_type && b.kernels->multiply_into_rows[index_of(b.type)][0];
 }
 
 Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b_bytes) {

@@ -208,13 +208,19 @@ struct QuantizedRow {
   float* workspace = nullptr;  // [2 * groups]
 };
 
-// A part of C that receives a tile of sums as they are or with bias, in the panels' type. All columns are there.
+// A part of C that receives a tile of sums as they are or with bias, in fp32 or the panels' type. All columns are
+// there.
 struct PlainRows {
   void* start = nullptr;
   int64_t stride_bytes = 0;
+  DType dtype = DType::kF32;
   const float* bias = nullptr;  // of the first column, or null
   bool stream = false;          // past the caches
 };
+
+// With at most so many units of K, sums that become C as they are go there straight from registers. With more it would
+// save nothing, and costs some percent as measured.
+inline constexpr int64_t kMostUnitsIntoRows = 384;
 
 struct KernelTable {
   std::string_view name;

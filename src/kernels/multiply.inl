@@ -74,8 +74,16 @@ void multiply(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, 
 }
 
 template <bool kBf16, int kRows>
-void multiply_into_rows(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, const PlainRows& out) {
+COTERIE_INLINE void put_rows(const VF (&sums)[kRows][2], const PlainRows& out) {
   using Memory = RowMemory<kBf16, 2>;
+  char* row = static_cast<char*>(out.start);
+  const bool stream = out.stream && Memory::streams(row, out.stride_bytes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i, row += out.stride_bytes) Memory{row, 0}.put(sums[i], stream);
+}
+
+template <bool kBf16, int kRows>
+void multiply_into_rows(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, const PlainRows& out) {
   VF sums[kRows][2] = {};
   multiply_units<kBf16>(units, a, b, ahead, sums);
   if (out.bias) {
@@ -86,10 +94,10 @@ void multiply_into_rows(int64_t units, const uint32_t* a, const uint32_t* b, Ahe
       sums[i][1] += bias1;
     }
   }
-  char* row = static_cast<char*>(out.start);
-  const bool stream = out.stream && Memory::streams(row, out.stride_bytes);
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i, row += out.stride_bytes) Memory{row, 0}.put(sums[i], stream);
+  if constexpr (kBf16) {
+    if (out.dtype == DType::kBF16) return put_rows<true>(sums, out);
+  }
+  put_rows<false>(sums, out);
 }
 
 template <bool kBf16, int... kIndex>
