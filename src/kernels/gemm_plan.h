@@ -7,6 +7,9 @@
 // An operand that is not in panels yet is packed where it costs least: by the task that uses it, straight
 // into the cache, when no other task needs the same part; else beforehand, once for all tasks. With few rows of
 // A, B is not packed at all but read where it lies (multiply_in_place.inl), by tasks that take all rows of A.
+//
+// Sums become a part of C by way of a tile and its epilogue; those of short K that C takes as they are, or with bias,
+// straight from registers.
 #pragma once
 
 #include <cstdint>
