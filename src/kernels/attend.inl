@@ -376,10 +376,12 @@ void attend_tiles(const AttendStep& step) {
   for (; first + kTileQueries <= last; first += kTileQueries) {
     QueryTile<Units, kInPlace, kTileQueries>(step, first).attend();
   }
-  // The last ones, fewer than a tile.
+  // The last ones, fewer than a tile, which has at most four.
   if (first + 1 == last) return QueryTile<Units, kInPlace, 1>(step, first).attend();
-  if constexpr (kTileQueries == 4) {
+  if constexpr (kTileQueries > 2) {
     if (first + 2 == last) return QueryTile<Units, kInPlace, 2>(step, first).attend();
+  }
+  if constexpr (kTileQueries > 3) {
     if (first + 3 == last) return QueryTile<Units, kInPlace, 3>(step, first).attend();
   }
 }

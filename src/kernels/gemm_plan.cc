@@ -33,6 +33,9 @@ constexpr double kUnitCost = 8;
 // A group's results above this size are written past the caches: nobody finds them there later, and a line
 // that is not owned yet would be read before it is written.
 constexpr int64_t kStreamBytes = 8 << 20;
+// With at most so many units of K, sums that become C as they are go there straight from registers. With more it would
+// save nothing, and costs some percent as measured.
+constexpr int64_t kMostUnitsIntoRows = 384;
 
 PackSource pack_source(const ConstMatrix& m, int64_t rows, int64_t cols, const int32_t* gather_rows,
                        const int32_t* gather_cols) {

@@ -218,10 +218,6 @@ struct PlainRows {
   bool stream = false;          // past the caches
 };
 
-// With at most so many units of K, sums that become C as they are go there straight from registers. With more it would
-// save nothing, and costs some percent as measured.
-inline constexpr int64_t kMostUnitsIntoRows = 384;
-
 struct KernelTable {
   std::string_view name;
   int width;                    // floats in a vector
