@@ -48,7 +48,6 @@ void grouped_gemm(std::span<const GemmProblem> problems, ThreadPool& pool);
 
 // The rows of a, whose K is contiguous, as products with B of a quantized type take them: for rows that take part in
 // several. Memory of a.rows * a_row_units(type, a.cols) units.
-inline constexpr int64_t kLeastRowsRounded = 32;  // for a pass of its own to pay
 void quantize_rows(const ConstMatrix& a, PanelType type, uint32_t* rows, ThreadPool& pool);
 
 inline void gemm(const GemmProblem& problem, ThreadPool& pool) { grouped_gemm({&problem, 1}, pool); }

@@ -45,11 +45,11 @@ const float* SelfAttention::forward(const LayerWeights& w, int64_t layer, const 
   return heads_THd_.as<float>();
 }
 
-// What queries, keys and values are all made of is quantized once for them, where that is worth a step of its own.
+// What queries, keys and values are all made of is quantized once for them.
 const uint32_t* SelfAttention::quantized_input(const LayerWeights& w, const ConstMatrix& input_TD) {
   const PanelType type = w.q.weight_NK.type();
   const bool alike = w.k.weight_NK.type() == type && w.v.weight_NK.type() == type;
-  if (!is_quantized(type) || !alike || input_TD.rows < kLeastRowsRounded) return nullptr;
+  if (!is_quantized(type) || !alike) return nullptr;
   quantized_TD_.reserve(static_cast<size_t>(input_TD.rows * a_row_units(type, input_TD.cols)) * sizeof(uint32_t));
   quantize_rows(input_TD, type, quantized_TD_.as<uint32_t>(), pool_);
   return quantized_TD_.as<uint32_t>();

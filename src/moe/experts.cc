@@ -81,14 +81,17 @@ PanelType type_of_up(const ExpertWeights& weights) {
   return weights.up_E ? weights.up_E->type() : panel_type(weights.dtype);
 }
 
+// Converting so few rows to bf16 by each expert costs less than a pass of its own; quantizing even one does not.
+constexpr int64_t kLeastRowsRounded = 32;
+
 // Rows that several experts take are rounded to what the products are of once, not by each of them. Of a row: units of
 // memory that it takes then, or 0 where it stays as it is.
 int64_t rounded_units(const ExpertWeights& weights, const Dispatch& dispatch, const ConstMatrix& x_TD) {
-  const bool many = dispatch.num_tokens >= kLeastRowsRounded && dispatch.num_rows() >= 2 * dispatch.num_tokens;
-  if (!many || x_TD.col_stride != 1) return 0;
+  if (dispatch.num_rows() < 2 * dispatch.num_tokens || x_TD.col_stride != 1) return 0;
   const PanelType type = type_of_up(weights);
   if (is_quantized(type)) return a_row_units(type, x_TD.cols);
-  return type == PanelType::kBF16 && x_TD.dtype == DType::kF32 ? units_of(type, x_TD.cols) : 0;
+  const bool converted = type == PanelType::kBF16 && x_TD.dtype == DType::kF32;
+  return converted && x_TD.rows >= kLeastRowsRounded ? units_of(type, x_TD.cols) : 0;
 }
 
 Input rounded(const ConstMatrix& x_TD, PanelType type, uint32_t* memory, ThreadPool& pool) {
