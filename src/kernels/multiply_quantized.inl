@@ -21,6 +21,11 @@ COTERIE_INLINE void load_codes(const uint32_t* b, VU (&codes)[2][2]) {
   }
 }
 
+// With AVX-512 and one line of A a load of codes of 8 bits comes with so few other instructions that the processor runs
+// further ahead of what it waits for than prefetches would, and these only take the loads' places.
+template <PanelType kType, int kLines>
+constexpr bool kAsksForCodes = kVectorBytes < 64 || kLines > 1 || quantized_format(kType).bits < 8;
+
 // dots += `units` units of one chunk of A, a multiple of 2. What lies `ahead` bytes behind is asked for.
 template <PanelType kType, int kLines>
 COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t ahead, int64_t units,
@@ -38,6 +43,7 @@ COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t
       const uint32_t ai = a[row * kChunkUnits + u + half];
       dots[row][0] = multiply_add_bytes(codes[half][0], ai, dots[row][0]);
       dots[row][1] = multiply_add_bytes(codes[half][1], ai, dots[row][1]);
+      if constexpr (!kAsksForCodes<kType, kLines>) continue;
       for (; line < kPairLines * (i + 1) / (2 * kLines); ++line) ask_behind(dots[row][1], coming + 64 * line);
     }
   }
@@ -155,7 +161,9 @@ void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, int64_t
         b += (end - u) * kUnitOfB;
       }
     }
-    ask_behind(dots[0][0], reinterpret_cast<const char*>(b) + ahead);  // scales, too
+    if constexpr (kAsksForCodes<kType, kLines>) {
+      ask_behind(dots[0][0], reinterpret_cast<const char*>(b) + ahead);  // scales, too
+    }
     add_group<kType>(factors, b, dots, sums);
     b += kWidth;
     factors.words += 2 * kRows;
