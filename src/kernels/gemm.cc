@@ -74,7 +74,8 @@ void compute_quantized_tiles(const Plan& plan, int64_t pa, int64_t first_b, int6
   const KernelTable& kernels = *plan.b.kernels;
   const int rows = plan.rows.rows(pa);
   const auto multiply = kernels.multiply_quantized[index_of(plan.b.type) - kFirstQuantized][rows - 1];
-  int64_t ahead = turn.index == 0 ? bytes_ahead(rows * quantized_format(plan.b.type).parts) : 0;
+  const QuantizedFormat format = quantized_format(plan.b.type);
+  int64_t ahead = turn.index == 0 ? bytes_ahead(format.bits, rows * format.parts) : 0;
   if (turn.more && turn.index > 0 && turn.index + 1 == turn.of) ahead = (last_b - first_b) * plan.b.panel_units() * 4;
   for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += plan.b.panel_units()) {
     multiply(plan.a.cols, a_panel, b_panels, ahead, tile);

@@ -194,8 +194,8 @@ constexpr int64_t units_ahead(int rows, bool compact = false) {
   if (compact) return rows < 8 ? 96 : 128;
   return rows == 1 ? 32 : rows <= 8 ? 64 : 96;
 }
-// The same of quantized panels, in bytes, for so many lines of codes of A.
-constexpr int64_t bytes_ahead(int lines) { return std::min(3072 + 1024 * lines, 12288); }
+// The same of quantized panels, in bytes, for so many lines of codes of A beside codes of so many bits.
+constexpr int64_t bytes_ahead(int bits, int lines) { return std::min((bits < 8 ? 5120 : 3072) + 1024 * lines, 12288); }
 inline Ahead ahead_in_panel(const uint32_t* b, int64_t row, int64_t units) { return {b + units * row, row}; }
 
 // Where a row of weights goes, as in QuantizedView: scales, or the others.

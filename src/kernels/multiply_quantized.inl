@@ -168,6 +168,9 @@ void multiply_quantized(int64_t K, const uint32_t* a, const uint32_t* b, int64_t
     b += kWidth;
     factors.words += 2 * kRows;
   }
+  if constexpr (kFormat.stored_minimum) {
+    for (int v = 0; v < 2; ++v) ask_for(reinterpret_cast<const char*>(b + v * kWidth) + ahead);
+  }
   sums.finish(kFormat.stored_minimum ? reinterpret_cast<const float*>(b) : nullptr);
 }
 
