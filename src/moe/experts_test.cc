@@ -16,6 +16,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/quantized.h"
 #include "kernels/reference.h"
 #include "kernels/test_support.h"
 #include "moe/router.h"
@@ -310,6 +311,57 @@ TEST(Experts, ThreadsAndPackingDoNotChangeBits) {
       experts_forward(PackedExperts(f.shape, f.weights, two), f.dispatch, f.x_TD(),
                       row_major(packed_out.data(), c.x, c.T, c.D), two);
       ASSERT_EQ(packed_out.doubles(), out);
+    }
+  });
+}
+
+// Panels of every expert's up and down matrices; quantized unless the type is bf16.
+PackedExperts packed_as(PanelType type, const ExpertShape& shape, Tensor& up, Tensor& down, ThreadPool& pool) {
+  PackedExperts packed;
+  packed.shape = shape;
+  const auto pack = [&](Tensor& weights, int64_t e, int64_t rows, int64_t cols, bool gated) {
+    const ConstMatrix all =
+        row_major(static_cast<const void*>(weights.data()), weights.dtype, shape.num_experts * rows, cols);
+    const ConstMatrix b = all.row_range(e * rows, rows);
+    if (!is_quantized(type)) return PackedMatrix({.type = type, .rows = rows, .cols = cols, .gated = gated}, b, pool);
+    return PackedMatrix(QuantizedMatrix(b, type, pool).view(), pool, gated);
+  };
+  for (int64_t e = 0; e < shape.num_experts; ++e) {
+    packed.up_E.push_back(pack(up, e, shape.up_rows(), shape.hidden_size, shape.gated));
+    packed.down_E.push_back(pack(down, e, shape.hidden_size, shape.intermediate_size, false));
+  }
+  return packed;
+}
+
+// A token with two experts is rounded before the products, once; with one, by its product.
+TEST(Experts, RowsRoundedOnceForSeveralExpertsHaveTheSameBits) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (PanelType type :
+         {PanelType::kBF16, PanelType::kInt8, PanelType::kInt8A16, PanelType::kInt4, PanelType::kInt4Group64}) {
+      for (int64_t T : {1, 5, 40}) {
+        Fixture f({.T = T, .D = 72, .F = 40, .E = 5});
+        const PackedExperts packed = packed_as(type, f.shape, f.up, f.down, pool);
+        std::vector<int32_t> both_TK, one_T[2];
+        std::vector<float> weights_TK[2], weights_T = random_floats(T, f.random);
+        for (int32_t t = 0; t < T; ++t) {
+          for (int32_t k = 0; k < 2; ++k) {
+            one_T[k].push_back((3 * t + 2 * k) % 5);
+            both_TK.push_back(one_T[k].back());
+            for (int32_t other = 0; other < 2; ++other) weights_TK[other].push_back(k == other ? weights_T[t] : 0.0f);
+          }
+        }
+        const auto forward = [&](const std::vector<int32_t>& ids, const std::vector<float>& weights, int64_t top_k) {
+          std::vector<float> out_TD(T * f.c.D);
+          experts_forward(packed, make_dispatch(ids.data(), weights.data(), T, top_k, f.c.E), f.x_TD(),
+                          row_major(out_TD.data(), T, f.c.D), pool);
+          return out_TD;
+        };
+        for (int k : {0, 1}) {
+          ASSERT_EQ(forward(both_TK, weights_TK[k], 2), forward(one_T[k], weights_T, 1))
+              << "type " << index_of(type) << ", " << T << " tokens, choice " << k;
+        }
+      }
     }
   });
 }
