@@ -26,6 +26,17 @@ COTERIE_INLINE void load_codes(const uint32_t* b, VU (&codes)[2][2]) {
 template <PanelType kType, int kLines>
 constexpr bool kAsksForCodes = kVectorBytes < 64 || kLines > 1 || quantized_format(kType).bits < 8;
 
+// Panels that meet a single panel of A, as all do that meet so few lines (gemm_plan.h), are read once: they leave the
+// L2 cache to what is read again.
+template <int kLines>
+COTERIE_INLINE void ask_for_codes(VI& dots, const char* p) {
+  if constexpr (kLines >= 2 && kLines <= 5) {
+    ask_once_behind(dots, p);
+  } else {
+    ask_behind(dots, p);
+  }
+}
+
 // dots += `units` units of one chunk of A, a multiple of 2. What lies `ahead` bytes behind is asked for.
 template <PanelType kType, int kLines>
 COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t ahead, int64_t units,
@@ -44,7 +55,9 @@ COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t
       dots[row][0] = multiply_add_bytes(codes[half][0], ai, dots[row][0]);
       dots[row][1] = multiply_add_bytes(codes[half][1], ai, dots[row][1]);
       if constexpr (!kAsksForCodes<kType, kLines>) continue;
-      for (; line < kPairLines * (i + 1) / (2 * kLines); ++line) ask_behind(dots[row][1], coming + 64 * line);
+      for (; line < kPairLines * (i + 1) / (2 * kLines); ++line) {
+        ask_for_codes<kLines>(dots[row][1], coming + 64 * line);
+      }
     }
   }
 }

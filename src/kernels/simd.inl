@@ -42,6 +42,11 @@ template <typename V>
 COTERIE_INLINE void ask_behind(V& value, const void* p) {
   __asm__ volatile("prefetcht0 %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
 }
+// The same for what nobody reads a second time soon.
+template <typename V>
+COTERIE_INLINE void ask_once_behind(V& value, const void* p) {
+  __asm__ volatile("prefetchnta %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
+}
 // As far as into the L2 cache.
 template <typename V>
 COTERIE_INLINE void ask_into_L2_behind(V& value, const void* p) {
