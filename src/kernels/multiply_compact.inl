@@ -4,13 +4,14 @@
 template <int kRows>
 COTERIE_INLINE void multiply_pair(const uint32_t* a, const VU (&units)[2][2], Ahead& ahead, VF (&sums)[kRows][2]) {
   constexpr int kLines = (CompactReader::kPair + 15) / 16;
+  constexpr bool kOnce = is_only_panel(kRows, kPanelRowsBf16);
 #pragma GCC unroll 32
   for (int i = 0, line = 0; i < 2 * kRows; ++i) {
     const int u = i / kRows, row = i % kRows;
     const uint32_t ai = a[row * kChunkUnits + u];
     sums[row][0] = multiply_add<true>(ai, units[u][0], sums[row][0]);
     sums[row][1] = multiply_add<true>(ai, units[u][1], sums[row][1]);
-    for (; line < kLines * (i + 1) / (2 * kRows); ++line) ask_behind(sums[row][1], ahead.start + 16 * line);
+    for (; line < kLines * (i + 1) / (2 * kRows); ++line) ask_behind<kOnce>(sums[row][1], ahead.start + 16 * line);
   }
   ahead.start += 2 * ahead.step;
 }

@@ -26,23 +26,13 @@ COTERIE_INLINE void load_codes(const uint32_t* b, VU (&codes)[2][2]) {
 template <PanelType kType, int kLines>
 constexpr bool kAsksForCodes = kVectorBytes < 64 || kLines > 1 || quantized_format(kType).bits < 8;
 
-// Panels that meet a single panel of A, as all do that meet so few lines (gemm_plan.h), are read once: they leave the
-// L2 cache to what is read again.
-template <int kLines>
-COTERIE_INLINE void ask_for_codes(VI& dots, const char* p) {
-  if constexpr (kLines >= 2 && kLines <= 5) {
-    ask_once_behind(dots, p);
-  } else {
-    ask_behind(dots, p);
-  }
-}
-
 // dots += `units` units of one chunk of A, a multiple of 2. What lies `ahead` bytes behind is asked for.
 template <PanelType kType, int kLines>
 COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t ahead, int64_t units,
                                    VI (&dots)[kLines][2]) {
   constexpr int64_t kPairUnits = 2 * quantized_format(kType).bits / 8 * 2 * kWidth;  // of B
   constexpr int64_t kPairLines = (kPairUnits + 15) / 16;
+  constexpr bool kOnce = is_only_panel(kLines, kPanelRowsQuantized);
 #pragma GCC unroll 8
   for (int64_t u = 0; u < units; u += 2, b += kPairUnits) {
     VU codes[2][2];
@@ -56,7 +46,7 @@ COTERIE_INLINE void multiply_codes(const uint32_t* a, const uint32_t* b, int64_t
       dots[row][1] = multiply_add_bytes(codes[half][1], ai, dots[row][1]);
       if constexpr (!kAsksForCodes<kType, kLines>) continue;
       for (; line < kPairLines * (i + 1) / (2 * kLines); ++line) {
-        ask_for_codes<kLines>(dots[row][1], coming + 64 * line);
+        ask_behind<kOnce>(dots[row][1], coming + 64 * line);
       }
     }
   }

@@ -38,14 +38,14 @@ COTERIE_INLINE void ask_for_once(const void* p) {
 
 // Asks for the cache line of p, behind the computation of `value`. The compiler gathers the prefetches of an unrolled
 // loop at its beginning, where they wait for each other, and all that is loaded then waits for them.
-template <typename V>
+// kOnce: nobody reads it a second time soon, and it may leave the L2 cache to what is read again.
+template <bool kOnce = false, typename V>
 COTERIE_INLINE void ask_behind(V& value, const void* p) {
-  __asm__ volatile("prefetcht0 %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
-}
-// The same for what nobody reads a second time soon.
-template <typename V>
-COTERIE_INLINE void ask_once_behind(V& value, const void* p) {
-  __asm__ volatile("prefetchnta %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
+  if constexpr (kOnce) {
+    __asm__ volatile("prefetchnta %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
+  } else {
+    __asm__ volatile("prefetcht0 %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
+  }
 }
 // As far as into the L2 cache.
 template <typename V>
