@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/gemm_plan.h"
 #include "kernels/kernel_table.h"
 #include "kernels/reference.h"
 #include "kernels/test_support.h"
@@ -347,6 +348,18 @@ TEST(Gemm, GroupsOfUnequalProblems) {
     }
     grouped_gemm({}, pool);
   });
+}
+
+TEST(Gemm, PanelsOfFewRowsAreTheOnlyOnes) {
+  for (int most : {1, 2, 4, 6, 12, 32}) {
+    for (int64_t M = 1; M <= 6 * most; ++M) {
+      const RowPanels panels = {M, ceil_div(M, most)};
+      for (int64_t p = 0; p < panels.P; ++p) {
+        EXPECT_TRUE(panels.P == 1 || !is_only_panel(panels.rows(p), most)) << M << " rows, at most " << most;
+      }
+    }
+  }
+  EXPECT_TRUE(is_only_panel(5, 12));  // 13 rows are 7 and 6
 }
 
 TEST(Gemm, RejectsOurOwnMistakes) {

@@ -194,7 +194,7 @@ constexpr int64_t units_ahead(int rows, bool compact = false) {
   if (compact) return rows < 8 ? 96 : 128;
   return rows == 1 ? 32 : rows <= 8 ? 64 : 96;
 }
-// The same of quantized panels, in bytes, for so many lines of codes of A beside codes of so many bits.
+// The same of quantized panels, in bytes, for so many lines of codes of A beside codes of so many bits; as measured.
 constexpr int64_t bytes_ahead(int bits, int lines) { return std::min((bits < 8 ? 5120 : 3072) + 1024 * lines, 12288); }
 inline Ahead ahead_in_panel(const uint32_t* b, int64_t row, int64_t units) { return {b + units * row, row}; }
 
@@ -244,8 +244,8 @@ struct KernelTable {
   // Panels [first, last) of a quantized B.
   void (*pack_quantized_b)(const QuantizedView& b, int64_t N, bool gated, int64_t first, int64_t last,
                            uint32_t* memory);
-  // tile[rows][2 * width] = A panel * B panel, over all of K; [type - kFirstQuantized][rows - 1]. Asks for what lies
-  // `ahead` bytes behind what it reads of B.
+  // tile[rows][2 * width] = A panel * B panel, over all of K; [type - kFirstQuantized][rows - 1]. Where that pays, asks
+  // for what lies `ahead` bytes behind what it reads of B.
   void (*multiply_quantized[kPanelTypes - kFirstQuantized][kMaxPanelRows])(int64_t K, const uint32_t* a,
                                                                            const uint32_t* b, int64_t ahead,
                                                                            float* tile);
