@@ -34,7 +34,9 @@ void multiply_compact(const CompactPanel& shape, const uint32_t* a, const uint32
 #pragma GCC unroll 1
       for (int64_t u = 0; u < kChunkUnits && u < left; u += 2) {
         b.load_patched_pair(u, patch, units);
-        for (int64_t line = 0; line < CompactReader::kPair; line += 16) __builtin_prefetch(ahead.start + line);
+        for (int64_t line = 0; line < CompactReader::kPair; line += 16) {
+          ask_behind<is_only_panel(kRows, kPanelRowsBf16)>(units[0][0], ahead.start + line);
+        }
         ahead.start += 2 * ahead.step;
         multiply_unit<true>(a + u, units[0][0], units[0][1], sums);
         if (u + 1 < left) multiply_unit<true>(a + u + 1, units[1][0], units[1][1], sums);
