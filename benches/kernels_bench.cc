@@ -245,7 +245,7 @@ void BM_Attention(benchmark::State& state) {
   Tensor q(DType::kF32, T * H * d), out(DType::kF32, T * H * d);
   Tensor cache(type, blocks * kBlock * G * 2 * d);
   std::vector<void*> kv_blocks;
-  const int64_t block_bytes = G * KvHead(type, kBlock, d, d).size;
+  const int64_t block_bytes = KvBlock(type, kBlock, G, d, d).bytes();
   for (int64_t b = 0; b < blocks; ++b) kv_blocks.push_back(cache.memory.as<char>() + b * block_bytes);
   const AttentionShape shape = {.H = H, .G = G, .d = d, .v = d, .scale = 0.125f};
   const AttentionChunk chunk = {{kv_blocks.data(), type, kBlock}, 0, T, S};

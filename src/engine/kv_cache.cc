@@ -9,10 +9,9 @@
 namespace coterie {
 namespace {
 
-// Of one layer of a block. Begins where factors may lie, behind those of any other layer.
+// Of one layer of a block.
 int64_t bytes_of_layer(const ModelConfig& config, DType dtype, int64_t block_size) {
-  const KvHead head(dtype, block_size, config.cache_key_dim(), config.cache_value_dim());
-  return (config.cache_heads() * head.size + 3) / 4 * 4;
+  return KvBlock(dtype, block_size, config.cache_heads(), config.cache_key_dim(), config.cache_value_dim()).bytes();
 }
 
 int64_t dynamic_context(const RopeScaling& scaling) {

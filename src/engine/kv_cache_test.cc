@@ -16,7 +16,7 @@ constexpr int64_t kBlockSize = 16;
 TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
   const ModelConfig config = small_config();
   const int64_t layer_bytes =
-      config.num_kv_heads * KvHead(DType::kBF16, kBlockSize, config.head_dim, config.head_dim).size;
+      KvBlock(DType::kBF16, kBlockSize, config.num_kv_heads, config.head_dim, config.head_dim).bytes();
   KvCache cache(config, DType::kBF16, kBlockSize, 70);  // more than two slabs
   cache.provide_memory();
   std::vector<int32_t> blocks;

@@ -176,10 +176,10 @@ class HeadCache {
  public:
   HeadCache(const PagedKv& kv, const AttentionShape& shape, int64_t g)
       : blocks_(kv.blocks), block_size_(static_cast<uint64_t>(kv.block_size)) {
-    const KvHead head(kv.dtype, kv.block_size, shape.d, kv.has_values ? shape.v : 0);
-    const int64_t start = g * head.size, size = static_cast<int64_t>(dtype_size(kv.dtype));
-    keys_ = {start, start + head.key_factors, shape.d * size};
-    values_ = kv.has_values ? Rows{start + head.values, start + head.value_factors, shape.v * size} : keys_;
+    const KvBlock block(kv.dtype, kv.block_size, shape.G, shape.d, kv.has_values ? shape.v : 0);
+    const auto element = static_cast<int64_t>(dtype_size(kv.dtype));
+    keys_ = {block.keys(g), block.key_factors(g), shape.d * element};
+    values_ = kv.has_values ? Rows{block.values(g), block.value_factors(g), shape.v * element} : keys_;
   }
 
   CacheRow key(int64_t position) const { return row(keys_, position); }
@@ -449,13 +449,14 @@ void append_token(const PagedKv& kv, const AttentionShape& shape, int64_t positi
 
 }  // namespace
 
-KvHead::KvHead(DType dtype, int64_t block_size, int64_t d, int64_t v) {
+KvBlock::KvBlock(DType dtype, int64_t block_size, int64_t G, int64_t d, int64_t v) {
   const auto element = static_cast<int64_t>(dtype_size(dtype)), factor = static_cast<int64_t>(sizeof(float));
-  const int64_t factors = dtype == DType::kI8 ? block_size * factor : 0;
-  values = block_size * d * element;
-  key_factors = round_up(values + block_size * v * element, factor);
-  value_factors = key_factors + factors;
-  size = value_factors + (v > 0 ? factors : 0);
+  key_bytes_ = block_size * d * element;
+  head_bytes_ = key_bytes_ + block_size * v * element;
+  factor_bytes_ = dtype == DType::kI8 ? block_size * factor : 0;
+  head_factor_bytes_ = v > 0 ? 2 * factor_bytes_ : factor_bytes_;
+  first_factor_ = round_up(G * head_bytes_, factor);
+  bytes_ = first_factor_ + G * head_factor_bytes_;
 }
 
 void append_kv(std::span<const AttentionChunk> chunks, const float* k_TGd, const float* values_TGv,

@@ -12,7 +12,7 @@
 namespace coterie {
 
 // Keys and values of one layer of one sequence, of dtype kF32, kBF16 or kI8. Block b holds tokens
-// [b*block_size, (b+1)*block_size), one KV head (KvHead) behind the other.
+// [b*block_size, (b+1)*block_size) as KvBlock says.
 struct PagedKv {
   void* const* blocks = nullptr;
   DType dtype = DType::kF32;
@@ -20,13 +20,24 @@ struct PagedKv {
   bool has_values = true;  // else a token's values are the first v elements of its key, as in latent attention
 };
 
-// A head in a block: its keys [block_size, d], its values [block_size, v] (v = 0: none), and with kI8, from the next
-// multiple of 4 bytes on, the factors of the keys' rows and of the values', fp32 [block_size] each: an element is its
-// integer times its row's factor. What attention reads one after the other lies so. In bytes from the first key on.
-struct KvHead {
-  KvHead(DType dtype, int64_t block_size, int64_t d, int64_t v);
+// Where things lie in a block, in bytes. One KV head behind the other: its keys [block_size, d] and its values
+// [block_size, v] (v = 0: none), as attention reads them. With kI8, behind all heads, the factors of a head's rows of
+// keys and of values, fp32 [block_size] each, one head behind the other: an element is its integer times its row's
+// factor. (Between the heads they would break up what the processor takes for one long piece.)
+class KvBlock {
+ public:
+  KvBlock(DType dtype, int64_t block_size, int64_t G, int64_t d, int64_t v);
 
-  int64_t values, key_factors, value_factors, size;
+  int64_t keys(int64_t g) const { return g * head_bytes_; }
+  int64_t values(int64_t g) const { return g * head_bytes_ + key_bytes_; }
+  int64_t key_factors(int64_t g) const { return first_factor_ + g * head_factor_bytes_; }
+  int64_t value_factors(int64_t g) const { return key_factors(g) + factor_bytes_; }
+  int64_t bytes() const { return bytes_; }  // a multiple of 4
+
+ private:
+  int64_t key_bytes_, head_bytes_;
+  int64_t factor_bytes_, head_factor_bytes_, first_factor_;  // of keys; of keys and values; where they begin
+  int64_t bytes_;
 };
 
 // The new tokens of one sequence: rows [first_row, first_row + T) of what a call is given, the last T of S.

@@ -11,6 +11,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -49,10 +50,10 @@ struct Sequence {
       sinks_H = random_floats(s.H, random);
       shape.sinks_H = sinks_H.data();
     }
-    const int64_t bytes = s.G * KvHead(s.dtype, s.block_size, s.d, s.values_in_keys ? 0 : value_dim).size;
+    const int64_t bytes = KvBlock(s.dtype, s.block_size, s.G, s.d, s.values_in_keys ? 0 : value_dim).bytes();
     memory.resize(static_cast<size_t>((s.S + s.block_size - 1) / s.block_size));
     for (auto& block : memory) {
-      block.assign(static_cast<size_t>(bytes + 3) / 4, std::numeric_limits<float>::quiet_NaN());
+      block.assign(static_cast<size_t>(bytes) / 4, std::numeric_limits<float>::quiet_NaN());
       blocks.push_back(block.data());
     }
     kv = {blocks.data(), s.dtype, s.block_size, s.values_in_keys == 0};
@@ -222,6 +223,30 @@ TEST(Attention, SequencesInOneCallDoNotMatterToEachOther) {
       }
     }
   });
+}
+
+TEST(KvBlock, EveryByteBelongsToOnePart) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+    for (const auto& [block_size, G, d, v] : {std::array<int64_t, 4>{64, 16, 64, 64}, {3, 5, 7, 9}, {5, 1, 7, 0}}) {
+      const KvBlock block(dtype, block_size, G, d, v);
+      const auto element = static_cast<int64_t>(dtype_size(dtype));
+      const int64_t factors = dtype == DType::kI8 ? 4 * block_size : 0;
+      std::vector<int> owners(static_cast<size_t>(block.bytes()));
+      const auto own = [&](int64_t first, int64_t bytes) {
+        for (int64_t i = first; i < first + bytes; ++i) ++owners.at(static_cast<size_t>(i));
+      };
+      for (int64_t g = 0; g < G; ++g) {
+        own(block.keys(g), block_size * d * element);
+        own(block.values(g), block_size * v * element);
+        own(block.key_factors(g), factors);
+        if (v > 0) own(block.value_factors(g), factors);
+        EXPECT_EQ(block.key_factors(g) % 4, 0);
+      }
+      EXPECT_EQ(block.bytes() % 4, 0);
+      EXPECT_LE(*std::max_element(owners.begin(), owners.end()), 1);
+      EXPECT_LT(std::count(owners.begin(), owners.end(), 0), 4);  // before the factors, or at the end
+    }
+  }
 }
 
 TEST(Attention, NoTokensIsFine) {

@@ -12,14 +12,15 @@ double as_type(double value, DType dtype) {
 
 // Element i of a key or a value.
 double load_kv(const PagedKv& kv, const AttentionShape& shape, bool value, int64_t position, int64_t g, int64_t i) {
-  const KvHead head(kv.dtype, kv.block_size, shape.d, kv.has_values ? shape.v : 0);
-  const auto* const bytes = static_cast<const char*>(kv.blocks[position / kv.block_size]) + g * head.size;
+  const KvBlock block(kv.dtype, kv.block_size, shape.G, shape.d, kv.has_values ? shape.v : 0);
+  const auto* const bytes = static_cast<const char*>(kv.blocks[position / kv.block_size]);
   const bool own = value && kv.has_values;
   const int64_t row = position % kv.block_size;
-  const char* const rows = bytes + (own ? head.values : 0);
+  const char* const rows = bytes + (own ? block.values(g) : block.keys(g));
   const int64_t dim = own ? shape.v : shape.d;
   if (kv.dtype != DType::kI8) return load(row_major(static_cast<const void*>(rows), kv.dtype, row + 1, dim), row, i);
-  const auto* const factors = reinterpret_cast<const float*>(bytes + (own ? head.value_factors : head.key_factors));
+  const auto* const factors =
+      reinterpret_cast<const float*>(bytes + (own ? block.value_factors(g) : block.key_factors(g)));
   return static_cast<float>(reinterpret_cast<const int8_t*>(rows)[row * dim + i]) * factors[row];
 }
 
