@@ -1,4 +1,4 @@
-// Compact panels of bf16 made, and expanded. See panels.h.
+// Compact panels of bf16, made of plain ones. See panels.h.
 
 constexpr uint8_t kMostOffset = 7;  // from the base
 
@@ -74,12 +74,4 @@ bool compact_panel(const CompactPanel& shape, const uint32_t* panel, uint32_t* c
   }
   patches.begin_chunk(shape.chunks());
   return true;
-}
-
-void expand_panel(const CompactPanel& shape, const uint32_t* compact, uint32_t* panel) {
-  CompactReader reader(shape, compact);
-  for (int64_t chunk = 0; chunk < shape.chunks(); ++chunk, panel += kChunkUnits * CompactReader::kRow) {
-    reader.expand(panel);
-    reader.next_chunk();
-  }
 }

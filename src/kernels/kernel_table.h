@@ -236,9 +236,8 @@ struct KernelTable {
   // Whether products of compact panels are seldom slower. (With AVX2 they cost a seventh from 4 rows on, and with AMX
   // nobody has measured them.)
   bool compact_pays;
-  // A panel of B in bf16 made compact; false where it has too many patches. And one as it was, for tests.
+  // A panel of B in bf16 made compact; false where it has too many patches.
   bool (*compact_panel)(const CompactPanel& shape, const uint32_t* panel, uint32_t* compact);
-  void (*expand_panel)(const CompactPanel& shape, const uint32_t* compact, uint32_t* panel);
   // A row of weights to a quantized type, see quantized.h.
   void (*quantize_weights_row)(const void* row, DType dtype, int64_t K, PanelType type, const QuantizedRow& out);
   // Panels [first, last) of a quantized B.

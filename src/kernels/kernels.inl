@@ -34,7 +34,6 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   fill_compact(table, std::make_integer_sequence<int, kPanelRowsBf16>());
   table.compact_pays = kVectorBytes == 64;
   table.compact_panel = compact_panel;
-  table.expand_panel = expand_panel;
   table.quantize_weights_row = quantize_weights_row;
   table.pack_quantized_b = pack_quantized_b;
   fill_quantized<PanelType::kInt8>(table);
