@@ -7,7 +7,10 @@ of at most 6 such tensors on the way to a gradient (slopes, inner, gradient of i
 result), in the Frobenius norm since the factors between them are of order one.
 """
 
-from contextlib import nullcontext
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +278,30 @@ def test_packed_weights_refuse_a_bound_that_is_none(max_bytes: object) -> None:
             pass
     with functional.packed_weights(max_bytes=1 << 70):  # and the next block is none the worse
         pass
+
+
+@contextmanager
+def memory_for(more_bytes: int) -> Iterator[None]:
+    """The process gets no more than so many bytes beyond what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_weights_that_there_is_no_memory_to_pack_are_used_as_they_are() -> None:
+    x, weight = leaf(3, 2048, seed=1).detach(), leaf(8192, 2048, seed=2).detach()  # 64 MiB
+    expected = OPS.linear(x, weight)
+    with functional.packed_weights():
+        OPS.linear(x, weight)
+        with memory_for(32 << 20):
+            assert torch.equal(OPS.linear(x, weight), expected)
+            assert functional.packed_weight_bytes() == 0
+        assert torch.equal(OPS.linear(x, weight), expected)
+        assert functional.packed_weight_bytes() >= weight.nbytes
 
 
 def test_packed_weights_of_autocast_live_as_long_as_its_copies() -> None:
