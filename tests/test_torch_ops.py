@@ -7,10 +7,9 @@ of at most 6 such tensors on the way to a gradient (slopes, inner, gradient of i
 result), in the Frobenius norm since the factors between them are of order one.
 """
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -280,28 +279,31 @@ def test_packed_weights_refuse_a_bound_that_is_none(max_bytes: object) -> None:
         pass
 
 
-@contextmanager
-def memory_for(more_bytes: int) -> Iterator[None]:
-    """The process gets no more than so many bytes beyond what it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+SHORT_OF_MEMORY = """
+import resource, torch
+from coterie.torch import functional
+
+x, weight = torch.rand(3, 2048), torch.rand(8192, 2048)  # 64 MiB
+linear = torch.ops.coterie.linear
+expected = linear(x, weight)
+with functional.packed_weights():
+    linear(x, weight)
+    pages = int(open("/proc/self/statm").read().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20), limits[1]))
+    assert torch.equal(linear(x, weight), expected)
+    assert functional.packed_weight_bytes() == 0
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert torch.equal(linear(x, weight), expected)
+    assert functional.packed_weight_bytes() >= weight.nbytes
+"""
 
 
 def test_weights_that_there_is_no_memory_to_pack_are_used_as_they_are() -> None:
-    x, weight = leaf(3, 2048, seed=1).detach(), leaf(8192, 2048, seed=2).detach()  # 64 MiB
-    expected = OPS.linear(x, weight)
-    with functional.packed_weights():
-        OPS.linear(x, weight)
-        with memory_for(32 << 20):
-            assert torch.equal(OPS.linear(x, weight), expected)
-            assert functional.packed_weight_bytes() == 0
-        assert torch.equal(OPS.linear(x, weight), expected)
-        assert functional.packed_weight_bytes() >= weight.nbytes
+    """In a process of its own, whose heap holds nothing that was freed."""
+    run_python = [sys.executable, "-c", SHORT_OF_MEMORY]
+    result = subprocess.run(run_python, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_packed_weights_of_autocast_live_as_long_as_its_copies() -> None:
