@@ -138,6 +138,7 @@ struct RowPanels {
   int64_t first_row(int64_t p) const { return p * (M / P) + (p < M % P ? p : M % P); }
   int rows(int64_t p) const { return static_cast<int>(M / P + (p < M % P)); }
 };
+
 // Of panels with at most `most` rows, as few of them as that takes, one of so few is the only one: panels of B that it
 // meets are read once.
 constexpr bool is_only_panel(int rows, int most) { return rows < (most + 1) / 2; }
