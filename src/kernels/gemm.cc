@@ -147,7 +147,8 @@ void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b
     for (int64_t pb = first_b; pb < last_b; ++pb, b += plan.b.panel_units()) {
       float* const tile = tiles + (last && done == 0 ? 0 : (pb - first_b) * kTile);
       const Ahead ahead = ahead_of(plan, turn, last_b - first_b, done, kernels.panel_columns(), rows, b);
-      kernels.multiply[bf16][rows - 1](units, a_panel + done * rows, b, ahead, tile, done > 0);
+      const uint32_t* const a = a_panel + kernels.a_units(plan.b.type, done) * rows;
+      kernels.multiply[bf16][rows - 1](units, a, b, ahead, tile, done > 0);
       if (last) store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
     }
     done += units;
@@ -212,7 +213,8 @@ void multiply_group_along_n(const Plan& plan, int64_t first_b, int64_t last_b, u
       for (const void*& start : b.start) start = static_cast<const char*>(start) + k * b.stride_bytes;
       b.cols = std::min(bf16 ? 2 * units : units, b.cols - k);
       const int64_t part = (pb - first_b) * plan.b.panel_units() + u * plan.b.kernels->panel_columns();
-      multiply(b, units, plan.a_panels + u * rows, packed ? packed + part : nullptr, tiles + (pb - first_b) * kTile);
+      const uint32_t* const a = plan.a_panels + plan.b.kernels->a_units(plan.b.type, u) * rows;
+      multiply(b, units, a, packed ? packed + part : nullptr, tiles + (pb - first_b) * kTile);
     }
   }
   for (int64_t pb = first_b; pb < last_b; ++pb) store_tile(plan, 0, rows, pb, tiles + (pb - first_b) * kTile);

@@ -5,9 +5,10 @@
 // over all of K, and C is rounded once, at the end (denormals of bf16 may become zero). The order of accumulation
 // depends on K and the ISA alone, never on M, threads or neighbours: a row has the same bits alone and in a batch.
 //
-// With few rows of A, a B of that type is read once and where it lies: with contiguous rows up to 64 rows of A, with
-// contiguous columns up to 8 in fp32, or 16 in bf16 where a group's B fit into the caches. Otherwise B is packed into
-// panels on the way, which many rows of A pay for; or it comes packed.
+// With few rows of A, a B of that type is read once and where it lies: with contiguous rows up to 64 rows of A (in
+// bf16, where an ISA has no products of it, up to few_rows of the table), with contiguous columns up to 8 in fp32, or
+// 16 in bf16 where a group's B fit into the caches. Otherwise B is packed into panels on the way, which many rows of A
+// pay for; or it comes packed.
 #pragma once
 
 #include <cstdint>

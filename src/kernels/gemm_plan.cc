@@ -66,7 +66,7 @@ InPlace in_place(const GemmProblem& p, PanelType type, const KernelTable& kernel
   if (!p.b.data || panel_type(p.b.dtype) != type || p.b_gather_K) return InPlace::kNo;
   if (p.b.col_stride == 1) {
     if (p.c.rows <= kernels.few_rows[bf16]) return InPlace::kFewAlongK;
-    return p.c.rows <= kMostRowsAlongK ? InPlace::kAlongK : InPlace::kNo;
+    return p.c.rows <= kMostRowsAlongK && kernels.multiply_along_k[bf16] ? InPlace::kAlongK : InPlace::kNo;
   }
   const bool along_n = p.b.row_stride == 1 && p.c.rows <= kMostRowsAlongN[bf16];
   return along_n && (!bf16 || group_b_bytes <= kCachedBBytes) ? InPlace::kAlongN : InPlace::kNo;

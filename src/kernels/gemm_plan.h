@@ -71,13 +71,13 @@ struct Plan {
   const uint32_t* b_panels = nullptr;
 
   int64_t P() const { return rows.P; }
-  int64_t row_units() const { return a_row_units(b.type, a.cols); }  // of A, in panels
+  int64_t row_units() const { return b.kernels->a_row_units(b.type, a.cols); }  // of A, in panels
   int64_t a_units(int64_t first, int64_t last) const {
     return (rows.first_row(last) - rows.first_row(first)) * row_units();
   }
   bool in_strips() const { return in_place == InPlace::kAlongK; }
   int64_t strips() const { return ceil_div(rows.M, b.kernels->width); }
-  int64_t strip_units() const { return b.kernels->width * row_units(); }
+  int64_t strip_units() const { return b.kernels->width * a_row_units(b.type, a.cols); }
   int64_t all_a_units() const { return in_strips() ? strips() * strip_units() : rows.M * row_units(); }
   bool packs_b_before() const { return !problem->packed_b && !own_b && in_place == InPlace::kNo; }
   double cost(int64_t panels_a, int64_t panels_b) const;  // in multiply-adds

@@ -18,31 +18,37 @@ struct Implementation {
 };
 
 bool has_avx512() {
-  // AVX-512 without bf16 gains little over AVX2 and would need a fourth twin of the bf16 product.
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Intel's dot product of bf16 starts every other cycle on one of two units for products: half of what fp32 reaches.
+bool has_fast_avx512_bf16() { return has_avx512_bf16() && !__builtin_cpu_is("intel"); }
+bool has_slow_avx512_bf16() { return has_avx512_bf16() && !has_fast_avx512_bf16(); }
 bool has_amx() {
-  return has_avx512() && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && may_use_tiles();
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") &&
+         may_use_tiles();
 }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool always() { return true; }
 
 const Implementation kImplementations[] = {
-    {&kAmxKernels, has_amx},
-    {&kAvx512Kernels, has_avx512},
-    {&kAvx2Kernels, has_avx2},
-    {&kGenericKernels, always},
+    {&kAmxKernels, has_amx},       {&kAvx512Bf16Kernels, has_fast_avx512_bf16},
+    {&kAvx512Kernels, has_avx512}, {&kAvx512Bf16Kernels, has_slow_avx512_bf16},
+    {&kAvx2Kernels, has_avx2},     {&kGenericKernels, always},
 };
 
 const KernelTable* forced_kernels(std::string_view name) {
+  for (const KernelTable* table : supported_kernels()) {
+    if (table->name == name) return table;
+  }
   for (const Implementation& implementation : kImplementations) {
     if (implementation.table->name != name) continue;
-    if (implementation.runs_here()) return implementation.table;
     throw InvalidArgument("COTERIE_ISA: this CPU does not run '" + std::string(name) + "'");
   }
-  throw InvalidArgument("COTERIE_ISA: '" + std::string(name) + "' is not one of generic, avx2, avx512, amx");
+  throw InvalidArgument("COTERIE_ISA: '" + std::string(name) +
+                        "' is not one of generic, avx2, avx512, avx512_bf16, amx");
 }
 
 const KernelTable* choose_kernels() {

@@ -2,7 +2,7 @@
 // chosen. Every function runs on one thread, on raw pointers, allocates nothing and cannot fail; the
 // files beside this one check arguments, cut the work into tasks and call through the table.
 //
-// The best table that the CPU runs is chosen at first use. COTERIE_ISA=generic|avx2|avx512|amx forces one.
+// The best table that the CPU runs is chosen at first use. COTERIE_ISA=generic|avx2|avx512|avx512_bf16|amx forces one.
 #pragma once
 
 #include <algorithm>
@@ -226,6 +226,13 @@ struct KernelTable {
   int64_t slice_units[2];       // whole chunks of K at once, for which a panel of A stays in the L1 cache: fp32, bf16
   int panel_columns() const { return 2 * width; }
 
+  // Panels of A of bf16 products hold fp32: the ISA multiplies bf16 as that.
+  bool widens_bf16;
+  PanelType type_of_a(PanelType type) const { return widens_bf16 && type == PanelType::kBF16 ? PanelType::kF32 : type; }
+  // Units of a row of a panel of A: of all K, and beside so many of a panel of B.
+  int64_t a_row_units(PanelType type, int64_t K) const { return coterie::a_row_units(type_of_a(type), K); }
+  int64_t a_units(PanelType type, int64_t units) const { return type_of_a(type) == type ? units : 2 * units; }
+
   // Panels [first, last) of A as panels of `type`, one behind the other.
   // K must be contiguous for quantized types.
   void (*pack_a)(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
@@ -266,7 +273,8 @@ struct KernelTable {
   // strip. Packs strips [first, last) of the M rows.
   void (*pack_strips)(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last,
                       uint32_t* memory);
-  // tile[rows][2 * width] = one or two strips with `rows` rows, at most 2 * width, times the panel.
+  // tile[rows][2 * width] = one or two strips with `rows` rows, at most 2 * width, times the panel. [1] is null where
+  // bf16 is widened: of B, that costs more than to pack it.
   void (*multiply_along_k[2])(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile);
   // B in place with columns contiguous, all of them there: adds a part of K, whole chunks but for the end, to the sums
   // of `tile`, and asks for the next part. Unless `packed` is null, the part of the panel of B is left there.
@@ -337,7 +345,7 @@ class ScopedKernels {
   const KernelTable* previous_;
 };
 
-extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;
 
 bool may_use_tiles();  // asks the operating system for AMX
 

@@ -56,7 +56,8 @@ TEST(KernelTable, EnvironmentForcesTheIsa) {
     EXPECT_EQ(active_in_fresh_process(std::string(table->name)), table->name);
   }
   EXPECT_EQ(active_in_fresh_process("''"), supported_kernels().front()->name);
-  EXPECT_EQ(active_in_fresh_process("neon"), "COTERIE_ISA: 'neon' is not one of generic, avx2, avx512, amx");
+  EXPECT_EQ(active_in_fresh_process("neon"),
+            "COTERIE_ISA: 'neon' is not one of generic, avx2, avx512, avx512_bf16, amx");
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.panel_rows[0] = kPanelRowsF32;
   table.panel_rows[1] = kPanelRowsBf16;
   table.slice_units[0] = table.slice_units[1] = std::numeric_limits<int64_t>::max();
+  table.widens_bf16 = !kMultipliesBf16;
   table.pack_a = pack_a;
   table.pack_b = pack_b;
   fill_multiply<false>(table, std::make_integer_sequence<int, kPanelRowsF32>());
@@ -45,7 +46,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   fill_few<true>(table, std::make_integer_sequence<int, kFewRows>());
   table.pack_strips = pack_strips;
   table.multiply_along_k[0] = multiply_along_k<false>;
-  table.multiply_along_k[1] = multiply_along_k<true>;
+  if constexpr (kMultipliesBf16) table.multiply_along_k[1] = multiply_along_k<true>;
   fill_along_n<false>(table.multiply_along_n[0], std::make_integer_sequence<int, kPanelRowsF32>());
   fill_along_n<true>(table.multiply_along_n[1], std::make_integer_sequence<int, kPanelRowsBf16>());
   table.begin_products = table.end_products = [] {};
@@ -53,7 +54,7 @@ constexpr KernelTable make_kernel_table(std::string_view name) {
   table.register_peak[0] = register_peak<false>;
   table.register_peak[1] = register_peak<true>;
   table.register_peak_flops[0] = int64_t{kPeakSums} * kWidth * 2;
-  table.register_peak_flops[1] = int64_t{kPeakSums} * kWidth * 4;
+  table.register_peak_flops[1] = int64_t{kPeakSums} * kWidth * (kMultipliesBf16 ? 4 : 2);
   table.rms_norm_row = rms_norm_row;
   table.rms_norm_backward_row = rms_norm_backward_row;
   table.layer_norm_row = layer_norm_row;

@@ -268,8 +268,8 @@ KernelTable with_tiles(KernelTable table) {
 
 }  // namespace
 
-// kAvx512Kernels is a constant, there before any initialisation runs.
-const KernelTable kAmxKernels = with_tiles(kAvx512Kernels);
+// kAvx512Bf16Kernels is a constant, there before any initialisation runs.
+const KernelTable kAmxKernels = with_tiles(kAvx512Bf16Kernels);
 
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -16,8 +16,8 @@ namespace coterie {
 namespace {
 
 constexpr int kVectorBytes = 32;
-// 16 registers: 6 x 2 sums, a row of B and a broadcast (bf16: 4 x 2 sums and 4 halves of B).
-constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4, kPanelRowsQuantized = 4;
+// 16 registers: 6 x 2 sums, a row of B and a broadcast.
+constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 6, kPanelRowsQuantized = 4;
 
 #include "kernels/simd.inl"
 

@@ -13,8 +13,8 @@ namespace coterie {
 namespace {
 
 constexpr int kVectorBytes = 16;
-// 16 registers: 6 x 2 sums, a row of B, a broadcast and a product (bf16: 4 x 2 sums and 4 halves of B).
-constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 4, kPanelRowsQuantized = 4;
+// 16 registers: 6 x 2 sums, a row of B, a broadcast and a product.
+constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 6, kPanelRowsQuantized = 4;
 
 #include "kernels/simd.inl"
 

@@ -1,10 +1,30 @@
 // The micro-kernel: a panel of A (kRows rows) times a panel of B (two vectors of columns), all of K in
 // registers. Every sum is one chain over K in order, so a row's bits don't depend on its neighbours.
 
+// Steps that products with a unit of B take, of a unit of A each: where bf16 has no products, A is fp32 and the halves
+// of B take turns.
+template <bool kBf16>
+constexpr int kSteps = kBf16 && !kMultipliesBf16 ? 2 : 1;
+
+// A unit of B as step s multiplies it.
+template <bool kBf16>
+COTERIE_INLINE VU in_step(int s, VU unit) {
+  if constexpr (kSteps<kBf16> == 1) return unit;
+  return s == 0 ? unit << 16 : unit & 0xffff0000u;
+}
+
 template <bool kBf16>
 COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
-  if constexpr (kBf16) return multiply_add_bf16(broadcast_unit(a), b, acc);
+  if constexpr (kBf16 && kMultipliesBf16) return multiply_add_bf16(broadcast_unit(a), b, acc);
   return fma(broadcast(__builtin_bit_cast(float, a)), reinterpret_cast<VF>(b), acc);
+}
+
+// What meets unit u of B in a panel of A, and in the steps after the first what lies behind it; rows lie kChunkUnits
+// apart.
+template <bool kBf16, int kRows>
+COTERIE_INLINE const uint32_t* beside_unit(const uint32_t* a, int64_t u) {
+  const int64_t i = kSteps<kBf16> * u;
+  return a + i / kChunkUnits * kRows * kChunkUnits + i % kChunkUnits;
 }
 
 // Chunks of K that A is asked for in advance: it comes from memory where it is larger than the caches, and its lines
@@ -12,30 +32,39 @@ COTERIE_INLINE VF multiply_add(uint32_t a, VU b, VF acc) {
 constexpr int64_t kChunksAhead = 4;
 
 struct AskForNothing {
-  COTERIE_INLINE void operator()(int /*row*/, VF& /*sum*/) const {}
+  COTERIE_INLINE void operator()(int /*step*/, int /*row*/, VF& /*sum*/) const {}
 };
 
-// A unit of K: of the rows of A times that of two vectors of columns. Behind row i, ask(i, one of its sums).
+// A unit of K: of the rows of A times that of two vectors of columns. Behind row i of step s, ask(s, i, one of its
+// sums).
 template <bool kBf16, int kRows, typename Ask = AskForNothing>
 COTERIE_INLINE void multiply_unit(const uint32_t* a, VU b0, VU b1, VF (&sums)[kRows][2], const Ask& ask = {}) {
+#pragma GCC unroll 2
+  for (int s = 0; s < kSteps<kBf16>; ++s) {
+    const VU first = in_step<kBf16>(s, b0), second = in_step<kBf16>(s, b1);
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    const uint32_t ai = a[i * kChunkUnits];
-    sums[i][0] = multiply_add<kBf16>(ai, b0, sums[i][0]);
-    sums[i][1] = multiply_add<kBf16>(ai, b1, sums[i][1]);
-    ask(i, sums[i][1]);
+    for (int i = 0; i < kRows; ++i) {
+      const uint32_t ai = a[i * kChunkUnits + s];
+      sums[i][0] = multiply_add<kBf16>(ai, first, sums[i][0]);
+      sums[i][1] = multiply_add<kBf16>(ai, second, sums[i][1]);
+      ask(s, i, sums[i][1]);
+    }
   }
 }
 
-// The same of a panel of B, with what is asked for meanwhile. `coming_a`: null, or a line of A.
+// The same of a panel of B, with what is asked for meanwhile. `lines_of_a`: null, or how far on line 0 of A is that
+// comes, of which step s asks for line `first_line` + s where it is a row's.
 template <bool kBf16, int kRows>
-COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead, const uint32_t* coming_a,
-                                  VF (&sums)[kRows][2]) {
+COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead,
+                                  const uint32_t* lines_of_a, int64_t first_line, VF (&sums)[kRows][2]) {
+  constexpr int kMiddle = kSteps<kBf16> * kRows / 2;
   const VU b0 = load_units(b), b1 = load_units(b + kWidth);
-  multiply_unit<kBf16>(a, b0, b1, sums, [&](int i, VF& sum) {
-    if (i == 0) ask_behind(sum, ahead);
-    if (kVectorBytes == 64 && i == kRows / 2) ask_behind(sum, ahead + kWidth);
-    if (coming_a && i == kRows - 1) ask_behind(sum, coming_a);
+  multiply_unit<kBf16>(a, b0, b1, sums, [&](int s, int i, VF& sum) {
+    const int done = s * kRows + i;
+    const int64_t line = first_line + s;
+    if (done == 0) ask_behind(sum, ahead);
+    if (kVectorBytes == 64 && done == kMiddle) ask_behind(sum, ahead + kWidth);
+    if (lines_of_a && i == kRows - 1 && line < kRows) ask_behind(sum, lines_of_a + line * kChunkUnits);
   });
 }
 
@@ -43,15 +72,17 @@ COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const ui
 template <bool kBf16, int kRows>
 COTERIE_INLINE void multiply_units(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead,
                                    VF (&sums)[kRows][2]) {
-  for (; units >= kChunkUnits; units -= kChunkUnits, a += kRows * kChunkUnits, b += kChunkUnits * 2 * kWidth) {
+  constexpr int64_t kUnits = kChunkUnits / kSteps<kBf16>;  // beside a chunk of A
+  for (; units >= kUnits; units -= kUnits, a += kRows * kChunkUnits, b += kUnits * 2 * kWidth) {
+    const uint32_t* const coming_a = a + kChunksAhead * kRows * kChunkUnits;
 #pragma GCC unroll 16  // a tenth faster than a loop
-    for (int64_t u = 0; u < kChunkUnits; ++u, ahead.start += ahead.step) {
-      const uint32_t* const coming_a = u < kRows ? a + (kChunksAhead * kRows + u) * kChunkUnits : nullptr;
-      multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, coming_a, sums);
+    for (int64_t u = 0; u < kUnits; ++u, ahead.start += ahead.step) {
+      const int64_t step = kSteps<kBf16> * u;
+      multiply_step<kBf16, kRows>(a + step, b + u * 2 * kWidth, ahead.start, coming_a, step, sums);
     }
   }
   for (int64_t u = 0; u < units; ++u, ahead.start += ahead.step) {
-    multiply_step<kBf16, kRows>(a + u, b + u * 2 * kWidth, ahead.start, nullptr, sums);
+    multiply_step<kBf16, kRows>(a + kSteps<kBf16> * u, b + u * 2 * kWidth, ahead.start, nullptr, 0, sums);
   }
 }
 
@@ -121,7 +152,7 @@ float register_peak(int64_t steps) {
   for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 24
     for (VF& sum : sums) {
-      if constexpr (kBf16) {
+      if constexpr (kBf16 && kMultipliesBf16) {
         sum = multiply_add_bf16(a, b, sum);
       } else {
         sum = fma(reinterpret_cast<VF>(a), reinterpret_cast<VF>(b), sum);

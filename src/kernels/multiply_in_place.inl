@@ -143,15 +143,20 @@ struct Coming {
   }
 };
 
-// `left` units of kWidth columns, block[unit], times those of the rows of a panel of A.
+// `left` units of kWidth columns, block[unit], times what meets them in a panel of A.
 template <bool kBf16, int kRows>
 COTERIE_INLINE void multiply_block(const uint32_t* a, const VU (&block)[kWidth], int64_t left, Coming coming,
                                    VF (&sums)[kRows]) {
 #pragma GCC unroll 16
   for (int j = 0; j < kWidth; ++j) {
     if (j >= left) return;
+    const uint32_t* const beside = beside_unit<kBf16, kRows>(a, j);
+#pragma GCC unroll 2
+    for (int s = 0; s < kSteps<kBf16>; ++s) {
+      const VU b = in_step<kBf16>(s, block[j]);
 #pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(a[i * kChunkUnits + j], block[j], sums[i]);
+      for (int i = 0; i < kRows; ++i) sums[i] = multiply_add<kBf16>(beside[i * kChunkUnits + s], b, sums[i]);
+    }
     coming.ask_behind_both(sums[0], sums[kRows - 1]);
   }
 }
@@ -175,7 +180,7 @@ COTERIE_INLINE void multiply_few_by(const PanelInPlace& b, int half, int64_t uni
       coming.far_step = kVectorBytes;
     }
     transpose(block);
-    const uint32_t* const unit = a + u / kChunkUnits * kRows * kChunkUnits + u % kChunkUnits;
+    const uint32_t* const unit = beside_unit<kBf16, kRows>(a, u);
     if (left >= kWidth) {
       multiply_block<kBf16, kRows>(unit, block, kWidth, coming, sums);
     } else {
@@ -233,12 +238,7 @@ void multiply_along_n(const PanelInPlace& b, int64_t units, const uint32_t* a, u
       store_units(packed + u * 2 * kWidth, b0);
       store_units(packed + u * 2 * kWidth + kWidth, b1);
     }
-    const uint32_t* const unit = a + u / kChunkUnits * kRows * kChunkUnits + u % kChunkUnits;
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      sums[i][0] = multiply_add<kBf16>(unit[i * kChunkUnits], b0, sums[i][0]);
-      sums[i][1] = multiply_add<kBf16>(unit[i * kChunkUnits], b1, sums[i][1]);
-    }
+    multiply_unit<kBf16>(beside_unit<kBf16, kRows>(a, u), b0, b1, sums);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {

@@ -28,10 +28,10 @@ struct PanelProduct {
 
   int64_t most_rows() const { return kernels.panel_rows[index_of(panel_type(type))]; }
   int64_t num_panels_a(int64_t M) const { return (M + most_rows() - 1) / most_rows(); }
-  int64_t row_units(int64_t K) const { return a_row_units(panel_type(type), K); }
+  int64_t row_units(int64_t K) const { return kernels.a_row_units(panel_type(type), K); }  // of A
   // Memory, in units, that packing takes.
   int64_t size_of_a(int64_t M, int64_t K) const { return whole_chunks(M * row_units(K) + kBehindPanelsA); }
-  int64_t size_of_b(int64_t N, int64_t K) const { return num_panels_b(N) * kernels.panel_columns() * row_units(K); }
+  int64_t size_of_b(int64_t N, int64_t K) const { return num_panels_b(N) * panel_units(K); }
 
   PanelsOfA pack_a(const ConstMatrix& a, uint32_t* memory) const {
     const RowPanels rows = {a.rows, num_panels_a(a.rows)};
@@ -40,7 +40,7 @@ struct PanelProduct {
   }
   PanelsOfB pack_b(const ConstMatrix& b, uint32_t* memory) const {
     kernels.pack_b(source(b), panel_type(type), b.rows, /*gated=*/false, 0, num_panels_b(b.rows), memory);
-    return {row_units(b.cols) * kernels.panel_columns(), memory};
+    return {panel_units(b.cols), memory};
   }
 
   // C [the rows of panel p of A, N] from the columns [first_k, last_k) of A and B, or from some before first_k too:
@@ -53,7 +53,8 @@ struct PanelProduct {
     const int64_t width = kernels.panel_columns();
     const int64_t first_unit = (type == DType::kBF16 ? first_k / 2 : first_k) / kChunkUnits * kChunkUnits;
     const int64_t units = units_of(panel_type(type), last_k) - first_unit;
-    const uint32_t* const a_panel = a.data + a.rows.first_row(p) * a.row_units + first_unit * rows;
+    const int64_t first_of_a = kernels.a_units(panel_type(type), first_unit);
+    const uint32_t* const a_panel = a.data + a.rows.first_row(p) * a.row_units + first_of_a * rows;
     TileStore store = {.tile = tile, .rows = rows, .c_dtype = c.dtype, .c_stride = c.row_stride};
     store.accumulate = accumulate;
     for (int64_t column = 0; column < c.cols; column += width) {
@@ -67,6 +68,7 @@ struct PanelProduct {
   }
 
  private:
+  int64_t panel_units(int64_t K) const { return b_panel_units(panel_type(type), K, kernels.panel_columns()); }
   int64_t num_panels_b(int64_t N) const { return (N + kernels.panel_columns() - 1) / kernels.panel_columns(); }
   static PackSource source(const ConstMatrix& m) {
     return {.data = m.data,

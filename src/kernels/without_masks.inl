@@ -1,5 +1,7 @@
 // What ISAs without masks and scaling have in common.
 
+#include "kernels/bf16_as_fp32.inl"
+
 // p * 2^n, n a whole number, -126 to 128: by its exponent bits, in two halves.
 COTERIE_INLINE VF times_power(VF p, VF n) {
   const VI exponent = __builtin_convertvector(n, VI), half = exponent >> 1;
@@ -45,12 +47,6 @@ COTERIE_INLINE void store_rounded(uint16_t* p, VF a, VF b) {
 COTERIE_INLINE void store_halves_part(uint16_t* p, VU v, int64_t n) {
   const VH halves = __builtin_convertvector(v >> 16, VH);
   __builtin_memcpy(p, &halves, static_cast<size_t>(n) * 2);
-}
-
-// acc + a.low * b.low + a.high * b.high of bf16 pairs. Each product is exact in fp32.
-COTERIE_INLINE VF multiply_add_bf16(VU a, VU b, VF acc) {
-  acc = fma(reinterpret_cast<VF>(a << 16), reinterpret_cast<VF>(b << 16), acc);
-  return fma(reinterpret_cast<VF>(a & 0xffff0000u), reinterpret_cast<VF>(b & 0xffff0000u), acc);
 }
 
 // acc + the sum of the four products of unsigned bytes of a lane of b and signed bytes of a: two by two, as 16-bit
