@@ -183,7 +183,7 @@ struct QueryTile {
   COTERIE_INLINE void ask_for_rows(const AttendStep::Coming& coming, int64_t j, int64_t count) const {
     const char* const rows = coming_rows(coming, j);
     if (!rows) return;
-    for (int64_t i = 0; i < count * coming.row_bytes; i += 64) ask_for_once(rows + i);
+    for (int64_t i = 0; i < count * coming.row_bytes; i += 64) ask_for</*kOnce=*/true>(rows + i);
   }
   COTERIE_INLINE const char* coming_rows(const AttendStep::Coming& coming, int64_t j) const {
     if (!coming.groups || !coming.groups[j / kGroupRows] || first > 0) return nullptr;
@@ -191,7 +191,7 @@ struct QueryTile {
   }
   COTERIE_INLINE void ask_for_factors(const AttendStep::Coming& coming, int64_t j) const {
     if (!coming.factors || !coming.factors[j / kGroupRows] || first > 0) return;
-    ask_for_once(coming.factors[j / kGroupRows] + j % kGroupRows);
+    ask_for</*kOnce=*/true>(coming.factors[j / kGroupRows] + j % kGroupRows);
   }
 
   // scores[j] = scale * q . keys[j] (times what q and the key are multiplied with), -infinity where the query does not

@@ -7,21 +7,24 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "kernels/kernel_table.h"
 
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c,bmi2")
 
 namespace coterie {
 namespace {
 
-constexpr int kVectorBytes = 64;
-#include "kernels/simd.inl"
-// after it
-#include "kernels/compact_reader.inl"
+constexpr bool kAsksPastCaches = false;
+#include "kernels/avx512.inl"
+#include "kernels/bf16.inl"
+#include "kernels/kernels.inl"
 
 constexpr int kTileRows = 16;
 constexpr int kPanelRowsTiles = 2 * kTileRows;  // 2 x 2 tiles of sums, 2 of A, 2 of B: all eight
@@ -156,14 +159,9 @@ void multiply_tiles_along_k(const PanelInPlace& b, int64_t units, const uint32_t
   for (int i = 0; i < 2 * kStrips; ++i) turn_sums(sums[i], tile + (i / 2 * kTileRows * 2 + i % 2) * kTileRows);
 }
 
-void multiply_along_k(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile) {
+void multiply_tiles_along_k(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile) {
   if (rows <= kTileRows) return multiply_tiles_along_k<1>(b, units, strips, tile);
   multiply_tiles_along_k<2>(b, units, strips, tile);
-}
-
-COTERIE_INLINE VU load_halves(const char* p) {
-  return reinterpret_cast<VU>(
-      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 
 // A chunk of a panel of B from columns that are contiguous.
@@ -173,8 +171,8 @@ COTERIE_INLINE void pair_rows(const PanelInPlace& b, int64_t unit, uint32_t* chu
     const char* p = static_cast<const char*>(b.start[half]) + 2 * unit * stride;
     for (int64_t u = 0; u < kChunkUnits; ++u, p += 2 * stride) {
       const int64_t left = b.cols - 2 * (unit + u);
-      VU v = left > 0 ? load_halves(p) : VU{};
-      if (left > 1) v |= load_halves(p + stride) << 16;
+      VU v = left > 0 ? load_halves(reinterpret_cast<const uint16_t*>(p)) : VU{};
+      if (left > 1) v |= load_halves(reinterpret_cast<const uint16_t*>(p + stride)) << 16;
       store_units(chunk + u * kPanelUnits + half * kWidth, v);
       __builtin_prefetch(p + 2 * kPartUnits * stride, 0, 2);
       __builtin_prefetch(p + (2 * kPartUnits + 1) * stride, 0, 2);
@@ -234,6 +232,8 @@ float tile_peak(int64_t steps) {
   return sums[0];
 }
 
+constexpr KernelTable kVectorKernels = make_kernel_table("amx");
+
 }  // namespace
 }  // namespace coterie
 
@@ -244,7 +244,7 @@ namespace {
 
 // What follows runs before main, on any CPU: it must not use the instructions of the functions above.
 template <int... kIndex>
-void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
+void fill_tiles(KernelTable& table, std::integer_sequence<int, kIndex...>) {
   ((table.multiply[1][kIndex] = multiply_tiles<kIndex + 1>), ...);
   ((table.multiply_into_rows[1][kIndex] = nullptr), ...);
   ((table.multiply_compact[kIndex] = multiply_compact_tiles<kIndex + 1>), ...);
@@ -252,13 +252,12 @@ void fill_multiply(KernelTable& table, std::integer_sequence<int, kIndex...>) {
 }
 
 KernelTable with_tiles(KernelTable table) {
-  table.name = "amx";
   table.compact_pays = false;
   table.panel_rows[index_of(PanelType::kBF16)] = kPanelRowsTiles;
   table.slice_units[1] = kSliceUnits;
-  fill_multiply(table, std::make_integer_sequence<int, kPanelRowsTiles>());
+  fill_tiles(table, std::make_integer_sequence<int, kPanelRowsTiles>());
   table.few_rows[1] = 0;  // rows of B are tiles as they are
-  table.multiply_along_k[1] = multiply_along_k;
+  table.multiply_along_k[1] = multiply_tiles_along_k;
   table.begin_products = begin_tiles;
   table.end_products = end_tiles;
   table.register_peak[1] = tile_peak;
@@ -268,8 +267,7 @@ KernelTable with_tiles(KernelTable table) {
 
 }  // namespace
 
-// kAvx512Bf16Kernels is a constant, there before any initialisation runs.
-const KernelTable kAmxKernels = with_tiles(kAvx512Bf16Kernels);
+const KernelTable kAmxKernels = with_tiles(kVectorKernels);
 
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -19,6 +19,8 @@ constexpr int kVectorBytes = 32;
 // 16 registers: 6 x 2 sums, a row of B and a broadcast.
 constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 6, kPanelRowsQuantized = 4;
 
+constexpr bool kAsksPastCaches = false;
+
 #include "kernels/simd.inl"
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }

@@ -16,6 +16,7 @@
 namespace coterie {
 namespace {
 
+constexpr bool kAsksPastCaches = false;
 #include "kernels/avx512.inl"
 
 COTERIE_INLINE __m256i rounded(VF v) { return upper_halves(round_to_bf16(v)); }

@@ -16,6 +16,8 @@ constexpr int kVectorBytes = 16;
 // 16 registers: 6 x 2 sums, a row of B, a broadcast and a product.
 constexpr int kPanelRowsF32 = 6, kPanelRowsBf16 = 6, kPanelRowsQuantized = 4;
 
+constexpr bool kAsksPastCaches = false;
+
 #include "kernels/simd.inl"
 
 COTERIE_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }

@@ -30,18 +30,22 @@ COTERIE_INLINE VF magnitude(VF v) { return reinterpret_cast<VF>(reinterpret_cast
 
 // Asks for the cache line of p, with __builtin_prefetch's meaning; but a loop in which nothing else happens is not
 // dropped by the compiler, as it does with those.
-COTERIE_INLINE void ask_for(const void* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
-// The same for what nobody reads a second time soon.
-COTERIE_INLINE void ask_for_once(const void* p) {
-  __asm__ volatile("prefetchnta %0" ::"m"(*static_cast<const char*>(p)));
+// kOnce: see ask_behind.
+template <bool kOnce = false>
+COTERIE_INLINE void ask_for(const void* p) {
+  if constexpr (kOnce && kAsksPastCaches) {
+    __asm__ volatile("prefetchnta %0" ::"m"(*static_cast<const char*>(p)));
+  } else {
+    __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p)));
+  }
 }
 
 // Asks for the cache line of p, behind the computation of `value`. The compiler gathers the prefetches of an unrolled
 // loop at its beginning, where they wait for each other, and all that is loaded then waits for them.
-// kOnce: nobody reads it a second time soon, and it may leave the L2 cache to what is read again.
+// kOnce: nobody reads it a second time soon, and with kAsksPastCaches it leaves the L2 cache to what is read again.
 template <bool kOnce = false, typename V>
 COTERIE_INLINE void ask_behind(V& value, const void* p) {
-  if constexpr (kOnce) {
+  if constexpr (kOnce && kAsksPastCaches) {
     __asm__ volatile("prefetchnta %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
   } else {
     __asm__ volatile("prefetcht0 %1" : "+v"(value) : "m"(*static_cast<const char*>(p)));
