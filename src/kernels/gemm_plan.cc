@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kBlockABytes = 1 << 20;
 // Panels of B that a task packs at once, so that a row of a transposed source is read in long pieces.
 constexpr int64_t kGroupBBytes = 512 << 10;
+// B in bf16 of an ISA that multiplies that as fp32 is packed as bf16 for so many rows of A, since it is read from
+// memory then, and as fp32 for more.
+constexpr int64_t kMostRowsWidenedInRegisters = 64;
 // With at most so many rows of A, B is read where it lies: along K, along N. (With twice as many, packing it costs
 // about as much.)
 constexpr int64_t kMostRowsAlongK = 64, kMostRowsAlongN[2] = {8, 16};  // fp32, bf16
@@ -75,8 +78,15 @@ InPlace in_place(const GemmProblem& p, PanelType type, const KernelTable& kernel
 bool goes_into_rows(const GemmProblem& p, const PanelsB& b, int64_t units) {
   if (is_quantized(b.type) || b.compact || units > kMostUnitsIntoRows) return false;
   const bool as_they_are = p.activation == Activation::kNone && !p.gated && !p.accumulate && !p.slopes.data;
-  const bool same_type = p.c.dtype == DType::kF32 || panel_type(p.c.dtype) == b.type;
-  return as_they_are && same_type && b.kernels->multiply_into_rows[index_of(b.type)][0];
+  return as_they_are && b.kernels->multiply_into_rows[index_of(b.type)][0];
+}
+
+// The type of B's panels. Widened ones give the same bits where there is nothing to round.
+PanelType type_of_panels(const GemmProblem& p, const KernelTable& kernels) {
+  if (p.packed_b) return p.packed_b->type();
+  const PanelType type = panel_type(p.panels.value_or(p.b.dtype));
+  const bool exact = p.a.dtype == DType::kBF16 && p.b.dtype == DType::kBF16;
+  return exact && p.c.rows > kMostRowsWidenedInRegisters ? kernels.type_of_a(type) : type;
 }
 
 Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b_bytes) {
@@ -84,7 +94,7 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b
   Plan plan = {};
   plan.problem = &p;
   const int64_t K = p.a.cols, N = p.c.cols;
-  const PanelType type = p.packed_b ? p.packed_b->type() : panel_type(p.panels.value_or(p.b.dtype));
+  const PanelType type = type_of_panels(p, kernels);
   const int64_t most_rows = kernels.panel_rows[index_of(type)];
   plan.rows = {p.c.rows, ceil_div(p.c.rows, most_rows)};
   plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, nullptr);

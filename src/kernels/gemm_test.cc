@@ -270,6 +270,21 @@ TEST(Gemm, RowsHaveTheSameBitsAloneAndInABatch) {
   });
 }
 
+// Operands in fp32 are rounded on the way to panels of bf16, and then multiplied as such, few rows and many.
+TEST(Gemm, OperandsAreRoundedToTheTypeOfThePanels) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (int64_t M : {3, 30, 150}) {
+      Fixture floats({.M = M, .N = 37, .K = 43});
+      floats.problem.panels = DType::kBF16;
+      Fixture halves({.M = M, .N = 37, .K = 43, .a = DType::kBF16, .b = DType::kBF16});
+      gemm(floats.problem, pool);
+      gemm(halves.problem, pool);
+      EXPECT_EQ(floats.c_floats, halves.c_floats) << active_kernels().name << " M" << M;
+    }
+  });
+}
+
 // With few rows plain weights are read where they lie, and come to the bits of packed ones, epilogues and all.
 TEST(Gemm, FewRowsHaveTheSameBitsInPlaceAndPacked) {
   NativeThreadPool pool(2);

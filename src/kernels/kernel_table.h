@@ -208,7 +208,7 @@ struct QuantizedRow {
   float* workspace = nullptr;  // [2 * groups]
 };
 
-// A part of C that receives a tile of sums as they are or with bias, in fp32 or the panels' type. All columns are
+// A part of C that receives a tile of sums as they are or with bias. All columns are
 // there.
 struct PlainRows {
   void* start = nullptr;

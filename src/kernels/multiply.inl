@@ -125,9 +125,7 @@ void multiply_into_rows(int64_t units, const uint32_t* a, const uint32_t* b, Ahe
       sums[i][1] += bias1;
     }
   }
-  if constexpr (kBf16) {
-    if (out.dtype == DType::kBF16) return put_rows<true>(sums, out);
-  }
+  if (out.dtype == DType::kBF16) return put_rows<true>(sums, out);
   put_rows<false>(sums, out);
 }
 
