@@ -23,7 +23,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-// Intel's dot product of bf16 starts every other cycle on one of two units for products: half of what fp32 reaches.
+// Intel's dot product of bf16 does half as many products a second as FMA does (measured on Emerald Rapids: 172 and 350
+// GFLOP/s).
 bool has_fast_avx512_bf16() { return has_avx512_bf16() && !__builtin_cpu_is("intel"); }
 bool has_slow_avx512_bf16() { return has_avx512_bf16() && !has_fast_avx512_bf16(); }
 bool has_amx() {

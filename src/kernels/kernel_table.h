@@ -208,8 +208,7 @@ struct QuantizedRow {
   float* workspace = nullptr;  // [2 * groups]
 };
 
-// A part of C that receives a tile of sums as they are or with bias. All columns are
-// there.
+// A part of C that receives a tile of sums as they are or with bias. All columns are there.
 struct PlainRows {
   void* start = nullptr;
   int64_t stride_bytes = 0;
