@@ -52,11 +52,11 @@ COTERIE_INLINE void multiply_unit(const uint32_t* a, VU b0, VU b1, VF (&sums)[kR
   }
 }
 
-// The same of a panel of B, with what is asked for meanwhile. `lines_of_a`: null, or how far on line 0 of A is that
-// comes, of which step s asks for line `first_line` + s where it is a row's.
-template <bool kBf16, int kRows>
-COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead,
-                                  const uint32_t* lines_of_a, int64_t first_line, VF (&sums)[kRows][2]) {
+// The same of a panel of B, with what is asked for meanwhile: of the lines of A that come, one for each row, step s
+// asks for line first_line + s.
+template <bool kBf16, int kRows, bool kAsksForA>
+COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const uint32_t* ahead, const uint32_t* coming_a,
+                                  int64_t first_line, VF (&sums)[kRows][2]) {
   constexpr int kMiddle = kSteps<kBf16> * kRows / 2;
   const VU b0 = load_units(b), b1 = load_units(b + kWidth);
   multiply_unit<kBf16>(a, b0, b1, sums, [&](int s, int i, VF& sum) {
@@ -64,7 +64,7 @@ COTERIE_INLINE void multiply_step(const uint32_t* a, const uint32_t* b, const ui
     const int64_t line = first_line + s;
     if (done == 0) ask_behind(sum, ahead);
     if (kVectorBytes == 64 && done == kMiddle) ask_behind(sum, ahead + kWidth);
-    if (lines_of_a && i == kRows - 1 && line < kRows) ask_behind(sum, lines_of_a + line * kChunkUnits);
+    if (kAsksForA && i == kRows - 1 && line < kRows) ask_behind(sum, coming_a + line * kChunkUnits);
   });
 }
 
@@ -78,11 +78,11 @@ COTERIE_INLINE void multiply_units(int64_t units, const uint32_t* a, const uint3
 #pragma GCC unroll 16  // a tenth faster than a loop
     for (int64_t u = 0; u < kUnits; ++u, ahead.start += ahead.step) {
       const int64_t step = kSteps<kBf16> * u;
-      multiply_step<kBf16, kRows>(a + step, b + u * 2 * kWidth, ahead.start, coming_a, step, sums);
+      multiply_step<kBf16, kRows, true>(a + step, b + u * 2 * kWidth, ahead.start, coming_a, step, sums);
     }
   }
   for (int64_t u = 0; u < units; ++u, ahead.start += ahead.step) {
-    multiply_step<kBf16, kRows>(a + kSteps<kBf16> * u, b + u * 2 * kWidth, ahead.start, nullptr, 0, sums);
+    multiply_step<kBf16, kRows, false>(a + kSteps<kBf16> * u, b + u * 2 * kWidth, ahead.start, nullptr, 0, sums);
   }
 }
 

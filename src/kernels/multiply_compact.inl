@@ -4,14 +4,16 @@
 template <int kRows>
 COTERIE_INLINE void multiply_pair(const uint32_t* a, const VU (&units)[2][2], Ahead& ahead, VF (&sums)[kRows][2]) {
   constexpr int kLines = (CompactReader::kPair + 15) / 16;
-  constexpr int kStepsOfPair = 2 * kSteps<true>;
+  constexpr int kTurns = 2 * kSteps<true> * kRows;
   constexpr bool kOnce = is_only_panel(kRows, kPanelRowsBf16);
-  int line = 0;
 #pragma GCC unroll 2
   for (int u = 0; u < 2; ++u) {
     multiply_unit<true>(a + kSteps<true> * u, units[u][0], units[u][1], sums, [&](int s, int i, VF& sum) {
-      const int done = (kSteps<true> * u + s) * kRows + i + 1;
-      for (; line < kLines * done / (kStepsOfPair * kRows); ++line) ask_behind<kOnce>(sum, ahead.start + 16 * line);
+      const int turn = (kSteps<true> * u + s) * kRows + i;
+#pragma GCC unroll 4
+      for (int line = kLines * turn / kTurns; line < kLines * (turn + 1) / kTurns; ++line) {
+        ask_behind<kOnce>(sum, ahead.start + 16 * line);
+      }
     });
   }
   ahead.start += 2 * ahead.step;
