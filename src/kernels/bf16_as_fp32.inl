@@ -1,5 +1,6 @@
 // Products of bf16 by those of fp32, which hold each exactly: for ISAs that have none, or slow ones. A of a product is
-// widened when it is packed, once for all panels of B that it meets, and B in registers.
+// widened when it is packed, once for all panels of B that it meets, and B in registers, or for many rows when it is
+// packed, too (gemm_plan.cc).
 
 constexpr bool kMultipliesBf16 = false;
 

@@ -16,7 +16,7 @@ constexpr int64_t kGroupBBytes = 512 << 10;
 // memory then, and as fp32 for more.
 constexpr int64_t kMostRowsWidenedInRegisters = 64;
 // With at most so many rows of A, B is read where it lies: along K, along N. (With twice as many, packing it costs
-// about as much.)
+// about as much. Along K, bf16 that is widened is read so by few_rows alone.)
 constexpr int64_t kMostRowsAlongK = 64, kMostRowsAlongN[2] = {8, 16};  // fp32, bf16
 // Pieces of 64 bytes, which bf16 is read in along N, are read well from caches alone: of B of a whole group up to this.
 constexpr int64_t kCachedBBytes = 16 << 20;

@@ -77,7 +77,7 @@ struct Plan {
   }
   bool in_strips() const { return in_place == InPlace::kAlongK; }
   int64_t strips() const { return ceil_div(rows.M, b.kernels->width); }
-  int64_t strip_units() const { return b.kernels->width * a_row_units(b.type, a.cols); }
+  int64_t strip_units() const { return b.kernels->width * a_row_units(b.type, a.cols); }  // never widened
   int64_t all_a_units() const { return in_strips() ? strips() * strip_units() : rows.M * row_units(); }
   bool packs_b_before() const { return !problem->packed_b && !own_b && in_place == InPlace::kNo; }
   double cost(int64_t panels_a, int64_t panels_b) const;  // in multiply-adds

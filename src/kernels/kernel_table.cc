@@ -45,8 +45,9 @@ const KernelTable* forced_kernels(std::string_view name) {
     if (table->name == name) return table;
   }
   for (const Implementation& implementation : kImplementations) {
-    if (implementation.table->name != name) continue;
-    throw InvalidArgument("COTERIE_ISA: this CPU does not run '" + std::string(name) + "'");
+    if (implementation.table->name == name) {
+      throw InvalidArgument("COTERIE_ISA: this CPU does not run '" + std::string(name) + "'");
+    }
   }
   throw InvalidArgument("COTERIE_ISA: '" + std::string(name) +
                         "' is not one of generic, avx2, avx512, avx512_bf16, amx");

@@ -232,7 +232,7 @@ struct KernelTable {
   int64_t a_row_units(PanelType type, int64_t K) const { return coterie::a_row_units(type_of_a(type), K); }
   int64_t a_units(PanelType type, int64_t units) const { return type_of_a(type) == type ? units : 2 * units; }
 
-  // Panels [first, last) of A as panels of `type`, one behind the other.
+  // Panels [first, last) of A for products with B of `type`, one behind the other: rounded to it, held as type_of_a.
   // K must be contiguous for quantized types.
   void (*pack_a)(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
                  uint32_t* memory);
@@ -273,7 +273,7 @@ struct KernelTable {
   void (*pack_strips)(const PackSource& source, PanelType type, int64_t M, int64_t first, int64_t last,
                       uint32_t* memory);
   // tile[rows][2 * width] = one or two strips with `rows` rows, at most 2 * width, times the panel. [1] is null where
-  // bf16 is widened: of B, that costs more than to pack it.
+  // bf16 is widened: to widen B anew for every two strips would cost more than packing it.
   void (*multiply_along_k[2])(const PanelInPlace& b, int64_t units, const uint32_t* strips, int64_t rows, float* tile);
   // B in place with columns contiguous, all of them there: adds a part of K, whole chunks but for the end, to the sums
   // of `tile`, and asks for the next part. Unless `packed` is null, the part of the panel of B is left there.

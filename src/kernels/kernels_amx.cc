@@ -1,7 +1,7 @@
 // The table for CPUs with AMX (Sapphire Rapids and later): AVX-512 everywhere, except that bf16 products run
 // on tiles, which are over ten times as fast there as the bf16 dot product of vectors.
 //
-// Panels are those of AVX-512 as they are: 16 rows of a chunk of A are a tile [16 rows][16 pairs of K], and 16
+// Panels are those of avx512_bf16 as they are: 16 rows of a chunk of A are a tile [16 rows][16 pairs of K], and 16
 // units of a vector of B are a tile [16 pairs of K][16 columns].
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -232,26 +232,15 @@ float tile_peak(int64_t steps) {
   return sums[0];
 }
 
-constexpr KernelTable kVectorKernels = make_kernel_table("amx");
-
-}  // namespace
-}  // namespace coterie
-
-#pragma GCC pop_options
-
-namespace coterie {
-namespace {
-
-// What follows runs before main, on any CPU: it must not use the instructions of the functions above.
 template <int... kIndex>
-void fill_tiles(KernelTable& table, std::integer_sequence<int, kIndex...>) {
+constexpr void fill_tiles(KernelTable& table, std::integer_sequence<int, kIndex...>) {
   ((table.multiply[1][kIndex] = multiply_tiles<kIndex + 1>), ...);
   ((table.multiply_into_rows[1][kIndex] = nullptr), ...);
   ((table.multiply_compact[kIndex] = multiply_compact_tiles<kIndex + 1>), ...);
   ((table.multiply_along_n[1][kIndex] = multiply_tiles_along_n<kIndex + 1>), ...);
 }
 
-KernelTable with_tiles(KernelTable table) {
+constexpr KernelTable with_tiles(KernelTable table) {
   table.compact_pays = false;
   table.panel_rows[index_of(PanelType::kBF16)] = kPanelRowsTiles;
   table.slice_units[1] = kSliceUnits;
@@ -267,7 +256,13 @@ KernelTable with_tiles(KernelTable table) {
 
 }  // namespace
 
-const KernelTable kAmxKernels = with_tiles(kVectorKernels);
+constexpr KernelTable kAmxKernels = with_tiles(make_kernel_table("amx"));
+
+}  // namespace coterie
+
+#pragma GCC pop_options
+
+namespace coterie {
 
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

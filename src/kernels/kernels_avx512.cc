@@ -1,5 +1,5 @@
 // The table for CPUs with AVX-512 and products of bytes (Cascade Lake and later), where bf16 has no dot product or, as
-// on Sapphire Rapids, one that is half as fast as products of fp32.
+// on Emerald Rapids, one that is half as fast as products of fp32.
 #include <immintrin.h>
 
 #include <cmath>

@@ -281,12 +281,13 @@ void pack_b(const PackSource& source, PanelType type, int64_t N, bool gated, int
 void pack_float_a(const PackSource& source, PanelType type, const RowPanels& panels, int64_t first, int64_t last,
                   uint32_t* memory) {
   const bool from_bf16 = source.dtype == DType::kBF16, to_bf16 = type == PanelType::kBF16;
-  const bool widened = to_bf16 && !kMultipliesBf16;
-  if (from_bf16 && to_bf16 && !widened) return pack_a_as<true, true>(source, panels, first, last, memory);
+  const bool pairs = to_bf16 && kMultipliesBf16;
+  if (from_bf16 && pairs) return pack_a_as<true, true>(source, panels, first, last, memory);
   if (from_bf16) return pack_a_as<true, false>(source, panels, first, last, memory);
-  if (to_bf16 && !widened) return pack_a_as<false, true>(source, panels, first, last, memory);
+  if (pairs) return pack_a_as<false, true>(source, panels, first, last, memory);
   pack_a_as<false, false>(source, panels, first, last, memory);
-  if (!widened) return;
+  if (!to_bf16) return;
+  // Widened, and rounded.
   const int64_t units = (panels.first_row(last) - panels.first_row(first)) * whole_chunks(source.cols);
   for (int64_t i = 0; i < units; i += kWidth) {
     store_units(memory + i, round_to_bf16(load(reinterpret_cast<const float*>(memory + i))) & 0xffff0000u);

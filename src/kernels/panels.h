@@ -96,7 +96,8 @@ constexpr int64_t groups_of(PanelType type, int64_t K) {
   return (K + quantized_format(type).group - 1) / quantized_format(type).group;
 }
 
-// Units of memory of a row of A, and of a panel of B with `columns` columns.
+// Units of memory of a row of A of this type, and of a panel of B with `columns` columns. What a row of A takes in a
+// product says KernelTable::a_row_units: it may be widened.
 constexpr int64_t a_row_units(PanelType type, int64_t K) {
   const int64_t codes = whole_chunks(units_of(type, K));
   constexpr int64_t kFactors = sizeof(Factors) / sizeof(uint32_t);

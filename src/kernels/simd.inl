@@ -1,7 +1,7 @@
 // The small vector type that all kernels are written in. Included inside an ISA's target region and
-// anonymous namespace, after kVectorBytes and before the ISA's own fma, root, load_halves, load_bytes, load_byte_pairs,
-// load_part, store_part, store_rounded, stream_floats, stream_rounded and multiply_add_bf16, which cannot be said in
-// GCC's vector language.
+// anonymous namespace, after kVectorBytes and kAsksPastCaches and before the ISA's own fma, root, load_halves,
+// load_bytes, load_byte_pairs, load_part, store_part, store_rounded, stream_floats, stream_rounded and
+// multiply_add_bf16 (and kMultipliesBf16), which cannot be said in GCC's vector language.
 //
 // Everything is always_inline: a function that stayed out of line could be merged with the baseline's.
 
