@@ -239,8 +239,8 @@ struct KernelTable {
   // Panels [first, last) of B, fp32 or bf16. N counts the columns of C; B has 2N rows when gated.
   void (*pack_b)(const PackSource& source, PanelType type, int64_t N, bool gated, int64_t first, int64_t last,
                  uint32_t* memory);
-  // Whether products of compact panels are seldom slower. (With AVX2 they cost a seventh from 4 rows on, and with AMX
-  // nobody has measured them.)
+  // Whether products of compact panels are seldom slower. (With AVX2 earlier ones cost a seventh from 4 rows on; these
+  // and AMX's nobody has measured.)
   bool compact_pays;
   // A panel of B in bf16 made compact; false where it has too many patches.
   bool (*compact_panel)(const CompactPanel& shape, const uint32_t* panel, uint32_t* compact);
