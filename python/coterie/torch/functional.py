@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -162,6 +163,20 @@ def _to_json(**settings: str | bool | int | float) -> str:
     return "{" + ", ".join(values) + "}"
 
 
+def _write_settings(num_experts: int, top_k: int, *values: str | bool | int | float) -> str:
+    return _to_json(num_experts=num_experts, top_k=top_k, **dict(zip(_ROUTER_KEYS, values, strict=True)))
+
+
+_written_settings = lru_cache(maxsize=64, typed=True)(_write_settings)
+
+
+def _settings_of(config: RouterConfig, num_experts: int, top_k: int) -> str:
+    """A router as its op wants it. Kept: to write it takes longer than to route a few tokens."""
+    values = [getattr(config, name) for name in _ROUTER_KEYS]
+    compiling = torch.compiler.is_compiling()  # then it is written once anyway
+    return (_write_settings if compiling else _written_settings)(num_experts, top_k, *values)
+
+
 def route(
     logits: Tensor,
     top_k: int,
@@ -200,7 +215,7 @@ def route(
         router = moe.Router(0, num_experts, top_k, config).train(training)
         router.choice_bias = choice_bias
         return router.route(logits, moe.RouterDraws())
-    settings = _to_json(num_experts=num_experts, top_k=top_k, **{name: getattr(config, name) for name in _ROUTER_KEYS})
+    settings = _settings_of(config, num_experts, top_k)
     capacity_factor = config.capacity_factor if training else config.eval_capacity_factor
     drops_at_random = capacity_factor > 0 and config.drop_policy == "random"
     if key is None and (drops_at_random or (training and config.choice_noise != "none")):
