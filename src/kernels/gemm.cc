@@ -66,93 +66,115 @@ struct Turn {
   bool more = false;  // groups, for the same task
 };
 
+// A part of K, in units.
+struct Slice {
+  int64_t first = 0, units = 0;
+
+  // Its part of an operand.
+  PackSource of(const Plan& plan, const PackSource& source) const {
+    if (!plan.in_slices()) return source;
+    return columns_of(source, first * elements_of_unit(plan.b.type), plan.slice_cols());
+  }
+};
+
+// One panel of A with panels [first_b, last_b) of B, from where the slice begins in them.
+struct Tiles {
+  int64_t pa = 0, first_b = 0, last_b = 0;
+  const uint32_t *a_panel = nullptr, *b_panels = nullptr;
+  int64_t panel_units_b = 0;  // from a panel of B to the next
+  Slice slice = {};
+  float* waiting = nullptr;  // sums of the slices so far, tile by tile, unless the slice is all of K
+  Turn turn = {};
+
+  int64_t num_b() const { return last_b - first_b; }
+};
+
 // Quantized panels, all of K at once, which they have their ways for. In the first turn they come from memory, and the
 // last one asks for the next group's.
-void compute_quantized_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
-                             const uint32_t* b_panels, Turn turn) {
+void compute_quantized_tiles(const Plan& plan, const Tiles& t) {
   alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
   const KernelTable& kernels = *plan.b.kernels;
-  const int rows = plan.rows.rows(pa);
+  const int rows = plan.rows.rows(t.pa);
   const auto multiply = kernels.multiply_quantized[index_of(plan.b.type) - kFirstQuantized][rows - 1];
   const QuantizedFormat format = quantized_format(plan.b.type);
-  int64_t ahead = turn.index == 0 ? bytes_ahead(format.bits, rows * format.parts) : 0;
-  if (turn.more && turn.index > 0 && turn.index + 1 == turn.of) ahead = (last_b - first_b) * plan.b.panel_units() * 4;
-  for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += plan.b.panel_units()) {
-    multiply(plan.a.cols, a_panel, b_panels, ahead, tile);
-    store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
+  int64_t ahead = t.turn.index == 0 ? bytes_ahead(format.bits, rows * format.parts) : 0;
+  if (t.turn.more && t.turn.index > 0 && t.turn.index + 1 == t.turn.of) ahead = t.num_b() * t.panel_units_b * 4;
+  const uint32_t* b_panel = t.b_panels;
+  for (int64_t pb = t.first_b; pb < t.last_b; ++pb, b_panel += t.panel_units_b) {
+    multiply(plan.a.cols, t.a_panel, b_panel, ahead, tile);
+    store_tile(plan, plan.rows.first_row(t.pa), rows, pb, tile);
   }
 }
 
-// What is asked for during the products with the part of a panel of B that lies at b, from unit `done` on, in rows of
-// so many units of memory. In the first turn it comes from memory; in the others it lies in a cache, and each asks for
-// a share of the next group's panel.
-Ahead ahead_of(const Plan& plan, Turn turn, int64_t group, int64_t done, int64_t row, int rows, const uint32_t* b) {
-  if (turn.index == 0) return ahead_in_panel(b, row, units_ahead(rows, plan.b.compact));
-  const int64_t step = ceil_div(row, turn.of - 1);
-  const uint32_t* const next = b - done * row + group * plan.b.panel_units();
-  return {next + ((turn.index - 1) * plan.units + done) * step, step};
+// What is asked for during the products with the part of a panel of B that lies at b, from unit `done` of the slice on,
+// in rows of so many units of memory. In the first turn it comes from memory; in the others it lies in a cache, and
+// each asks for a share of the next group's panel.
+Ahead ahead_of(const Plan& plan, const Tiles& t, int64_t done, int64_t row, const uint32_t* b) {
+  if (t.turn.index == 0) return ahead_in_panel(b, row, units_ahead(plan.rows.rows(t.pa), plan.b.compact));
+  const int64_t step = ceil_div(row, t.turn.of - 1);
+  const uint32_t* const next = b - done * row + t.num_b() * t.panel_units_b;
+  return {next + ((t.turn.index - 1) * t.slice.units + done) * step, step};
 }
 
-// One panel of A with compact panels [first_b, last_b) of B, all of K at once.
-void compute_compact_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
-                           const uint32_t* b_panels, Turn turn) {
+// Compact panels, all of K at once.
+void compute_compact_tiles(const Plan& plan, const Tiles& t) {
   alignas(64) float tile[kMaxPanelRows * kMaxPanelColumns];
   const CompactPanel shape = plan.b.compact_panel();
-  const int rows = plan.rows.rows(pa);
+  const int rows = plan.rows.rows(t.pa);
   const auto multiply = plan.b.kernels->multiply_compact[rows - 1];
-  for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += shape.size()) {
-    const uint32_t* const codes = b_panels + shape.codes();
-    const Ahead ahead = ahead_of(plan, turn, last_b - first_b, 0, shape.codes_of_unit(), rows, codes);
-    multiply(shape, a_panel, b_panels, ahead, tile);
-    store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
+  const uint32_t* b_panel = t.b_panels;
+  for (int64_t pb = t.first_b; pb < t.last_b; ++pb, b_panel += t.panel_units_b) {
+    const Ahead ahead = ahead_of(plan, t, 0, shape.codes_of_unit(), b_panel + shape.codes());
+    multiply(shape, t.a_panel, b_panel, ahead, tile);
+    store_tile(plan, plan.rows.first_row(t.pa), rows, pb, tile);
   }
 }
 
-// One panel of A with panels [first_b, last_b) of B, straight into C; all their columns are there.
-void compute_rows(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
-                  const uint32_t* b_panels, Turn turn) {
+// Straight into C, all of whose columns are there, with all of K at once.
+void compute_rows(const Plan& plan, const Tiles& t) {
   const KernelTable& kernels = *plan.b.kernels;
-  const int rows = plan.rows.rows(pa);
+  const int rows = plan.rows.rows(t.pa);
   const auto multiply = kernels.multiply_into_rows[index_of(plan.b.type)][rows - 1];
-  const Matrix c = plan.problem->c.row_range(plan.rows.first_row(pa), rows);
+  const Matrix c = plan.problem->c.row_range(plan.rows.first_row(t.pa), rows);
   const auto size = static_cast<int64_t>(dtype_size(c.dtype));
   const float* const bias_N = plan.problem->bias_N;
-  for (int64_t pb = first_b; pb < last_b; ++pb, b_panels += plan.b.panel_units()) {
+  const uint32_t* b_panel = t.b_panels;
+  for (int64_t pb = t.first_b; pb < t.last_b; ++pb, b_panel += t.panel_units_b) {
     const int64_t column = pb * plan.b.width();
-    const Ahead ahead = ahead_of(plan, turn, last_b - first_b, 0, kernels.panel_columns(), rows, b_panels);
-    multiply(plan.units, a_panel, b_panels, ahead,
+    const Ahead ahead = ahead_of(plan, t, 0, kernels.panel_columns(), b_panel);
+    multiply(plan.units, t.a_panel, b_panel, ahead,
              {static_cast<char*>(c.data) + column * size, c.row_stride * size, c.dtype,
               bias_N ? bias_N + column : nullptr, plan.stream});
   }
 }
 
-// One panel of A with panels [first_b, last_b) of B. Where K is long, a slice of it at a time, so that the panel of A
-// stays in the L1 cache; sums wait in fp32, which changes no bit of them.
-void compute_tiles(const Plan& plan, int64_t pa, int64_t first_b, int64_t last_b, const uint32_t* a_panel,
-                   const uint32_t* b_panels, Turn turn = {}) {
-  if (is_quantized(plan.b.type)) return compute_quantized_tiles(plan, pa, first_b, last_b, a_panel, b_panels, turn);
-  if (plan.b.compact) return compute_compact_tiles(plan, pa, first_b, last_b, a_panel, b_panels, turn);
-  const bool all_columns = last_b * plan.b.width() <= plan.problem->c.cols;
-  if (plan.into_rows && all_columns) return compute_rows(plan, pa, first_b, last_b, a_panel, b_panels, turn);
-  constexpr int64_t kTile = kMaxPanelRows * kMaxPanelColumns;
-  alignas(64) float tiles[kMostGroupB * kTile];
+// Where the ISA wants shorter slices, one of them at a time, so that the panel of A stays in the L1 cache. Sums wait in
+// fp32, which changes no bit of them.
+void compute_tiles(const Plan& plan, const Tiles& t) {
+  if (is_quantized(plan.b.type)) return compute_quantized_tiles(plan, t);
+  if (plan.b.compact) return compute_compact_tiles(plan, t);
+  const bool all_columns = t.last_b * plan.b.width() <= plan.problem->c.cols;
+  if (plan.into_rows && all_columns) return compute_rows(plan, t);
+  alignas(64) float own_tiles[kMostGroupB * kMaxPanelRows * kMaxPanelColumns];
+  float* const tiles = t.waiting ? t.waiting : own_tiles;
   const KernelTable& kernels = *plan.b.kernels;
   const bool bf16 = plan.b.type == PanelType::kBF16;
-  const int rows = plan.rows.rows(pa);
+  const int rows = plan.rows.rows(t.pa);
+  const bool wait = t.waiting || t.slice.units > kernels.slice_units[bf16];
+  const int64_t tile_size = wait ? rows * kernels.panel_columns() : 0;
   int64_t done = 0;
   do {
-    const int64_t units = std::min(plan.units - done, kernels.slice_units[bf16]);
-    const bool last = done + units == plan.units;
-    const uint32_t* b = b_panels + done * kernels.panel_columns();
-    for (int64_t pb = first_b; pb < last_b; ++pb, b += plan.b.panel_units()) {
-      float* const tile = tiles + (last && done == 0 ? 0 : (pb - first_b) * kTile);
-      const Ahead ahead = ahead_of(plan, turn, last_b - first_b, done, kernels.panel_columns(), rows, b);
-      const uint32_t* const a = a_panel + kernels.a_units(plan.b.type, done) * rows;
-      kernels.multiply[bf16][rows - 1](units, a, b, ahead, tile, done > 0);
-      if (last) store_tile(plan, plan.rows.first_row(pa), rows, pb, tile);
+    const int64_t units = std::min(t.slice.units - done, kernels.slice_units[bf16]), first = t.slice.first + done;
+    const uint32_t* const a = t.a_panel + kernels.a_units(plan.b.type, done) * rows;
+    const uint32_t* b = t.b_panels + done * kernels.panel_columns();
+    for (int64_t pb = t.first_b; pb < t.last_b; ++pb, b += t.panel_units_b) {
+      float* const tile = tiles + (pb - t.first_b) * tile_size;
+      const Ahead ahead = ahead_of(plan, t, done, kernels.panel_columns(), b);
+      kernels.multiply[bf16][rows - 1](units, a, b, ahead, tile, first > 0);
+      if (first + units == plan.units) store_tile(plan, plan.rows.first_row(t.pa), rows, pb, tile);
     }
     done += units;
-  } while (done < plan.units);
+  } while (done < t.slice.units);
 }
 
 // Panel pb of B where it lies. The one after it is asked for unless the task ends here.
@@ -229,47 +251,91 @@ void multiply_along_n(const Plan& plan, int64_t first_b, int64_t last_b, uint32_
     if (end_whole < end_b) plan.b.pack(whole, end_b, own_b + (whole - group_b) * panel_units);
     for (int64_t pa = 0; pa < plan.P(); ++pa) {
       const int64_t first = pa == 0 ? end_whole : group_b;
-      const uint32_t* const a = plan.a_panels + plan.a_units(0, pa);
-      compute_tiles(plan, pa, first, end_b, a, own_b + (first - group_b) * panel_units);
+      compute_tiles(plan, {.pa = pa,
+                           .first_b = first,
+                           .last_b = end_b,
+                           .a_panel = plan.a_panels + plan.a_units(0, pa),
+                           .b_panels = own_b + (first - group_b) * panel_units,
+                           .panel_units_b = panel_units,
+                           .slice = {0, plan.units}});
     }
   }
 }
 
-// own_a and own_b are the thread's memory for panels.
-void multiply_panels(const Plan& plan, int64_t first_a, int64_t last_a, int64_t first_b, int64_t last_b,
-                     uint32_t* own_a, uint32_t* own_b) {
-  const uint32_t* a_panels = own_a;
-  if (plan.own_a) {
-    plan.b.kernels->pack_a(plan.a, plan.b.type, plan.rows, first_a, last_a, own_a);
-  } else {
-    a_panels = plan.a_panels + plan.a_units(0, first_a);
+// A task's part of C, in panels.
+struct Block {
+  int64_t first_a, last_a, first_b, last_b;
+};
+
+// A thread's memory for panels, and for the sums of a block where K is multiplied in slices.
+struct OwnMemory {
+  uint32_t *a, *b;
+  float* sums;
+};
+
+// The panels of A of a block: rows of so many units, of which some lie before the slice.
+struct PanelsA {
+  const uint32_t* start;
+  int64_t row_units, skipped;
+};
+
+PanelsA panels_a(const Plan& plan, const Block& block, Slice slice, uint32_t* own) {
+  const KernelTable& kernels = *plan.b.kernels;
+  if (!plan.own_a) {
+    const uint32_t* const start = plan.a_panels + plan.a_units(0, block.first_a);
+    return {start, plan.row_units(), kernels.a_units(plan.b.type, slice.first)};
   }
+  const PackSource part = slice.of(plan, plan.a);
+  kernels.pack_a(part, plan.b.type, plan.rows, block.first_a, block.last_a, own);
+  return {own, kernels.a_row_units(plan.b.type, part.cols), 0};
+}
+
+void multiply_slice(const Plan& plan, const Block& block, Slice slice, const OwnMemory& own) {
+  const int64_t columns = plan.b.kernels->panel_columns(), first_row = plan.rows.first_row(block.first_a);
+  const PanelsA a = panels_a(plan, block, slice, own.a);
+  PanelsB slice_b = plan.slice_b();
   // Panels that come from memory share the cache with those that are asked for meanwhile.
-  const int64_t group = plan.own_b ? plan.b.group() : std::max<int64_t>(plan.b.group() / 2, 1);
-  const int64_t panel_units = plan.b.panel_units();
-  for (int64_t group_b = first_b; group_b < last_b; group_b += group) {
-    const int64_t end_b = std::min(group_b + group, last_b);
-    const uint32_t* b_panels = own_b;
+  const int64_t group = plan.own_b ? slice_b.group() : std::max<int64_t>(slice_b.group() / 2, 1);
+  if (plan.own_b) slice_b.source = slice.of(plan, plan.b.source);
+  for (int64_t group_b = block.first_b; group_b < block.last_b; group_b += group) {
+    Tiles tiles{.first_b = group_b, .last_b = std::min(group_b + group, block.last_b), .slice = slice};
     if (plan.own_b) {
-      plan.b.pack(group_b, end_b, own_b);
+      slice_b.pack(group_b, tiles.last_b, own.b);
+      tiles.b_panels = own.b;
+      tiles.panel_units_b = slice_b.panel_units();
     } else {
-      b_panels = plan.b_panels + group_b * panel_units;
+      tiles.panel_units_b = plan.b.panel_units();
+      tiles.b_panels = plan.b_panels + group_b * tiles.panel_units_b + slice.first * columns;
     }
-    for (int64_t pa = first_a; pa < last_a; ++pa) {
-      const Turn turn = plan.own_b ? Turn{} : Turn{pa - first_a, last_a - first_a, end_b < last_b};
-      compute_tiles(plan, pa, group_b, end_b, a_panels + plan.a_units(first_a, pa), b_panels, turn);
+    for (int64_t pa = block.first_a; pa < block.last_a; ++pa) {
+      const int64_t row = plan.rows.first_row(pa) - first_row, rows = plan.rows.rows(pa);
+      const int64_t before = row * (block.last_b - block.first_b) + rows * (group_b - block.first_b);
+      tiles.pa = pa;
+      tiles.a_panel = a.start + row * a.row_units + rows * a.skipped;
+      if (plan.in_slices()) tiles.waiting = own.sums + before * columns;
+      if (!plan.own_b) tiles.turn = {pa - block.first_a, block.last_a - block.first_a, tiles.last_b < block.last_b};
+      compute_tiles(plan, tiles);
     }
   }
 }
 
-void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) {
+void multiply_panels(const Plan& plan, const Block& block, const OwnMemory& own) {
+  int64_t done = 0;
+  do {
+    const Slice slice = {done, std::min(plan.units - done, plan.slice_units)};
+    multiply_slice(plan, block, slice, own);
+    done += slice.units;
+  } while (done < plan.units);
+}
+
+void run_task(const Plan& plan, int64_t task, const OwnMemory& own) {
   const int64_t blocks_P = ceil_div(plan.P(), plan.block_P);
   const int64_t first_a = task % blocks_P * plan.block_P, last_a = std::min(first_a + plan.block_P, plan.P());
   const int64_t first_b = task / blocks_P * plan.block_Q, last_b = std::min(first_b + plan.block_Q, plan.Q);
   plan.b.kernels->begin_products();
   switch (plan.in_place) {
     case InPlace::kNo:
-      multiply_panels(plan, first_a, last_a, first_b, last_b, own_a, own_b);
+      multiply_panels(plan, {first_a, last_a, first_b, last_b}, own);
       break;
     case InPlace::kFewAlongK:
       multiply_few(plan, first_b, last_b);
@@ -278,7 +344,7 @@ void run_task(const Plan& plan, int64_t task, uint32_t* own_a, uint32_t* own_b) 
       multiply_along_k(plan, first_b, last_b);
       break;
     case InPlace::kAlongN:
-      multiply_along_n(plan, first_b, last_b, own_b);
+      multiply_along_n(plan, first_b, last_b, own.b);
       break;
   }
   plan.b.kernels->end_products();
@@ -297,27 +363,29 @@ class GroupedGemm {
       const auto after = std::upper_bound(plans_.begin(), plans_.end(), task,
                                           [](int64_t t, const Plan& plan) { return t < plan.first_task; });
       const Plan& plan = *(after - 1);
-      uint32_t* const own = own_memory_ + thread * (own_a_units_ + own_b_units_);
-      run_task(plan, task - plan.first_task, own, own + own_a_units_);
+      uint32_t* const a = own_memory_ + thread * own_units();
+      uint32_t* const b = a + own_a_units_;
+      run_task(plan, task - plan.first_task, {a, b, reinterpret_cast<float*>(b + own_b_units_)});
     });
   }
 
  private:
   void take_workspace(int num_threads) {
-    own_a_units_ = own_b_units_ = 0;
+    own_a_units_ = own_b_units_ = own_sums_ = 0;
     size_t bytes = 0;
     for (const Plan& plan : plans_) {
-      const int64_t panel_a_units = kMaxPanelRows * plan.row_units();
-      if (plan.own_a) own_a_units_ = std::max(own_a_units_, plan.block_P * panel_a_units);
+      const int64_t block_rows = plan.block_P * kMaxPanelRows;
+      if (plan.own_a) own_a_units_ = std::max(own_a_units_, block_rows * plan.slice_row_units());
+      if (plan.in_slices()) own_sums_ = std::max(own_sums_, block_rows * plan.block_Q * kMaxPanelColumns);
       if (plan.in_place == InPlace::kAlongN) own_b_units_ = std::max(own_b_units_, kMostGroupB * plan.b.panel_units());
-      if (plan.own_b) own_b_units_ = std::max(own_b_units_, plan.b.group() * plan.b.panel_units());
+      const PanelsB b = plan.slice_b();
+      if (plan.own_b) own_b_units_ = std::max(own_b_units_, b.group() * b.panel_units());
       if (!plan.own_a) bytes += unit_bytes(plan.all_a_units());
       if (plan.packs_b_before()) bytes += unit_bytes(plan.Q * plan.b.panel_units());
     }
     own_b_units_ = whole_chunks(own_b_units_);  // keeps the threads' parts on cache lines of their own
-    const int64_t own_units = (own_a_units_ + own_b_units_) * num_threads;
-    workspace_.reserve(bytes + unit_bytes(own_units) + unit_bytes(kBehindPanelsA));
-    own_memory_ = take(own_units);
+    workspace_.reserve(bytes + unit_bytes(own_units() * num_threads) + unit_bytes(kBehindPanelsA));
+    own_memory_ = take(own_units() * num_threads);
     for (Plan& plan : plans_) {
       if (!plan.own_a) plan.a_panels = take(plan.all_a_units());
       if (plan.problem->packed_b) plan.b_panels = static_cast<const uint32_t*>(plan.problem->packed_b->data());
@@ -356,7 +424,8 @@ class GroupedGemm {
   std::vector<Plan> plans_;
   std::vector<PackTask> pack_tasks_;
   Workspace workspace_;
-  int64_t own_a_units_ = 0, own_b_units_ = 0;  // of one thread
+  int64_t own_units() const { return own_a_units_ + own_b_units_ + own_sums_; }  // of one thread
+  int64_t own_a_units_ = 0, own_b_units_ = 0, own_sums_ = 0;
   uint32_t* own_memory_ = nullptr;
 };
 

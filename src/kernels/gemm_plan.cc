@@ -122,11 +122,22 @@ bool should_own_b(const Plan& plan) {
   return plan.P() <= kFewPanelsA || (4 * plan.all_a_units() <= most_bytes && !by_rows);
 }
 
-// Chooses blocks so that a task costs about `most`, and numbers the tasks.
-void cut_plan(Plan& plan, double most, int64_t first_task) {
+// All of K where it is not long, and where kernels take no less.
+int64_t slice_units(const Plan& plan) {
+  const bool whole = plan.in_place != InPlace::kNo || is_quantized(plan.b.type) || plan.b.compact;
+  if (whole || plan.units <= kMostUnitsAtOnce) return plan.units;
+  return whole_chunks(ceil_div(plan.units, ceil_div(plan.units, kSliceUnits)));
+}
+
+// Chooses blocks so that a task costs about `most`, or with slices as much for each of them, but no more than `share`,
+// and numbers the tasks.
+void cut_plan(Plan& plan, double share, int64_t first_task) {
   const int64_t P = plan.P(), Q = plan.Q;
   plan.own_b = should_own_b(plan);
-  const int64_t panel_bytes = 4 * ceil_div(plan.all_a_units(), P);
+  plan.slice_units = slice_units(plan);
+  const auto slices = static_cast<double>(plan.in_slices() ? ceil_div(plan.units, plan.slice_units) : 1);
+  const double most = std::clamp(share, kLeastTaskCost, kMostTaskCost * slices);
+  const int64_t panel_bytes = 4 * ceil_div(plan.rows.M * plan.slice_row_units(), P);
   const int64_t fitting_P = std::max<int64_t>(1, kBlockABytes / std::max<int64_t>(panel_bytes, 1));
   plan.block_P = std::min(P, fitting_P);
   plan.block_Q = Q;
@@ -143,7 +154,8 @@ void cut_plan(Plan& plan, double most, int64_t first_task) {
   if (!plan.own_a) {
     while (plan.block_P > 1 && !all_rows && plan.cost(plan.block_P, 1) > most) plan.block_P = ceil_div(plan.block_P, 2);
     plan.block_Q = std::clamp<int64_t>(static_cast<int64_t>(most / plan.cost(plan.block_P, 1)), 1, Q);
-    if (plan.own_b && plan.block_Q > plan.b.group()) plan.block_Q -= plan.block_Q % plan.b.group();
+    const int64_t group_b = plan.slice_b().group();
+    if (plan.own_b && plan.block_Q > group_b) plan.block_Q -= plan.block_Q % group_b;
     // To pack A anew costs no more than to write it to memory and read it from there, or, where it is one panel, than
     // to have all threads wait for it.
     const bool few_packs = ceil_div(Q, plan.block_Q) <= kMostPacksOfA;
@@ -166,6 +178,23 @@ void PanelsB::pack(int64_t first, int64_t last, uint32_t* memory) const {
   }
 }
 
+PanelsB Plan::slice_b() const {
+  PanelsB slice = b;
+  slice.source.cols = slice_cols();
+  return slice;
+}
+
+PackSource columns_of(PackSource source, int64_t first, int64_t cols) {
+  if (source.gather_cols) {
+    source.gather_cols += first;
+  } else {
+    const auto size = static_cast<int64_t>(dtype_size(source.dtype));
+    source.data = static_cast<const char*>(source.data) + first * source.col_stride * size;
+  }
+  source.cols = std::min(source.cols - first, cols);
+  return source;
+}
+
 double Plan::cost(int64_t panels_a, int64_t panels_b) const {
   const double m = static_cast<double>(panels_a) * static_cast<double>(rows.M) / static_cast<double>(P());
   return static_cast<double>(panels_b * b.panel_units()) * (m + kUnitCost) + m;
@@ -185,11 +214,10 @@ void cut_group(std::span<const GemmProblem> problems, int num_threads, std::vect
     total += plan.cost(plan.P(), plan.Q);
     c_bytes += problem.c.rows * problem.c.cols * static_cast<int64_t>(dtype_size(problem.c.dtype));
   }
-  const double most = std::clamp(total / (num_threads * kTasksPerThread), kLeastTaskCost, kMostTaskCost);
   int64_t first_task = 0;
   for (Plan& plan : plans) {
     plan.stream = c_bytes > kStreamBytes && !plan.problem->accumulate;
-    cut_plan(plan, most, first_task);
+    cut_plan(plan, total / (num_threads * kTasksPerThread), first_task);
     first_task += plan.num_tasks;
   }
 }

@@ -8,6 +8,9 @@
 // into the cache, when no other task needs the same part; else beforehand, once for all tasks. With few rows of
 // A, B is not packed at all but read where it lies (multiply_in_place.inl), by tasks that take all rows of A.
 //
+// A long K is multiplied in slices, or the few panels that fit into a cache would be read too often for what is done
+// with them. Meanwhile sums wait in fp32, which changes no bit of them.
+//
 // Sums become a part of C by way of a tile and its epilogue; those of short K that C takes as they are, or with bias,
 // straight from registers.
 #pragma once
@@ -27,6 +30,9 @@ inline constexpr int64_t kMostGroupB = 8;
 inline constexpr int64_t kInlinePackUnits = 32 << 10;
 // To quantize a unit of A, four elements, takes as long as packing so many.
 inline constexpr int64_t kQuantizingCost = 8;
+
+// K of more than kMostUnitsAtOnce is cut into slices of at most kSliceUnits.
+inline constexpr int64_t kMostUnitsAtOnce = 4096, kSliceUnits = 2048;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -60,6 +66,7 @@ struct Plan {
   PackSource a;
   RowPanels rows;
   int64_t units;             // of K
+  int64_t slice_units;       // of K that a task multiplies at once; whole chunks where that is not all
   int64_t Q;                 // panels of B
   int64_t block_P, block_Q;  // panels of a task
   int64_t first_task, num_tasks;
@@ -72,6 +79,10 @@ struct Plan {
 
   int64_t P() const { return rows.P; }
   int64_t row_units() const { return b.kernels->a_row_units(b.type, a.cols); }  // of A, in panels
+  bool in_slices() const { return slice_units < units; }
+  int64_t slice_cols() const { return in_slices() ? slice_units * elements_of_unit(b.type) : a.cols; }
+  int64_t slice_row_units() const { return b.kernels->a_row_units(b.type, slice_cols()); }
+  PanelsB slice_b() const;  // B as long as a slice, for sizes
   int64_t a_units(int64_t first, int64_t last) const {
     return (rows.first_row(last) - rows.first_row(first)) * row_units();
   }
@@ -82,6 +93,9 @@ struct Plan {
   bool packs_b_before() const { return !problem->packed_b && !own_b && in_place == InPlace::kNo; }
   double cost(int64_t panels_a, int64_t panels_b) const;  // in multiply-adds
 };
+
+// Columns [first, first + cols) of an operand, or up to the last one.
+PackSource columns_of(PackSource source, int64_t first, int64_t cols);
 
 // Cuts a group for `num_threads` threads. Problems without rows or columns have no task and get no plan.
 void cut_group(std::span<const GemmProblem> problems, int num_threads, std::vector<Plan>& plans);

@@ -218,6 +218,28 @@ TEST(Gemm, SumsOfShortAndOfLongRows) {
   });
 }
 
+// K that is multiplied in slices, the last one short: both operands packed by the tasks, both before them, A by the
+// tasks alone.
+TEST(Gemm, LongRowsInSlices) {
+  NativeThreadPool pool(2);
+  for_each_isa([&] {
+    for (DType type : {DType::kF32, DType::kBF16}) {
+      for (const auto& [M, N] : {std::pair{40, 40}, {100, 37}, {400, 9}}) {
+        for (int variant = 0; variant < 5; ++variant) {
+          const int64_t K = (type == DType::kF32 ? 1 : 2) * kMostUnitsAtOnce + (variant == 0 ? 1 : 229);
+          Case c = {.M = M, .N = N, .K = K, .a = type, .b = type, .c = variant < 2 ? DType::kF32 : type};
+          c.a_transposed = c.b_transposed = variant == 1;
+          c.gather_K = variant == 2;
+          c.gather = c.bias = c.gated = variant == 3;
+          c.packed = c.accumulate = variant == 4;
+          if (variant == 2) c.activation = Activation::kRelu;
+          check(c, pool);
+        }
+      }
+    }
+  });
+}
+
 TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
   NativeThreadPool pool(2);
   for_each_isa([&] {
@@ -243,30 +265,31 @@ TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
 TEST(Gemm, RowsHaveTheSameBitsAloneAndInABatch) {
   NativeThreadPool one(1), two(2), three(3);
   for_each_isa([&] {
-    for (DType type : {DType::kF32, DType::kBF16}) {
-      const Case c = {.M = 200, .N = 100, .K = 301, .a = type, .b = type};
-      Fixture batch(c);
-      gemm(batch.problem, one);
-      const LineVector<float> expected = batch.c_floats;
-      gemm(batch.problem, two);
-      ASSERT_EQ(batch.c_floats, expected);
-      batch.pack(three);
-      gemm(batch.problem, three);
-      ASSERT_EQ(batch.c_floats, expected);
-      for (int64_t m = 0; m < c.M; m += 23) {
-        GemmProblem row = batch.problem;
-        row.a = row.a.row_range(m, 1);
-        row.c = row.c.row_range(m, 1);
-        std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
-        gemm(row, two);
-        for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
-        row.packed_b = nullptr;
-        row.b = batch.b.view;
-        std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
-        gemm(row, two);
-        for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
+    for (DType type : {DType::kF32, DType::kBF16})
+      for (int64_t K : {int64_t{301}, 3 * kMostUnitsAtOnce}) {
+        const Case c = {.M = 200, .N = 100, .K = K, .a = type, .b = type};
+        Fixture batch(c);
+        gemm(batch.problem, one);
+        const LineVector<float> expected = batch.c_floats;
+        gemm(batch.problem, two);
+        ASSERT_EQ(batch.c_floats, expected);
+        batch.pack(three);
+        gemm(batch.problem, three);
+        ASSERT_EQ(batch.c_floats, expected);
+        for (int64_t m = 0; m < c.M; m += 23) {
+          GemmProblem row = batch.problem;
+          row.a = row.a.row_range(m, 1);
+          row.c = row.c.row_range(m, 1);
+          std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
+          gemm(row, two);
+          for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
+          row.packed_b = nullptr;
+          row.b = batch.b.view;
+          std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
+          gemm(row, two);
+          for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
+        }
       }
-    }
   });
 }
 

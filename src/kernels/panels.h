@@ -86,6 +86,8 @@ inline constexpr int64_t kMaxPanelColumns = 32;
 // multiply may read this far behind the last panel of A.
 inline constexpr int64_t kBehindPanelsA = 15 * kChunkUnits;
 
+// Elements along K.
+constexpr int64_t elements_of_unit(PanelType type) { return is_quantized(type) ? 4 : type == PanelType::kBF16 ? 2 : 1; }
 constexpr int64_t whole_chunks(int64_t units) { return (units + kChunkUnits - 1) / kChunkUnits * kChunkUnits; }
 // Quantized ones come in pairs.
 constexpr int64_t units_of(PanelType type, int64_t K) {
