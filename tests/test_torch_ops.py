@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from coterie.torch import functional
+from coterie.torch import RouterConfig, functional
 
 OPS = torch.ops.coterie
 FP32 = 512 * 2.0**-24
@@ -534,6 +535,21 @@ def test_experts_refuse_in_one_line(change: dict, message: str) -> None:
         with pytest.raises((TypeError, ValueError)) as caught:
             run(**there)
         assert str(caught.value) == "coterie::experts: " + message
+
+
+def test_tangents_of_forward_mode_are_refused() -> None:
+    """A loss of the tangent would be a silent zero."""
+    x, router = torch.randn(2, 4), torch.randn(3, 4)
+    up, down = torch.randn(3, 6, 4), torch.randn(3, 4, 3)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    functions = [
+        lambda x: functional.linear(x, router),
+        lambda x: functional.route(x, 2, RouterConfig()).weights_TK,
+        lambda x: functional.experts(x, ids, None, up, down),
+    ]
+    for function in functions:
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
+            function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_others_refuse_in_one_line() -> None:

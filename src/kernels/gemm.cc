@@ -161,7 +161,7 @@ void compute_tiles(const Plan& plan, const Tiles& t) {
   const bool bf16 = plan.b.type == PanelType::kBF16;
   const int rows = plan.rows.rows(t.pa);
   const bool wait = t.waiting || t.slice.units > kernels.slice_units[bf16];
-  const int64_t tile_size = wait ? rows * kernels.panel_columns() : 0;
+  const int64_t tile_size = wait ? plan.tile_size() : 0;
   int64_t done = 0;
   do {
     const int64_t units = std::min(t.slice.units - done, kernels.slice_units[bf16]), first = t.slice.first + done;
@@ -308,11 +308,11 @@ void multiply_slice(const Plan& plan, const Block& block, Slice slice, const Own
       tiles.b_panels = plan.b_panels + group_b * tiles.panel_units_b + slice.first * columns;
     }
     for (int64_t pa = block.first_a; pa < block.last_a; ++pa) {
-      const int64_t row = plan.rows.first_row(pa) - first_row, rows = plan.rows.rows(pa);
-      const int64_t before = row * (block.last_b - block.first_b) + rows * (group_b - block.first_b);
+      const int64_t row = plan.rows.first_row(pa) - first_row;
+      const int64_t tiles_before = (pa - block.first_a) * (block.last_b - block.first_b) + group_b - block.first_b;
       tiles.pa = pa;
-      tiles.a_panel = a.start + row * a.row_units + rows * a.skipped;
-      if (plan.in_slices()) tiles.waiting = own.sums + before * columns;
+      tiles.a_panel = a.start + row * a.row_units + plan.rows.rows(pa) * a.skipped;
+      if (plan.in_slices()) tiles.waiting = own.sums + tiles_before * plan.tile_size();
       if (!plan.own_b) tiles.turn = {pa - block.first_a, block.last_a - block.first_a, tiles.last_b < block.last_b};
       compute_tiles(plan, tiles);
     }
@@ -374,9 +374,9 @@ class GroupedGemm {
     own_a_units_ = own_b_units_ = own_sums_ = 0;
     size_t bytes = 0;
     for (const Plan& plan : plans_) {
-      const int64_t block_rows = plan.block_P * kMaxPanelRows;
-      if (plan.own_a) own_a_units_ = std::max(own_a_units_, block_rows * plan.slice_row_units());
-      if (plan.in_slices()) own_sums_ = std::max(own_sums_, block_rows * plan.block_Q * kMaxPanelColumns);
+      const int64_t panel_a_units = kMaxPanelRows * plan.slice_row_units();
+      if (plan.own_a) own_a_units_ = std::max(own_a_units_, plan.block_P * panel_a_units);
+      if (plan.in_slices()) own_sums_ = std::max(own_sums_, plan.block_P * plan.block_Q * plan.tile_size());
       if (plan.in_place == InPlace::kAlongN) own_b_units_ = std::max(own_b_units_, kMostGroupB * plan.b.panel_units());
       const PanelsB b = plan.slice_b();
       if (plan.own_b) own_b_units_ = std::max(own_b_units_, b.group() * b.panel_units());
@@ -392,6 +392,7 @@ class GroupedGemm {
       if (plan.packs_b_before()) plan.b_panels = take(plan.Q * plan.b.panel_units());
     }
   }
+  int64_t own_units() const { return own_a_units_ + own_b_units_ + own_sums_; }  // of one thread
   static size_t unit_bytes(int64_t units) { return Workspace::padded(static_cast<size_t>(units) * sizeof(uint32_t)); }
   uint32_t* take(int64_t units) { return workspace_.take<uint32_t>(static_cast<size_t>(units)); }
 
@@ -424,8 +425,7 @@ class GroupedGemm {
   std::vector<Plan> plans_;
   std::vector<PackTask> pack_tasks_;
   Workspace workspace_;
-  int64_t own_units() const { return own_a_units_ + own_b_units_ + own_sums_; }  // of one thread
-  int64_t own_a_units_ = 0, own_b_units_ = 0, own_sums_ = 0;
+  int64_t own_a_units_ = 0, own_b_units_ = 0, own_sums_ = 0;  // of one thread
   uint32_t* own_memory_ = nullptr;
 };
 

@@ -122,19 +122,19 @@ bool should_own_b(const Plan& plan) {
   return plan.P() <= kFewPanelsA || (4 * plan.all_a_units() <= most_bytes && !by_rows);
 }
 
-// All of K where it is not long, and where kernels take no less.
-int64_t slice_units(const Plan& plan) {
+// All of K where it is not long, where B is read once anyway, and where kernels take no less.
+int64_t units_of_slice(const Plan& plan) {
   const bool whole = plan.in_place != InPlace::kNo || is_quantized(plan.b.type) || plan.b.compact;
-  if (whole || plan.units <= kMostUnitsAtOnce) return plan.units;
-  return whole_chunks(ceil_div(plan.units, ceil_div(plan.units, kSliceUnits)));
+  if (whole || plan.P() == 1 || plan.units <= kMostUnitsAtOnce) return plan.units;
+  return whole_chunks(ceil_div(plan.units, ceil_div(plan.units, kMostUnitsOfSlice)));
 }
 
-// Chooses blocks so that a task costs about `most`, or with slices as much for each of them, but no more than `share`,
-// and numbers the tasks.
+// Chooses blocks so that a task costs about `share`, within bounds, and numbers the tasks. The upper bound is one of a
+// slice.
 void cut_plan(Plan& plan, double share, int64_t first_task) {
   const int64_t P = plan.P(), Q = plan.Q;
   plan.own_b = should_own_b(plan);
-  plan.slice_units = slice_units(plan);
+  plan.slice_units = units_of_slice(plan);
   const auto slices = static_cast<double>(plan.in_slices() ? ceil_div(plan.units, plan.slice_units) : 1);
   const double most = std::clamp(share, kLeastTaskCost, kMostTaskCost * slices);
   const int64_t panel_bytes = 4 * ceil_div(plan.rows.M * plan.slice_row_units(), P);

@@ -31,8 +31,8 @@ inline constexpr int64_t kInlinePackUnits = 32 << 10;
 // To quantize a unit of A, four elements, takes as long as packing so many.
 inline constexpr int64_t kQuantizingCost = 8;
 
-// K of more than kMostUnitsAtOnce is cut into slices of at most kSliceUnits.
-inline constexpr int64_t kMostUnitsAtOnce = 4096, kSliceUnits = 2048;
+// K of more than kMostUnitsAtOnce is cut into slices of at most kMostUnitsOfSlice.
+inline constexpr int64_t kMostUnitsAtOnce = 4096, kMostUnitsOfSlice = 2048;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -82,7 +82,9 @@ struct Plan {
   bool in_slices() const { return slice_units < units; }
   int64_t slice_cols() const { return in_slices() ? slice_units * elements_of_unit(b.type) : a.cols; }
   int64_t slice_row_units() const { return b.kernels->a_row_units(b.type, slice_cols()); }
-  PanelsB slice_b() const;  // B as long as a slice, for sizes
+  PanelsB slice_b() const;  // B as long as a slice
+  // Floats of a tile that waits: kernels may store rows that are not there (see kernel_table.h).
+  int64_t tile_size() const { return kMaxPanelRows * b.kernels->panel_columns(); }
   int64_t a_units(int64_t first, int64_t last) const {
     return (rows.first_row(last) - rows.first_row(first)) * row_units();
   }

@@ -16,6 +16,8 @@
 #include <new>
 #include <random>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/gemm_plan.h"
@@ -218,13 +220,12 @@ TEST(Gemm, SumsOfShortAndOfLongRows) {
   });
 }
 
-// K that is multiplied in slices, the last one short: both operands packed by the tasks, both before them, A by the
-// tasks alone.
+// K that is multiplied in slices, the last one short.
 TEST(Gemm, LongRowsInSlices) {
   NativeThreadPool pool(2);
   for_each_isa([&] {
     for (DType type : {DType::kF32, DType::kBF16}) {
-      for (const auto& [M, N] : {std::pair{40, 40}, {100, 37}, {400, 9}}) {
+      for (const auto& [M, N] : {std::pair{70, 40}, {100, 37}, {520, 9}}) {
         for (int variant = 0; variant < 5; ++variant) {
           const int64_t K = (type == DType::kF32 ? 1 : 2) * kMostUnitsAtOnce + (variant == 0 ? 1 : 229);
           Case c = {.M = M, .N = N, .K = K, .a = type, .b = type, .c = variant < 2 ? DType::kF32 : type};
@@ -238,6 +239,33 @@ TEST(Gemm, LongRowsInSlices) {
       }
     }
   });
+}
+
+// As kernels on whole tiles do: rows of the tile that are not there are written too.
+template <int kRows>
+void multiply_whole_tile(int64_t units, const uint32_t* a, const uint32_t* b, Ahead ahead, float* tile, bool add) {
+  const KernelTable& kernels = *supported_kernels().front();
+  kernels.multiply[0][kRows - 1](units, a, b, ahead, tile, add);
+  const int64_t columns = kernels.panel_columns();
+  std::fill(tile + kRows * columns, tile + kMaxPanelRows * columns, std::numeric_limits<float>::quiet_NaN());
+}
+template <int... kIndex>
+void fill_whole_tiles(KernelTable& table, std::integer_sequence<int, kIndex...>) {
+  ((table.multiply[0][kIndex] = table.multiply[0][kIndex] ? multiply_whole_tile<kIndex + 1> : nullptr), ...);
+}
+
+TEST(Gemm, TilesThatWaitHaveRoomForAllRows) {
+  KernelTable table = *supported_kernels().front();
+  fill_whole_tiles(table, std::make_integer_sequence<int, kMaxPanelRows>{});
+  table.slice_units[0] = 8 * kChunkUnits;
+  const ScopedKernels scope(table);
+  NativeThreadPool pool(1);
+  for (int64_t K : {int64_t{500}, kMostUnitsAtOnce + 1}) {
+    for (int64_t M : {5, 70, 200}) {
+      for (bool transposed : {false, true}) check({.M = M, .N = 300, .K = K, .b_transposed = transposed}, pool);
+      check({.M = M, .N = 300, .K = K, .packed = true}, pool);
+    }
+  }
 }
 
 TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
@@ -261,35 +289,44 @@ TEST(Gemm, EpiloguesOnPackedAndPlainWeights) {
   });
 }
 
-// A row's bits depend on nothing but its own values: not on M, the number of threads, or packing.
+void expect_row(const Fixture& batch, GemmProblem row, int64_t m, const LineVector<float>& expected, ThreadPool& pool) {
+  row.a = row.a.row_range(m, 1);
+  row.c = row.c.row_range(m, 1);
+  const int64_t N = row.c.cols;
+  float* const out = static_cast<float*>(row.c.data);
+  std::fill_n(out, N, 0.0f);
+  gemm(row, pool);
+  for (int64_t n = 0; n < N; ++n) ASSERT_EQ(out[n], expected[m * N + n]) << "at " << m << ", " << n;
+  row.packed_b = nullptr;
+  row.b = batch.b.view;
+  std::fill_n(out, N, 0.0f);
+  gemm(row, pool);
+  for (int64_t n = 0; n < N; ++n) ASSERT_EQ(out[n], expected[m * N + n]) << "in place, at " << m << ", " << n;
+}
+
+// A row's bits depend on nothing but its own values: not on M, the number of threads, or packing. With a long K one
+// thread multiplies slices of blocks with several panels of both operands, packed by it (70 rows) or A alone (300).
 TEST(Gemm, RowsHaveTheSameBitsAloneAndInABatch) {
   NativeThreadPool one(1), two(2), three(3);
+  constexpr int64_t kLong = 3 * kMostUnitsAtOnce;
   for_each_isa([&] {
-    for (DType type : {DType::kF32, DType::kBF16})
-      for (int64_t K : {int64_t{301}, 3 * kMostUnitsAtOnce}) {
-        const Case c = {.M = 200, .N = 100, .K = K, .a = type, .b = type};
+    for (DType type : {DType::kF32, DType::kBF16}) {
+      for (const auto& [M, N, K] : {std::tuple{200, 100, 301}, {300, 100, kLong}, {70, 1100, kLong + 77}}) {
+        const Case c = {.M = M, .N = N, .K = K, .a = type, .b = type};
+        SCOPED_TRACE(describe(c, active_kernels()));
         Fixture batch(c);
         gemm(batch.problem, one);
         const LineVector<float> expected = batch.c_floats;
         gemm(batch.problem, two);
         ASSERT_EQ(batch.c_floats, expected);
         batch.pack(three);
-        gemm(batch.problem, three);
-        ASSERT_EQ(batch.c_floats, expected);
-        for (int64_t m = 0; m < c.M; m += 23) {
-          GemmProblem row = batch.problem;
-          row.a = row.a.row_range(m, 1);
-          row.c = row.c.row_range(m, 1);
-          std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
-          gemm(row, two);
-          for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
-          row.packed_b = nullptr;
-          row.b = batch.b.view;
-          std::fill(batch.c_floats.begin(), batch.c_floats.end(), 0.0f);
-          gemm(row, two);
-          for (int64_t n = 0; n < c.N; ++n) ASSERT_EQ(batch.c_floats[m * c.N + n], expected[m * c.N + n]);
+        for (ThreadPool* pool : {&one, &three}) {
+          gemm(batch.problem, *pool);
+          ASSERT_EQ(batch.c_floats, expected);
         }
+        for (int64_t m = 0; m < c.M; m += 23) expect_row(batch, batch.problem, m, expected, two);
       }
+    }
   });
 }
 

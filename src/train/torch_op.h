@@ -91,10 +91,11 @@ inline void check_first_derivative(const char* op) {
   TORCH_CHECK(!c10::GradMode::is_enabled(), op, ": has no second derivative (create_graph)");
 }
 
+// Tangents of forward-mode differentiation count too: autograd refuses them, which is better than to lose them.
 inline bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
-  if (!c10::GradMode::is_enabled()) return false;
   for (const OptionalTensor& tensor : tensors) {
-    if (given(tensor) && tensor->requires_grad()) return true;
+    if (!given(tensor)) continue;
+    if ((c10::GradMode::is_enabled() && tensor->requires_grad()) || tensor->_fw_grad(0).defined()) return true;
   }
   return false;
 }

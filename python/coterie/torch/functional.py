@@ -173,8 +173,9 @@ _written_settings = lru_cache(maxsize=64, typed=True)(_write_settings)
 def _settings_of(config: RouterConfig, num_experts: int, top_k: int) -> str:
     """A router as its op wants it. Kept: to write it takes longer than to route a few tokens."""
     values = [getattr(config, name) for name in _ROUTER_KEYS]
-    compiling = torch.compiler.is_compiling()  # then it is written once anyway
-    return (_write_settings if compiling else _written_settings)(num_experts, top_k, *values)
+    if torch.compiler.is_compiling():  # it is written once anyway
+        return _write_settings(num_experts, top_k, *values)
+    return _written_settings(int(num_experts), top_k, *values)
 
 
 def route(
