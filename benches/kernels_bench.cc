@@ -102,6 +102,11 @@ void gemm_shapes(benchmark::internal::Benchmark* bench) {
     }
     bench->Args({type, 4096, 512, 256, 0});
     bench->Args({type, 2048, 2048, 2048, 0});
+    for (int64_t packed : {1, 0}) {  // a long K, which is multiplied in slices
+      bench->Args({type, 512, 2048, 8192, packed});
+      bench->Args({type, 512, 2048, 14336, packed});
+    }
+    bench->Args({type, 64, 2048, 14336, 1});
   }
 }
 BENCHMARK(BM_Gemm)->Apply(gemm_shapes)->Unit(benchmark::kMicrosecond)->UseRealTime();

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_torch_ops import FP32, assert_close, values_and_gradients
+from op_inputs import FP32, assert_close, values_and_gradients
 from torch import nn
 from torch.library import opcheck
 

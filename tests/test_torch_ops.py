@@ -1,94 +1,30 @@
-"""The ops torch.ops.coterie.*, against the plain PyTorch version, values and every gradient.
+"""The ops torch.ops.coterie.*, against the plain PyTorch version, values and every gradient."""
 
-Tolerances, of the largest value. fp32: orders of summation of n terms differ by at most n 2^-24 of the sum of
-magnitudes; typical is sqrt(n), so that n 2^-24 with n <= 512 bounds both. bf16: the oracle computes in fp64 from
-the same bf16 inputs, so that the error is that of rounding what is kept in bf16 to 8 bits: relative 2^-9 for each
-of at most 6 such tensors on the way to a gradient (slopes, inner, gradient of inner, of pre, weighted gradient,
-result), in the Frobenius norm since the factors between them are of order one.
-"""
-
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from op_inputs import (
+    CASES,
+    INNER,
+    OPS,
+    D,
+    E,
+    assert_close,
+    expert_inputs,
+    grouped_inputs,
+    in_fp64,
+    leaf,
+    run,
+    values_and_gradients,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from coterie.torch import RouterConfig, functional
-
-OPS = torch.ops.coterie
-FP32 = 512 * 2.0**-24
-BF16 = 6 * 2.0**-9
-D, INNER, E = 19, 13, 6
-CASES = {
-    "gated": ("silu", True, False, True),
-    "biased": ("silu", True, True, True),
-    "plain": ("gelu", False, True, True),
-    "tanh": ("gelu_pytorch_tanh", False, False, True),
-    "relu": ("relu", False, True, True),
-    "unweighted": ("silu", True, True, False),
-}
-
-
-def leaf(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
-
-
-def expert_inputs(case: str, T: int = 37, K: int = 3, dtype: torch.dtype = torch.float32) -> dict:
-    activation, gated, bias, weighted = CASES[case]
-    U = INNER * (2 if gated else 1)
-    # Ids from -1 to E: some choices are of no expert, on both sides; expert 2 stays empty.
-    ids = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(7))
-    return {
-        "x": leaf(T, D, seed=1, dtype=dtype),
-        "expert_ids": torch.where(ids == 2, 3, ids),
-        "weights": leaf(T, K, seed=2) if weighted else None,
-        "up": leaf(E, U, D, seed=3, dtype=dtype, scale=D**-0.5),
-        "up_bias": leaf(E, U, seed=4, dtype=dtype) if bias else None,
-        "down": leaf(E, D, INNER, seed=5, dtype=dtype, scale=INNER**-0.5),
-        "down_bias": leaf(E, D, seed=6, dtype=dtype) if bias else None,
-        "activation": activation,
-        "gated": gated,
-    }
-
-
-def values_and_gradients(f, inputs: dict) -> dict[str, Tensor]:
-    """f's output and the gradient of everything that asks for one, for a fixed weighting of the output."""
-    leaves = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
-    out = f(**inputs)
-    weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
-    gradients = torch.autograd.grad((out.double() * weighting).sum(), list(leaves.values()), materialize_grads=True)
-    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def in_fp64(inputs: dict) -> dict:
-    def cast(t: object) -> object:
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            return t
-        return t.detach().double().requires_grad_(t.requires_grad)
-
-    return {name: cast(t) for name, t in inputs.items()}
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        got = actual[name].double()
-        assert got.shape == value.shape, name
-        if dtype == torch.float32:
-            assert value.numel() == 0 or (got - value).abs().max() <= FP32 * value.abs().max(), name
-        else:
-            assert (got - value).norm() <= BF16 * value.norm(), name
-
-
-def run(x, expert_ids, weights, up, up_bias, down, down_bias, activation, gated) -> Tensor:
-    return OPS.experts(x, expert_ids, weights, up, up_bias, down, down_bias, activation, gated)
 
 
 def fp64_experts(x, expert_ids, weights, up, up_bias, down, down_bias, activation, gated) -> Tensor:
@@ -191,131 +127,6 @@ def test_no_grad_keeps_nothing() -> None:
         assert torch.equal(run(**inputs), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_packed_weights_give_the_same_bits(case: str, dtype: torch.dtype) -> None:
-    """Few rows of an expert, many, and what the backward pass is given; any strides."""
-    for T in (5, 37, 700):
-        inputs = expert_inputs(case, T, dtype=dtype)
-        inputs["up"] = inputs["up"].detach().mT.contiguous().mT.requires_grad_()
-        expected = values_and_gradients(run, inputs)
-        with functional.packed_weights():
-            for use in range(2):
-                values_and_gradients(run, inputs)
-                assert (functional.packed_weight_bytes() > 0) == (use == 1)
-            actual = values_and_gradients(run, inputs)
-            with torch.no_grad():
-                assert torch.equal(run(**inputs), expected["out"])
-        for name, value in expected.items():
-            assert torch.equal(actual[name], value), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_packed_linear_weights_give_the_same_bits(transposed: bool, dtype: torch.dtype) -> None:
-    inputs = grouped_inputs(transposed, dtype)
-    if transposed:
-        inputs["weight"] = inputs["weight"].mT
-    x, offset, weight, bias = inputs.values()
-
-    def outputs() -> list[Tensor]:
-        return [OPS.grouped_linear(x, offset, weight, bias), OPS.linear(x, weight[1], bias[1])]
-
-    with torch.no_grad():
-        expected = outputs()
-        with functional.packed_weights():
-            for _ in range(3):
-                actual = outputs()
-            assert functional.packed_weight_bytes() > 0
-    assert all(map(torch.equal, actual, expected))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_packed_weights_follow_changes(fused: bool) -> None:
-    """Fused optimizers don't count theirs, which is seen to."""
-    x, weight = leaf(3, D, seed=1).detach(), torch.nn.Parameter(leaf(4, D, seed=2).detach())
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
-
-    def is_right() -> bool:
-        return torch.equal(OPS.linear(x, weight), OPS.linear(x, weight.detach().clone()))
-
-    with functional.packed_weights(), torch.no_grad():
-        for change in (lambda: None, lambda: weight.mul_(2), optimizer.step, lambda: weight.copy_(weight + 1)):
-            weight.grad = torch.ones_like(weight)
-            change()
-            assert all(is_right() for _ in range(3))
-            assert functional.packed_weight_bytes() > 0
-
-
-def test_packed_weights_end_with_the_last_block() -> None:
-    x, weight = leaf(3, D, seed=1).detach(), leaf(4, D, seed=2).detach()
-
-    def use(weight: Tensor) -> int:
-        for _ in range(3):
-            OPS.linear(x, weight)
-        return functional.packed_weight_bytes()
-
-    blocks = [functional.packed_weights() for _ in range(2)]
-    blocks[0].__enter__()
-    held = use(weight)
-    assert held > 0
-    blocks[1].__enter__()
-    blocks[0].__exit__(None, None, None)  # as in another thread
-    assert functional.packed_weight_bytes() == held
-    for max_bytes in (0, 1):  # smaller than the outer one's
-        with functional.packed_weights(max_bytes):
-            assert use(weight) == held
-    blocks[1].__exit__(None, None, None)
-    assert use(weight) == 0
-    with functional.packed_weights(max_bytes=1):
-        assert use(weight) == 0
-
-
-@pytest.mark.parametrize("max_bytes", [-1, "4GB", 0.5])
-def test_packed_weights_refuse_a_bound_that_is_none(max_bytes: object) -> None:
-    with pytest.raises(ValueError, match="^max_bytes: .* is no number of bytes from 0 up$"):
-        with functional.packed_weights(max_bytes):
-            pass
-    with functional.packed_weights(max_bytes=1 << 70):  # and the next block is none the worse
-        pass
-
-
-SHORT_OF_MEMORY = """
-import resource, torch
-from coterie.torch import functional
-
-x, weight = torch.rand(3, 2048), torch.rand(8192, 2048)  # 64 MiB
-linear = torch.ops.coterie.linear
-expected = linear(x, weight)
-with functional.packed_weights():
-    linear(x, weight)
-    pages = int(open("/proc/self/statm").read().split()[0])
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20), limits[1]))
-    assert torch.equal(linear(x, weight), expected)
-    assert functional.packed_weight_bytes() == 0
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert torch.equal(linear(x, weight), expected)
-    assert functional.packed_weight_bytes() >= weight.nbytes
-"""
-
-
-def test_weights_that_there_is_no_memory_to_pack_are_used_as_they_are() -> None:
-    """In a process of its own, whose heap holds nothing that was freed."""
-    run_python = [sys.executable, "-c", SHORT_OF_MEMORY]
-    result = subprocess.run(run_python, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-
-
-def test_packed_weights_of_autocast_live_as_long_as_its_copies() -> None:
-    x, weight = leaf(3, D, seed=1).detach(), torch.nn.Parameter(leaf(4, D, seed=2).detach())
-    with functional.packed_weights(), torch.no_grad():
-        for _ in range(3):
-            with torch.autocast("cpu", torch.bfloat16):
-                OPS.linear(x, weight)
-        assert functional.packed_weight_bytes() == 0
-
-
 def test_double_use_checkpointing_and_accumulation() -> None:
     def twice(f):
         def g(x, **rest):
@@ -405,16 +216,6 @@ def test_head_cross_entropy_distils() -> None:
         return F.cross_entropy(logits, targets) + 0.7 * 4 * kl
 
     assert_close(values_and_gradients(ours, inputs), values_and_gradients(oracle, in_fp64(inputs)), torch.float32)
-
-
-def grouped_inputs(transposed: bool, dtype: torch.dtype = torch.float32) -> dict:
-    weight = leaf(E, D, INNER, seed=2, dtype=dtype) if transposed else leaf(E, INNER, D, seed=2, dtype=dtype)
-    return {
-        "x": leaf(30, D, seed=1, dtype=dtype),
-        "offset": torch.tensor([2, 5, 5, 17, 20, 21, 27]),  # rows before and after belong to nobody, expert 1 is empty
-        "weight": weight,
-        "bias": leaf(E, INNER, seed=3, dtype=dtype),
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -538,7 +339,7 @@ def test_experts_refuse_in_one_line(change: dict, message: str) -> None:
 
 
 def test_tangents_of_forward_mode_are_refused() -> None:
-    """A loss of the tangent would be a silent zero."""
+    """To lose one would be a silent zero."""
     x, router = torch.randn(2, 4), torch.randn(3, 4)
     up, down = torch.randn(3, 6, 4), torch.randn(3, 4, 3)
     ids = torch.zeros(2, 1, dtype=torch.int64)
@@ -548,7 +349,10 @@ def test_tangents_of_forward_mode_are_refused() -> None:
         lambda x: functional.experts(x, ids, None, up, down),
     ]
     for function in functions:
-        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
+        with (
+            forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match=r"^coterie's ops have no forward-mode derivative \(jvp\)$"),
+        ):
             function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 

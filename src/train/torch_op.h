@@ -91,13 +91,15 @@ inline void check_first_derivative(const char* op) {
   TORCH_CHECK(!c10::GradMode::is_enabled(), op, ": has no second derivative (create_graph)");
 }
 
-// Tangents of forward-mode differentiation count too: autograd refuses them, which is better than to lose them.
+// Refuses tangents of forward-mode differentiation: no op passes them on, and to lose them would be a silent zero.
 inline bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
+  bool any = false;
   for (const OptionalTensor& tensor : tensors) {
     if (!given(tensor)) continue;
-    if ((c10::GradMode::is_enabled() && tensor->requires_grad()) || tensor->_fw_grad(0).defined()) return true;
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(0).defined(), "coterie's ops have no forward-mode derivative (jvp)");
+    any = any || tensor->requires_grad();
   }
-  return false;
+  return any && c10::GradMode::is_enabled();
 }
 
 // Casts to the type of the autocast region that the CPU is in.
