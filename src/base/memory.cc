@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/round.h"
 #include "coterie/error.h"
 
 namespace coterie {
@@ -19,8 +20,6 @@ namespace {
 
 constexpr size_t kCacheLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
-
-size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/round.h"
 #include "kernels/kernel_table.h"
 #include "kernels/panel_product.h"
 #include "kernels/parallel_rows.h"
@@ -36,8 +37,6 @@ constexpr int64_t kRunGroups = kRunKeys / kGroupRows;
 constexpr int64_t kMostInPlace = 16;
 // To write an element to the cache, in its type, takes as long as so many steps of element-wise work.
 constexpr int64_t kStoringCost = 2;
-
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Of what lies in scratch: numbers in fp32, or halves that are bf16 or integers.
 DType scratch_dtype(DType cache) { return cache == DType::kF32 ? DType::kF32 : DType::kBF16; }

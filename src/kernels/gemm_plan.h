@@ -19,6 +19,7 @@
 #include <span>
 #include <vector>
 
+#include "base/round.h"
 #include "kernels/gemm.h"
 #include "kernels/kernel_table.h"
 
@@ -33,8 +34,6 @@ inline constexpr int64_t kQuantizingCost = 8;
 
 // K of more than kMostUnitsAtOnce is cut into slices of at most kMostUnitsOfSlice.
 inline constexpr int64_t kMostUnitsAtOnce = 4096, kMostUnitsOfSlice = 2048;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The panels of B. Panel p holds columns [p * width(), ...) of C.
 struct PanelsB {

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -11,7 +12,7 @@
 namespace coterie {
 namespace {
 
-// Best first. The first letters of a row are all that is needed to add an ISA.
+// Best first. A new ISA needs a row here and its table's declaration.
 struct Implementation {
   const KernelTable* table;
   bool (*runs_here)();
@@ -40,6 +41,14 @@ const Implementation kImplementations[] = {
     {&kAvx2Kernels, has_avx2},     {&kGenericKernels, always},
 };
 
+std::string known_names() {
+  std::set<std::string> names;  // a table may have several rows
+  for (const Implementation& implementation : kImplementations) names.emplace(implementation.table->name);
+  std::string all;
+  for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
+  return all;
+}
+
 const KernelTable* forced_kernels(std::string_view name) {
   for (const KernelTable* table : supported_kernels()) {
     if (table->name == name) return table;
@@ -49,8 +58,7 @@ const KernelTable* forced_kernels(std::string_view name) {
       throw InvalidArgument("COTERIE_ISA: this CPU does not run '" + std::string(name) + "'");
     }
   }
-  throw InvalidArgument("COTERIE_ISA: '" + std::string(name) +
-                        "' is not one of generic, avx2, avx512, avx512_bf16, amx");
+  throw InvalidArgument("COTERIE_ISA: '" + std::string(name) + "' is not one of " + known_names());
 }
 
 const KernelTable* choose_kernels() {

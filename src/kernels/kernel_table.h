@@ -75,7 +75,7 @@ struct TileStore {
 };
 
 // Queries against a run of n consecutive keys. Keys and values come in groups of rows, of fp32 or of what a KV cache
-// holds; or the keys in panels. d and v are multiples of 16: what was added to queries and keys is zero.
+// holds; or the keys in panels. What was added to queries and keys to reach kPadding is zero.
 struct AttendStep {
   static constexpr int64_t kGroupRows = 16;
   static constexpr int64_t kRunKeys = 64;  // most keys of a run

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "base/round.h"
 #include "base/thread_pool.h"
 
 namespace coterie {
@@ -16,7 +17,7 @@ inline constexpr int64_t kElementsPerTask = 16 << 10;
 template <typename Body>
 void parallel_row_ranges(int64_t rows, int64_t width, ThreadPool& pool, const Body& body) {
   const int64_t step = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(width, 1));
-  pool.run((rows + step - 1) / step, [&](int64_t task, int) { body(task * step, std::min(rows, (task + 1) * step)); });
+  pool.run(ceil_div(rows, step), [&](int64_t task, int) { body(task * step, std::min(rows, (task + 1) * step)); });
 }
 
 // The same, calling body(row) for every row.

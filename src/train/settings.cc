@@ -6,6 +6,7 @@
 #include <numbers>
 #include <set>
 
+#include "base/round.h"
 #include "coterie/error.h"
 #include "train/expert_parallel_json.h"
 
@@ -89,7 +90,7 @@ TrainSettings parse_train(const Json& root) {
   section.take("threads", train.threads);
   section.take("eval_tokens", train.eval_tokens);
   section.take("keep_checkpoints", train.keep_checkpoints);
-  for (const char* key : {"eval_every", "save_every", "tensorboard", "log_every"}) section.ignore(key);
+  for (const char* key : {"eval_every", "save_every", "tensorboard"}) section.ignore(key);
   section.finish();
   section.check(train.tokens > 0, "tokens", "must be positive");
   section.check(train.batch_size > 0, "batch_size", "must be positive");
@@ -154,7 +155,7 @@ DistillSettings parse_distill(const Json& root) {
 
 int64_t TrainSettings::total_steps(int64_t sequence_length) const {
   const int64_t tokens_per_step = batch_size * sequence_length;
-  return (tokens + tokens_per_step - 1) / tokens_per_step;
+  return ceil_div(tokens, tokens_per_step);
 }
 
 int64_t DistillSettings::stop_step(int64_t total_steps) const {

@@ -4,13 +4,13 @@
 #include <map>
 #include <utility>
 
+#include "base/round.h"
+
 namespace coterie {
 namespace {
 
 // Elements that the places of parameters are multiples of: a cache line in either type.
 constexpr int64_t kAlignment = 32;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 bool is_shared(const SizedParameter& parameter) { return parameter.replicas.size > 1 && parameter.trained; }
 
