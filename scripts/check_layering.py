@@ -20,10 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "io": {"base"},
     "moe": {"base", "kernels", "comm", "io"},
     "model": {"base", "kernels", "comm", "io", "moe"},
-    "planner": {"base", "kernels", "comm", "io", "moe", "model"},
     "engine": {"base", "kernels", "comm", "io", "moe", "model"},
     "train": {"base", "kernels", "comm", "io", "moe", "model"},
-    "bindings": {"base", "kernels", "comm", "io", "moe", "model", "planner", "engine", "train"},
+    "bindings": {"base", "kernels", "comm", "io", "moe", "model", "engine", "train"},
 }
 SUFFIXES = {".h", ".cc", ".inl"}
 TORCH_FILE = "src/bindings/train_module.cc"

@@ -21,11 +21,11 @@
 #include "train/checkpoint.h"
 #include "train/expert_parallel_json.h"
 #include "train/memory_plan.h"
+#include "train/module_optimizer.h"
 #include "train/packed_weights.h"
 #include "train/torch_process_group.h"
 #include "train/trainer.h"
 #include "train/verify.h"
-#include "train/zero_optimizer.h"
 
 // Python's tensor and ours are the same one: its memory, its gradient and its hooks.
 namespace nanobind::detail {
@@ -170,60 +170,6 @@ class Model {
   LanguageModel model_;
 };
 
-// The optimizer of coterie.torch.initialize: ZeroOptimizer over parameters of a Python program, and its checkpoints.
-class ModuleOptimizer {
- public:
-  ModuleOptimizer(std::vector<Parameter> parameters, int64_t gradient_accumulation_steps, int64_t zero_stage,
-                  int64_t reduce_bucket_size, const std::string& offload_path, ProcessGroup* world)
-      : parameters_(std::move(parameters)),
-        world_(world),
-        optimizer_(parameters_, gradient_accumulation_steps,
-                   {.zero_stage = zero_stage,
-                    .reduce_bucket_size = reduce_bucket_size,
-                    .states = {.offload_path = offload_path}},
-                   world) {}
-
-  void accumulate_gradients() { optimizer_.accumulate_gradients(); }
-  double step(const std::vector<AdamWSettings>& settings, double max_grad_norm, bool skips_overflow) {
-    return optimizer_.step(settings, max_grad_norm, skips_overflow);
-  }
-
-  int64_t num_steps() const { return optimizer_.num_steps(); }
-  void set_num_steps(int64_t steps) { optimizer_.set_num_steps(steps); }
-
-  void write_shard(const std::string& directory, const std::string& name) const {
-    CheckpointDirectory(directory).write_shard(name, world_ ? world_->rank() : 0, pieces_of(optimizer_.state_views()));
-  }
-
-  // Returns the checkpoint's state as JSON. Without moments they and num_steps stay as they are.
-  std::string load(const std::string& path, bool moments) {
-    const CheckpointSource source(path);
-    std::vector<StateView> views = optimizer_.state_views();
-    if (!moments) std::erase_if(views, [](const StateView& view) { return view.name.starts_with(kMoments); });
-    load_views(source, views, world_, moments ? std::nullopt : std::optional<std::string>(kMoments));
-    optimizer_.publish_masters();
-    return source.state().dump();
-  }
-
- private:
-  static constexpr const char* kMoments = "optimizer.";
-
-  const std::vector<Parameter> parameters_;
-  ProcessGroup* const world_;
-  ZeroOptimizer optimizer_;
-};
-
-// Rows [first_row, first_row + the tensor's own) of so many; 0 of 0: all of the logical tensor.
-Parameter part_in_rows(const std::string& name, const at::Tensor& tensor, int64_t first_row, int64_t logical_rows,
-                       ProcessGroup* replicas) {
-  Parameter parameter{.name = name, .tensor = tensor, .logical_shape = tensor.sizes().vec(), .replicas = replicas};
-  if (logical_rows > 0) {
-    parameter.logical_shape[0] = logical_rows;
-    parameter.first_element = first_row * c10::multiply_integers(tensor.sizes().slice(1));
-  }
-  return parameter;
-}
-
 void bind_module_optimizer(nb::module_& m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Parameter>(m, "Parameter")
@@ -242,9 +188,17 @@ void bind_module_optimizer(nb::module_& m) {
           "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "decoupled"_a);
   // Whoever makes one keeps the groups of ranks alive.
   nb::class_<ModuleOptimizer>(m, "ModuleOptimizer")
-      .def(nb::init<std::vector<Parameter>, int64_t, int64_t, int64_t, const std::string&, ProcessGroup*>(),
-           "parameters"_a, "gradient_accumulation_steps"_a, "zero_stage"_a, "reduce_bucket_size"_a, "offload_path"_a,
-           "world"_a.none())
+      .def(
+          "__init__",
+          [](ModuleOptimizer* self, std::vector<Parameter> parameters, int64_t gradient_accumulation_steps,
+             int64_t zero_stage, int64_t reduce_bucket_size, const std::string& offload_path, ProcessGroup* world) {
+            const ParallelSettings parallel{.zero_stage = zero_stage,
+                                            .reduce_bucket_size = reduce_bucket_size,
+                                            .states = {.offload_path = offload_path}};
+            new (self) ModuleOptimizer(std::move(parameters), gradient_accumulation_steps, parallel, world);
+          },
+          "parameters"_a, "gradient_accumulation_steps"_a, "zero_stage"_a, "reduce_bucket_size"_a, "offload_path"_a,
+          "world"_a.none())
       .def("accumulate_gradients", &ModuleOptimizer::accumulate_gradients, Unlocked())
       .def("step", &ModuleOptimizer::step, "settings"_a, "max_grad_norm"_a, "skips_overflow"_a, Unlocked())
       .def_prop_rw("num_steps", &ModuleOptimizer::num_steps, &ModuleOptimizer::set_num_steps)

@@ -83,7 +83,7 @@ LocalResult local_forward(const at::Tensor& rows_AD, const at::Tensor& ids_A1, c
 // Gradients of the rows, nothing, up, up_bias, down, down_bias.
 using LocalGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 LocalGradients local_backward(const at::Tensor& grad_AD, const at::Tensor& rows_AD, const at::Tensor& ids_A1,
-                              const LocalExperts& experts, const at::Tensor& pre_AU, const at::Tensor& inner_AF,
+                              const LocalExperts& experts, const at::Tensor& slopes_AU, const at::Tensor& inner_AF,
                               std::array<bool, 6> wanted) {
   using Signature = LocalGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                    const at::Tensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&,
@@ -91,7 +91,7 @@ LocalGradients local_backward(const at::Tensor& grad_AD, const at::Tensor& rows_
   static const auto op = find_op<Signature>("coterie::experts_backward");
   const ExpertTensors& t = experts.tensors;
   return op.call(grad_AD, rows_AD, ids_A1, std::nullopt, t.up_EUD, if_defined(t.up_bias_EU), t.down_EDF,
-                 if_defined(t.down_bias_ED), pre_AU, inner_AF, experts.activation, experts.gated, wanted);
+                 if_defined(t.down_bias_ED), slopes_AU, inner_AF, experts.activation, experts.gated, wanted);
 }
 
 void add_to(at::Tensor& sum, const at::Tensor& term) {
@@ -112,7 +112,7 @@ at::Tensor down_bias_of_slice(const at::Tensor& bias_L, const ExpertRanks& ranks
 struct ExpertParallelFunction : torch::autograd::Function<ExpertParallelFunction> {
   // What is kept for the backward pass: of all parts together, and then of each.
   enum Shared { kX, kWeights, kUp, kUpBias, kDown, kDownBias, kNumShared };
-  enum OfPart { kRows, kPre, kInner, kReturned, kNumOfPart };
+  enum OfPart { kRows, kSlopes, kInner, kReturned, kNumOfPart };
   static size_t place(size_t part, OfPart what) { return kNumShared + part * kNumOfPart + what; }
 
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& ids,
@@ -135,9 +135,9 @@ struct ExpertParallelFunction : torch::autograd::Function<ExpertParallelFunction
     kept.resize(place(parts.size(), kRows));
     for (size_t n = 0; n < parts.size(); ++n) {
       const at::Tensor rows_AD = kept[place(n, kRows)] = there[n].wait();
-      auto [out_AD, pre_AU, inner_AF] = local_forward(rows_AD, parts[n].arriving_ids_A1, experts);
+      auto [out_AD, slopes_AU, inner_AF] = local_forward(rows_AD, parts[n].arriving_ids_A1, experts);
       back.push_back(exchange->start_from_experts(parts[n], out_AD, "combine"));
-      kept[place(n, kPre)] = pre_AU;
+      kept[place(n, kSlopes)] = slopes_AU;
       kept[place(n, kInner)] = inner_AF;
     }
     const at::Tensor out_TD = pooled_empty(x.sizes(), x.scalar_type());
@@ -176,7 +176,7 @@ struct ExpertParallelFunction : torch::autograd::Function<ExpertParallelFunction
     at::Tensor grad_up, grad_up_bias, grad_down, grad_down_bias;
     for (size_t n = 0; n < parts.size(); ++n) {
       auto [rows_AD, unused, up, up_bias, down, down_bias] =
-          local_backward(there[n].wait(), s[place(n, kRows)], parts[n].arriving_ids_A1, experts, s[place(n, kPre)],
+          local_backward(there[n].wait(), s[place(n, kRows)], parts[n].arriving_ids_A1, experts, s[place(n, kSlopes)],
                          s[place(n, kInner)], {true, false, w[3], w[4], w[5], w[6]});
       back.push_back(exchange.start_from_experts(parts[n], rows_AD, "backward combine"));
       add_to(grad_up, up);

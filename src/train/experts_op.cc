@@ -263,7 +263,7 @@ struct ExpertsFunction : torch::autograd::Function<ExpertsFunction> {
 at::Tensor experts_autograd(const at::Tensor& x, const at::Tensor& ids, const OptionalTensor& weights,
                             const at::Tensor& up, const OptionalTensor& up_bias, const at::Tensor& down,
                             const OptionalTensor& down_bias, std::string_view activation, bool gated) {
-  if (any_requires_grad({x, weights, up, up_bias, down, down_bias})) {
+  if (wants_graph({x, weights, up, up_bias, down, down_bias})) {
     return ExpertsFunction::apply(x, ids, weights, up, up_bias, down, down_bias, std::string(activation), gated);
   }
   const at::AutoDispatchBelowADInplaceOrView below;

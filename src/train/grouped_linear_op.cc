@@ -197,7 +197,9 @@ struct GroupedLinearFunction : torch::autograd::Function<GroupedLinearFunction> 
 
 at::Tensor forward_autograd(const at::Tensor& x, const at::Tensor& offset, const at::Tensor& weight,
                             const OptionalTensor& bias) {
-  return GroupedLinearFunction::apply(x, offset, weight, bias);
+  if (wants_graph({x, weight, bias})) return GroupedLinearFunction::apply(x, offset, weight, bias);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op().call(x, offset, weight, bias);
 }
 
 at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& offset, const at::Tensor& weight,

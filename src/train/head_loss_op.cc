@@ -245,9 +245,9 @@ struct HeadFunction : torch::autograd::Function<HeadFunction> {
 Loss with_autograd(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                    const OptionalTensor& teacher_hidden, const OptionalTensor& teacher_weight, double alpha,
                    double temperature, int64_t ignore_index) {
-  TORCH_CHECK_VALUE(!any_requires_grad({teacher_hidden, teacher_weight}), kOp,
+  TORCH_CHECK_VALUE(!wants_graph({teacher_hidden, teacher_weight}), kOp,
                     ": teacher_hidden and teacher_weight have no gradient; detach them");
-  if (any_requires_grad({hidden, weight})) {
+  if (wants_graph({hidden, weight})) {
     const variable_list out =
         HeadFunction::apply(hidden, weight, targets, teacher_hidden, teacher_weight, alpha, temperature, ignore_index);
     return {out[0], out[1], out[2]};

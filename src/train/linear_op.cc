@@ -111,7 +111,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
 at::Tensor forward_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             OptionalType dtype) {
-  if (any_requires_grad({x, weight, bias})) return LinearFunction::apply(x, weight, bias, dtype);
+  if (wants_graph({x, weight, bias})) return LinearFunction::apply(x, weight, bias, dtype);
   const at::AutoDispatchBelowADInplaceOrView below;
   return linear(x, weight, bias.value_or(at::Tensor()), dtype);
 }

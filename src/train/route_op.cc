@@ -196,7 +196,7 @@ struct RouteTokensFunction : torch::autograd::Function<RouteTokensFunction> {
 
 Choices route_autograd(const at::Tensor& logits, std::string_view json, const OptionalTensor& choice_bias,
                        const OptionalTensor& key, bool training) {
-  if (any_requires_grad({logits})) {
+  if (wants_graph({logits})) {
     const variable_list out = RouteFunction::apply(logits, std::string(json), choice_bias, key, training);
     return {out[0], out[1], out[2], out[3]};
   }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -91,15 +92,31 @@ inline void check_first_derivative(const char* op) {
   TORCH_CHECK(!c10::GradMode::is_enabled(), op, ": has no second derivative (create_graph)");
 }
 
-// Refuses tangents of forward-mode differentiation: no op passes them on, and to lose them would be a silent zero.
-inline bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
+// torch.func's transforms take no op that is differentiated in C++, and say so in words about code of the caller's.
+inline void check_transforms() {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (!transforms) return;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false,
+        "coterie's ops don't go through torch.func's transforms; inside coterie.torch.aten_ops() torch's own do");
+  }
+}
+
+// Whether autograd is to see an op of these. Refuses tangents of forward-mode differentiation: no op passes them on,
+// and to lose them would be a silent zero.
+inline bool wants_graph(std::initializer_list<OptionalTensor> tensors) {
   bool any = false;
   for (const OptionalTensor& tensor : tensors) {
     if (!given(tensor)) continue;
     TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(0).defined(), "coterie's ops have no forward-mode derivative (jvp)");
     any = any || tensor->requires_grad();
   }
-  return any && c10::GradMode::is_enabled();
+  const bool wanted = any && c10::GradMode::is_enabled();
+  if (wanted) check_transforms();
+  return wanted;
 }
 
 // Casts to the type of the autocast region that the CPU is in.
