@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import coterie.torch as deepspeed
-from coterie.torch.accelerator import get_accelerator
 from coterie.torch.moe.layer import MoE
 from coterie.torch.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -124,7 +123,7 @@ def make_config(args: argparse.Namespace) -> dict:
 def main() -> None:
     args = read_arguments()
     deepspeed.init_distributed()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.accelerator.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(0)
     net = Net(args)
     engine, _, loader, _ = deepspeed.initialize(
@@ -134,7 +133,7 @@ def main() -> None:
         training_data=Images(64),
         config=make_config(args),
     )
-    device = get_accelerator().device_name(engine.local_rank)
+    device = deepspeed.accelerator.get_accelerator().device_name(engine.local_rank)
     dtype = torch.bfloat16 if engine.bfloat16_enabled() else None
     criterion = nn.CrossEntropyLoss()
     losses, norms = [], []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -230,17 +233,40 @@ def test_the_demos_models_see_the_same_tokens():
     assert len({(config.train.tokens, config.train.batch_size, config.data.sequence_length) for config in configs}) == 1
 
 
-def test_every_key_is_documented():
+def documented_keys(section: str) -> dict[str, str]:
+    """The keys of a section's table in docs/configuration.md, with what stands under "default"."""
     text = (ROOT / "docs" / "configuration.md").read_text()
-    sections = {
-        "model": configuration.ModelSection,
-        "model.router": configuration.RouterSection,
-        "data": configuration.DataSection,
-        "train": configuration.TrainSection,
-        "distill": configuration.DistillSection,
-    }
-    for section, cls in sections.items():
-        _, _, rest = text.partition(f"## [{section}]")
-        part = rest.partition("\n## ")[0]
-        missing = [key for key in cls.__dataclass_fields__ if key != "router" and f"`{key}`" not in part]
-        assert not missing, f"[{section}]"
+    part = text.partition(f"## [{section}]\n")[2].partition("\n## ")[0]
+    keys: dict[str, str] = {}
+    for row in re.findall(r"^\| (`.*?)(?<!\\) \| (.*?) \| ", part, re.MULTILINE):
+        names = re.findall(r"`(\w+)`", row[0])
+        defaults = row[1].split(", ") if len(names) > 1 else [row[1]]
+        keys |= dict(zip(names, defaults, strict=True))
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("section", "cls"),
+    [
+        ("model", configuration.ModelSection),
+        ("model.router", configuration.RouterSection),
+        ("data", configuration.DataSection),
+        ("train", configuration.TrainSection),
+        ("parallel", configuration.ParallelSection),
+        ("distill", configuration.DistillSection),
+    ],
+)
+def test_the_documentation_has_every_key_and_its_default(section: str, cls: type):
+    documented = documented_keys(section)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "router"}
+    assert documented.keys() == fields.keys()
+    for key, text in documented.items():
+        default = fields[key].default
+        said = text.removesuffix("; list")
+        if default is dataclasses.MISSING:
+            assert said == "required", key
+        elif default is None:  # what it is instead is said in words
+            assert said not in ("required", ""), key
+        else:
+            value = tomllib.loads(f"value = {said}")["value"]
+            assert (type(value), value) == (type(default), default), key

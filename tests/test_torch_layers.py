@@ -1,12 +1,13 @@
 """GroupedExperts and Linear: that they are what they say, on our kernels and without them."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from op_inputs import FP32, assert_close, values_and_gradients
-from torch import nn
+from torch import Tensor, nn
 from torch.library import opcheck
 
 from coterie.torch import GroupedExperts, Linear, MoE, Router, RouterConfig, aten_ops, functional, moe, route
@@ -301,6 +302,14 @@ def test_choice_bias_moves_against_the_load() -> None:
     config = RouterConfig(score_function="sigmoid", choice_bias=True)
     router = Router(8, 4, 1, config).bfloat16()
     assert router.choice_bias.dtype == torch.float32
+    exact = torch.tensor([1.001, 0, 0, 0])
+    for cast in (nn.Module.bfloat16, nn.Module.double, lambda module: module.to("cpu", torch.bfloat16)):
+        other = Router(8, 4, 1, config)
+        other.choice_bias.copy_(exact)
+        assert torch.equal(cast(other).choice_bias, exact)
+    with torch.device("meta"):
+        empty = Router(8, 4, 1, config)
+    assert empty.to_empty(device="cpu").bfloat16().choice_bias.dtype == torch.float32
     x = torch.randn(64, 8).bfloat16() + 1
     before = router(x).load()
     for _ in range(300):
@@ -384,12 +393,35 @@ def test_all_activations_can_be_saved(tmp_path: Path) -> None:
         torch.save(GroupedExperts(2, 8, 8, activation, gated=False), tmp_path / "experts.pt")
 
 
-def test_capacity_is_the_same_whatever_torchs_default_type() -> None:
-    config = RouterConfig(capacity_factor=1.1)
-    before = [config.capacity(n, 1, 1, True) for n in (10, 1001)]
+def test_torchs_default_type_changes_nothing() -> None:
+    config = RouterConfig(capacity_factor=1.1, choice_bias=True)
+    logits = torch.randn(33, 4)
+
+    def results() -> tuple[list[int], Tensor, torch.dtype]:
+        capacities = [config.capacity(n, 1, 1, True) for n in (10, 1001)]
+        return capacities, route(logits, 1, RouterConfig()).balance_loss(), Router(8, 4, 1, config).choice_bias.dtype
+
+    before = results()
     for dtype in (torch.bfloat16, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            assert [config.capacity(n, 1, 1, True) for n in (10, 1001)] == before
+            assert results() == before
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("top_k", range(1, 8))
+def test_capacity_is_deepspeeds(top_k: int) -> None:
+    for factor in (1.2, 1.1, 0.7, 1.25):
+        config = RouterConfig(capacity_factor=factor, min_capacity=1)
+        for tokens in (10, 40, 80, 120, 200):
+            places = torch.tensor(factor * top_k) * (tokens / 8)  # its code, in fp32
+            assert config.capacity(tokens, 8, top_k, True) == int(torch.ceil(places))
+
+
+def test_a_huge_capacity_drops_nothing() -> None:
+    config = RouterConfig(capacity_factor=1e300)
+    for place in (nullcontext, aten_ops):
+        with place():
+            assert route(torch.zeros(64, 8), 2, config, training=True).kept_TK.all()
+            assert route(torch.zeros(0, 8), 2, config, training=True).kept_TK.shape == (0, 2)

@@ -29,10 +29,10 @@ T, D, INNER, E = 48, 24, 20, 6
 class Gated(nn.Module):
     """Gate and up in an order that names don't tell."""
 
-    def __init__(self, bias: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(D, INNER, bias=bias), nn.Linear(D, INNER, bias=bias)
-        self.c = nn.Linear(INNER, D, bias=bias)
+        self.a, self.b = nn.Linear(D, INNER, bias=False), nn.Linear(D, INNER, bias=False)
+        self.c = nn.Linear(INNER, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.a(x) * F.silu(self.b(x)))
@@ -246,54 +246,6 @@ def test_experts_begin_as_copies_of_the_given_one() -> None:
                 assert torch.equal(value, copied), key
 
 
-class Scaled(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 1.001
-
-
-class Clamped(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.clamp(-50, 50))
-
-
-def test_recognises_what_the_kernels_have_and_nothing_else() -> None:
-    def mlp(middle: nn.Module, cls: type = nn.Sequential) -> nn.Module:
-        return cls(nn.Linear(D, INNER), middle, nn.Linear(INNER, D))
-
-    names = {nn.GELU(): "gelu", nn.GELU("tanh"): "gelu_new", nn.SiLU(): "silu", nn.ReLU(): "relu"}
-    for module, name in names.items():
-        form = recognise(mlp(module), D)
-        assert (form.activation, form.gated) == (name, False)
-        assert form.parts["up"] == ("0.weight",) and form.parts["down_bias"] == ("2.bias",)
-    form = recognise(Gated(bias=True), D)
-    assert (form.activation, form.gated, form.parts["up"]) == ("silu", True, ("b.weight", "a.weight"))
-    zero = mlp(nn.GELU())
-    nn.init.zeros_(zero[2].weight)  # what the weights happen to be decides nothing
-    assert recognise(zero, D).activation == "gelu"
-    state = torch.get_rng_state()
-    dropout = nn.Sequential(nn.Linear(D, INNER), nn.GELU(), nn.Dropout(0.1), nn.Linear(INNER, D))
-    others = [
-        dropout,
-        mlp(nn.Mish()),
-        mlp(nn.Identity()),
-        mlp(nn.GELU(), Scaled),
-        mlp(nn.GELU(), Clamped),
-        Odd(),
-        nn.Linear(D, D),
-        nn.Sequential(nn.Linear(D, INNER), nn.GELU(), nn.LayerNorm(INNER), nn.Linear(INNER, D)),
-        mlp(nn.GELU()).half(),
-    ]
-    mixed = mlp(nn.GELU())
-    mixed[0].weight.requires_grad_(False)
-    hooked = mlp(nn.GELU())
-    hooked[1].register_forward_hook(lambda module, inputs, output: output * 2)
-    assert [recognise(module, D) for module in [*others, mixed, hooked]] == [None] * (len(others) + 2)
-    assert recognise(nn.Sequential(nn.Linear(D, INNER), nn.GELU(), nn.Dropout(0.0), nn.Linear(INNER, D)), D)
-    torch.random.set_rng_state(state)
-    recognise(dropout, D)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_random_token_selection_keeps_capacity_and_follows_the_seed() -> None:
     layer = build("mlp", use_rts=True, capacity_factor=0.5)
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(4))
@@ -474,6 +426,24 @@ def test_assigning_takes_the_types_that_are_loaded() -> None:
     assert all(is_moe_param(p) and p.requires_grad for p in layer.deepspeed_moe.experts.parameters())
     layer.load_state_dict(build().state_dict())  # without it, types stay
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("expert", ["mlp", "odd"])
+def test_new_parameters_of_experts_are_experts(expert: str) -> None:
+    layer = build(expert)
+    with torch.device("meta"):
+        empty = MoE(D, EXPERTS[expert](), num_experts=E)
+    for other in (empty.to_empty(device="cpu"), build(expert)):
+        other.load_state_dict(layer.state_dict(), assign=True)
+        assert all(is_moe_param(p) for p in other.deepspeed_moe.experts.parameters())
+        assert not any(is_moe_param(p) for p in other.deepspeed_moe.gate.parameters())
+
+
+def test_meta_experts_are_experts_before_anything_is_loaded() -> None:
+    for expert in ("mlp", "odd"):
+        with torch.device("meta"):
+            empty = MoE(D, EXPERTS[expert](), num_experts=2)
+        assert all(is_moe_param(p) for p in empty.to_empty(device="cpu").deepspeed_moe.experts.parameters())
 
 
 def test_hooks_see_what_is_loaded() -> None:

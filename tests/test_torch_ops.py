@@ -347,6 +347,7 @@ def test_tangents_of_forward_mode_are_refused() -> None:
         lambda x: functional.linear(x, router),
         lambda x: functional.route(x, 2, RouterConfig()).weights_TK,
         lambda x: functional.experts(x, ids, None, up, down),
+        lambda x: OPS.grouped_linear(x, torch.tensor([0, 2, 2, 2]), up),
     ]
     for function in functions:
         with (
@@ -354,6 +355,15 @@ def test_tangents_of_forward_mode_are_refused() -> None:
             pytest.raises(NotImplementedError, match=r"^coterie's ops have no forward-mode derivative \(jvp\)$"),
         ):
             function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_transforms_of_torch_func_are_refused_by_our_name() -> None:
+    x, weight = torch.randn(4, D), torch.randn(5, D)
+    loss = lambda weight: functional.linear(x, weight).square().sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"^coterie's ops don't go through torch.func's transforms; "):
+        torch.func.grad(loss)(weight)
+    with functional.aten_ops():
+        assert torch.allclose(torch.func.grad(loss)(weight), 2 * (x @ weight.T).T @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_others_refuse_in_one_line() -> None:

@@ -215,6 +215,11 @@ def test_every_layout_equals_batched_mm(layout: dict[str, bool], activation: str
         return {name: value for name, value in values.items() if value is not None}
 
     assert_close(run("coterie"), run("batched_mm"), torch.float32)
+    none = x[:0], ids[:0], weights[:0]
+    experts.config._experts_implementation = "coterie"
+    out = experts(*none)
+    out.sum().backward()
+    assert out.shape == none[0].shape
 
 
 def test_interleaved_weights_run_in_parts_on_rows_gathered_once() -> None:

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coterie.router_choices import MOST_EXPERTS_THAT_CHOOSE, RESIDUALS, ROUTER_CHOICES
+
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
-RESIDUALS = ("none", "sum", "learned", "shared_gate")
 
 
 class ConfigError(ValueError):
@@ -49,21 +50,21 @@ def _key(
 class RouterSection:
     """[model.router]: how tokens choose experts, the same in every MoE layer."""
 
-    score_function: str = _key("softmax", choices=("softmax", "sigmoid"))
-    chooser: str = _key("tokens", choices=("tokens", "experts"))
+    score_function: str = _key("softmax", choices=ROUTER_CHOICES["score_function"])
+    chooser: str = _key("tokens", choices=ROUTER_CHOICES["chooser"])
     num_groups: int = _key(1, least=1)
     top_k_groups: int = _key(1, least=1)
-    group_score: str = _key("max", choices=("max", "top2"))
+    group_score: str = _key("max", choices=ROUTER_CHOICES["group_score"])
     choice_bias: bool = _key(False)
     normalize: bool = _key(False)
-    normalize_over: str = _key("chosen", choices=("chosen", "kept"))
+    normalize_over: str = _key("chosen", choices=ROUTER_CHOICES["normalize_over"])
     routed_scaling: float = _key(1.0, above=0)
-    choice_noise: str = _key("none", choices=("none", "rsample", "second_expert"))
+    choice_noise: str = _key("none", choices=ROUTER_CHOICES["choice_noise"])
     jitter: float = _key(0.0, least=0, below=1)
     capacity_factor: float = _key(0.0, least=0)
     eval_capacity_factor: float = _key(0.0, least=0)
-    min_capacity: int = _key(4, least=1)
-    drop_policy: str = _key("random", choices=("random", "position", "probability"))
+    min_capacity: int = _key(4, least=0)
+    drop_policy: str = _key("random", choices=ROUTER_CHOICES["drop_policy"])
 
 
 @dataclass
@@ -498,7 +499,8 @@ def _check_router(config: Config, index: int, num_experts: int, top_k: int) -> N
         require(groups == 1, "chooser", f"does not go with num_groups, {groups}")
         require(not router.choice_bias, "chooser", "does not go with choice_bias, true")
         require(router.choice_noise == "none", "chooser", f'does not go with choice_noise, "{router.choice_noise}"')
-        require(num_experts <= 256, "chooser", f"is for at most 256 experts, layer {index} has {num_experts}")
+        most = MOST_EXPERTS_THAT_CHOOSE
+        require(num_experts <= most, "chooser", f"is for at most {most} experts, layer {index} has {num_experts}")
 
 
 def _check_train(config: Config) -> None:

@@ -70,8 +70,8 @@ void read_router(const ConfigReader& json, RouterConfig& router) {
   router.routed_scaling = read_float(json, "routed_scaling", router.routed_scaling);
   router.choice_noise = read_enum(json, "choice_noise", kNoises);
   router.jitter = read_float(json, "jitter", router.jitter);
-  router.capacity_factor = read_float(json, "capacity_factor", router.capacity_factor);
-  router.eval_capacity_factor = read_float(json, "eval_capacity_factor", router.eval_capacity_factor);
+  router.capacity_factor = json.number("capacity_factor", router.capacity_factor);
+  router.eval_capacity_factor = json.number("eval_capacity_factor", router.eval_capacity_factor);
   router.min_capacity = json.integer("min_capacity", router.min_capacity);
   router.drop_policy = read_enum(json, "drop_policy", kDropPolicies);
   json.refuse_unknown();
@@ -203,8 +203,8 @@ Json router_json(const RouterConfig& router) {
                {"routed_scaling", shortest_decimal(router.routed_scaling)},
                {"choice_noise", enum_name(router.choice_noise, kNoises)},
                {"jitter", shortest_decimal(router.jitter)},
-               {"capacity_factor", shortest_decimal(router.capacity_factor)},
-               {"eval_capacity_factor", shortest_decimal(router.eval_capacity_factor)},
+               {"capacity_factor", router.capacity_factor},
+               {"eval_capacity_factor", router.eval_capacity_factor},
                {"min_capacity", router.min_capacity},
                {"drop_policy", enum_name(router.drop_policy, kDropPolicies)}};
   if (router.logit_bias) json["logit_bias"] = true;

@@ -196,7 +196,7 @@ Routing empty_routing(int64_t T, int64_t E, int64_t K) {
 // Which choices are kept.
 void give_places(const RouterConfig& config, const RouteOptions& options, bool experts_choose, Routing& routing,
                  ThreadPool& pool) {
-  const float factor = options.training ? config.capacity_factor : config.eval_capacity_factor;
+  const double factor = options.training ? config.capacity_factor : config.eval_capacity_factor;
   const int64_t capacity = config.capacity(routing.num_tokens, options.training);
   if (options.world && factor > 0.0f) {
     share_places(config, options, experts_choose, routing, pool);

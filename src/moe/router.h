@@ -59,8 +59,8 @@ struct RouterConfig {
   float routed_scaling = 1.0f;  // weights multiplied by this, last of all
   ChoiceNoise choice_noise = ChoiceNoise::kNone;
   float jitter = 0.0f;                // epsilon of jitter_factors() on the router's input while training; 0: none
-  float capacity_factor = 0.0f;       // 0: dropless. Else an expert takes at most capacity() tokens
-  float eval_capacity_factor = 0.0f;  // the same outside of training
+  double capacity_factor = 0.0;       // 0: dropless. Else an expert takes at most capacity() tokens
+  double eval_capacity_factor = 0.0;  // the same outside of training
   int64_t min_capacity = 4;           // floor of capacity() when tokens are dropped
   DropPolicy drop_policy = DropPolicy::kRandom;
 

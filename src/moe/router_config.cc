@@ -9,6 +9,8 @@
 namespace coterie {
 namespace {
 
+constexpr double kMostPlaces = 0x1p62;  // that still fit the type of a capacity
+
 std::string text(int64_t value) { return std::to_string(value); }
 
 std::string text(double value) {
@@ -23,8 +25,8 @@ void require(bool condition, const char* field, const std::string& value, const 
   if (!condition) throw InvalidArgument(std::string("[router] ") + field + " (" + value + ") " + what);
 }
 
-void require_factor(const char* field, float factor) {
-  require(factor >= 0.0f && std::isfinite(factor), field, text(double{factor}), "is not 0 or a positive number");
+void require_factor(const char* field, double factor) {
+  require(factor >= 0.0 && std::isfinite(factor), field, text(factor), "is not 0 or a positive number");
 }
 
 std::string name_of(ChoiceNoise noise) { return noise == ChoiceNoise::kRSample ? "rsample" : "second_expert"; }
@@ -61,17 +63,18 @@ void validate_sparsemixer(const RouterConfig& c) {
   require(!c.normalize, "score_function", "sparsemixer", "does not go with normalize (true)");
   require(!c.choice_bias, "score_function", "sparsemixer", "does not go with choice_bias (true)");
   require(c.eval_capacity_factor == 0, "score_function", "sparsemixer",
-          "does not go with eval_capacity_factor (" + text(double{c.eval_capacity_factor}) + ")");
+          "does not go with eval_capacity_factor (" + text(c.eval_capacity_factor) + ")");
 }
 
 }  // namespace
 
 int64_t RouterConfig::capacity(int64_t num_tokens, bool training) const {
-  const float factor = training ? capacity_factor : eval_capacity_factor;
-  if (factor == 0.0f) return num_tokens;
-  // In fp32, where 1.1f * 10 is 11: in double it is a little more, and its ceiling 12.
-  const float even = static_cast<float>(num_tokens * top_k) / static_cast<float>(num_experts);
-  return std::max(static_cast<int64_t>(std::ceil(factor * even)), min_capacity);
+  const double factor = training ? capacity_factor : eval_capacity_factor;
+  if (factor == 0) return num_tokens;
+  // In fp32, rounded as DeepSpeed does: there 1.1f * 10 is 11, in double a little more, and its ceiling 12.
+  const auto even = static_cast<float>(static_cast<double>(num_tokens) / static_cast<double>(num_experts));
+  const float places = even * static_cast<float>(std::min(factor * static_cast<double>(top_k), kMostPlaces));
+  return std::max(static_cast<int64_t>(std::ceil(std::min<double>(places, kMostPlaces))), min_capacity);
 }
 
 void RouterConfig::validate() const {

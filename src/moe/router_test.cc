@@ -460,8 +460,13 @@ TEST(Router, Capacity) {
   config.eval_capacity_factor = 2.0f;
   EXPECT_EQ(config.capacity(100, false), 50);
   config.top_k = 1;
-  config.capacity_factor = 1.1f;
-  EXPECT_EQ(config.capacity(80, true), 11);  // not 12: 1.1f is a little above 1.1
+  config.capacity_factor = 1.1;
+  EXPECT_EQ(config.capacity(80, true), 11);  // not 12: 1.1 is a little above 1.1 in double
+  config.capacity_factor = 1e300;
+  EXPECT_GE(config.capacity(80, true), 80);
+  config.top_k = 3;
+  config.capacity_factor = 1.2;
+  EXPECT_EQ(config.capacity(120, true), 54);  // 1.2f * 45 is above 54, and 3.6f * 15 is not
 }
 
 template <typename Change>

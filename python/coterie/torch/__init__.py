@@ -10,6 +10,7 @@ that ``AutoModelForCausalLM.from_pretrained`` opens what ``coterie export`` writ
 from importlib import import_module
 from importlib.util import find_spec
 
+from coterie.torch import accelerator
 from coterie.torch.engine import Engine, add_config_arguments, initialize
 from coterie.torch.functional import (
     aten_ops,
@@ -38,6 +39,7 @@ __all__ = [
     "RouterConfig",
     "RouterDraws",
     "Routing",
+    "accelerator",
     "add_config_arguments",
     "aten_ops",
     "cross_entropy",

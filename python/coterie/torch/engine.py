@@ -308,8 +308,10 @@ def initialize(
         Of the loader.
     config, config_params
         DeepSpeed's configuration, an object or the path of a JSON file (engine_config.py).
-    distributed_port, mpu, mesh_param
-        Have no effect; ranks that share a model in another way than by its experts are refused.
+    distributed_port
+        Has no effect.
+    mpu, mesh_param
+        Refused: ranks share a model by its experts alone.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Recognises modules that our kernels compute: two Linear layers around an activation, or three with a gate.
 
 Nothing is guessed from names: a copy of the module with random weights runs on a probe, in float64, in training and
-evaluation mode, and has to equal the form that was read out of it.
+evaluation mode, and has to equal the form that was read out of it, with all its gradients.
 """
 
 import copy
@@ -16,9 +16,11 @@ from coterie.torch.functional import aten_ops
 from coterie.torch.layers import Linear
 from coterie.torch.moe import ACTIVATIONS, feed_forward_inner
 
-PROBES = 64
+# Rows of a probe: fewer where a row has many values itself.
+LEAST_PROBES, MOST_PROBES, PROBE_VALUES = 8, 64, 1 << 14
 # Relative to the largest output. The tanh form of GELU differs from GELU by 2e-4; float64 sums by 1e-12.
 TOLERANCE = 1e-9
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -67,7 +69,7 @@ def _candidates(expert: nn.Module, hidden_size: int) -> list[ExpertForm]:
     tensors = dict(expert.named_parameters())
     own = sum(len(list(m.parameters())) for m in linears.values())
     uniform = len({(t.dtype, t.device, t.requires_grad) for t in tensors.values()}) == 1
-    plain = all(not m._forward_hooks and not m._forward_pre_hooks for m in expert.modules())
+    plain = not any(getattr(m, hooks) for m in expert.modules() for hooks in HOOKS)
     if len(linears) not in (2, 3) or own != len(tensors) or not uniform or not plain or list(expert.buffers()):
         return []
     if next(iter(tensors.values())).dtype not in (torch.float32, torch.bfloat16):
@@ -93,26 +95,38 @@ def _names(modules: list[str], kind: str) -> tuple[str, ...]:
     return tuple(f"{module}.{kind}" for module in modules)
 
 
-@torch.no_grad()
 def _proven(expert: nn.Module, hidden_size: int, forms: list[ExpertForm]) -> ExpertForm | None:
     """The one form that computes what the module does."""
     generator = torch.Generator().manual_seed(0)
-    probe = copy.deepcopy(expert).to_empty(device="cpu").double()
-    for parameter in probe.parameters():
-        scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+    probe = copy.deepcopy(expert).to("meta").double().to_empty(device="cpu").requires_grad_(True)
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
     # Small and large values, so that a clamp or a shift of the activation shows.
-    sizes = torch.logspace(-2, 3, PROBES, dtype=torch.float64)[:, None]
-    x = torch.randn(PROBES, hidden_size, generator=generator, dtype=torch.float64) * sizes
-    # A dropout must not move the generator of the model; our kernels don't have float64.
-    with torch.random.fork_rng(devices=[]), aten_ops():
-        outputs = [probe.train(mode)(x) for mode in (True, False)]
+    rows = min(max(PROBE_VALUES // hidden_size, LEAST_PROBES), MOST_PROBES)
+    sizes = torch.logspace(-2, 3, rows, dtype=torch.float64)[:, None]
+    x = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64) * sizes
+    grad = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64) / sizes
     tensors = dict(probe.named_parameters())
+    # A dropout must not move the generator of the model; our kernels don't have float64.
+    with torch.random.fork_rng(devices=[]), aten_ops(), torch.enable_grad():
+        outputs = [probe.train(mode)(x.requires_grad_(True)) for mode in (True, False)]
+        equal = [form for form in forms if _equal(_without_graph(form, x, tensors), *outputs)]
+        if len(equal) != 1:
+            return None
+        runs = (equal[0].run(x, tensors), *outputs)
+        gradients = [torch.autograd.grad(y, [x, *tensors.values()], grad) for y in runs]
+    return equal[0] if all(map(_equal, *gradients)) else None
 
-    def equals(form: ExpertForm) -> bool:
-        expected = form.run(x, tensors)
-        scale = expected.abs().amax(1, keepdim=True)
-        return all(y.shape == x.shape and bool(((y - expected).abs() <= TOLERANCE * scale).all()) for y in outputs)
 
-    proven = [form for form in forms if equals(form)]
-    return proven[0] if len(proven) == 1 else None
+@torch.no_grad()
+def _without_graph(form: ExpertForm, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return form.run(x, tensors)
+
+
+@torch.no_grad()
+def _equal(expected: Tensor, *others: Tensor) -> bool:
+    """Whether they differ by rounding alone, of each row's largest value."""
+    scale = expected.abs().amax(-1, keepdim=True)
+    return all(y.shape == expected.shape and bool(((y - expected).abs() <= TOLERANCE * scale).all()) for y in others)

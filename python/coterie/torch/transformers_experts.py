@@ -76,7 +76,7 @@ def _run_in_parts(
     y = functional.grouped_linear(inner, offset, down.mT if experts.is_transposed else down, down_bias)
     if _has_norm(experts):
         y = experts.post_expert_norm(y)
-    y_TKD = _Permute.apply(y, inverse, order).view(T, K, -1)
+    y_TKD = _Permute.apply(y, inverse, order).view(T, K, y.shape[-1])
     return (y_TKD.float() * weights_TK[..., None].float()).sum(1).to(x_TD.dtype)
 
 

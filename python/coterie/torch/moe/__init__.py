@@ -16,16 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RESIDUAL_KINDS = ("none", "sum", "learned", "shared_gate")
-ROUTER_CHOICES = {
-    "score_function": ("softmax", "sigmoid"),
-    "chooser": ("tokens", "experts"),
-    "group_score": ("max", "top2"),
-    "normalize_over": ("chosen", "kept"),
-    "choice_noise": ("none", "rsample", "second_expert"),
-    "drop_policy": ("random", "position", "probability"),
-}
-MOST_EXPERTS_THAT_CHOOSE = 256
+from coterie.router_choices import MOST_EXPERTS_THAT_CHOOSE, RESIDUALS, ROUTER_CHOICES
+
+MOST_PLACES = 2.0**62  # that still fit the type of a capacity
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -147,9 +140,10 @@ class RouterConfig:
         factor = self.capacity_factor if training else self.eval_capacity_factor
         if factor == 0:
             return num_tokens
-        # In fp32, where 1.1 * 10 is 11: in fp64 it is a little more, and its ceiling 12.
+        # In fp32, rounded as DeepSpeed does: there 1.1 * 10 is 11, in fp64 a little more, and its ceiling 12.
         number = partial(torch.tensor, dtype=torch.float32, device="cpu")
-        return max(math.ceil(number(factor) * (number(num_tokens * top_k) / num_experts)), self.min_capacity)
+        places = number(num_tokens / num_experts) * number(min(factor * top_k, MOST_PLACES))
+        return max(math.ceil(min(places, number(MOST_PLACES))), self.min_capacity)
 
 
 def _require(condition: bool, name: str, value: object, what: str) -> None:
@@ -177,8 +171,8 @@ class LayerConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
-        if self.residual not in RESIDUAL_KINDS:
-            raise ValueError(f"residual ({self.residual}) is not one of {RESIDUAL_KINDS}")
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual ({self.residual}) is not one of {RESIDUALS}")
         if self.num_experts:
             self.router.check_sizes(self.num_experts, self.top_k)
 
@@ -231,7 +225,7 @@ class Routing:
         if chosen_E is None:
             counted = self.expert_ids_TK if choices == "all" else self.expert_ids_TK[:, :1]
             chosen_E = F.one_hot(counted, num_experts).sum(dim=(0, 1))
-        share_E = chosen_E / chosen_E.sum().clamp(min=1)
+        share_E = chosen_E.float() / chosen_E.sum().clamp(min=1)
         return num_experts * (share_E * self._mean(self.logits_TE.softmax(-1))).sum()
 
     def _mean(self, values_T: Tensor) -> Tensor:
@@ -300,7 +294,9 @@ class Router(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, config: RouterConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("choice_bias", torch.zeros(num_experts) if config.choice_bias else None)
+        self.register_buffer(
+            "choice_bias", torch.zeros(num_experts, dtype=torch.float32) if config.choice_bias else None
+        )
         self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
@@ -321,9 +317,12 @@ class Router(nn.Module):
             return self.route(F.linear(x_TD, self.weight.float()), draws)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        bias = self.choice_bias
         super()._apply(fn, recurse)
-        if self.choice_bias is not None:  # its steps are smaller than those of bf16
-            self.choice_bias = self.choice_bias.float()
+        moved = self.choice_bias
+        if moved is not None and moved.dtype != torch.float32:  # its steps are smaller than those of bf16
+            of_values = moved if bias.is_meta else bias
+            self.choice_bias = of_values.to(moved.device, torch.float32)
         return self
 
     @torch.no_grad()

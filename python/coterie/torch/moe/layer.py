@@ -369,6 +369,7 @@ class MoE(nn.Module):
         )
         self.deepspeed_moe = _Inner(gate, experts)
         self._mark_experts()
+        self.register_load_state_dict_post_hook(_mark_loaded)
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2) if residual_mix == "learned" else None
@@ -378,6 +379,11 @@ class MoE(nn.Module):
         for parameter in self.deepspeed_moe.experts.parameters():
             parameter.allreduce = False
             parameter.group_name = f"ep_size_{self.ep_size}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        super()._apply(fn, recurse)
+        self._mark_experts()  # it may have made new parameters
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -433,6 +439,11 @@ class MoE(nn.Module):
             return routed + fixed
         mix = self.coefficient(x).softmax(-1)
         return routed * mix[..., :1] + fixed * mix[..., 1:]
+
+
+def _mark_loaded(moe: MoE, _incompatible_keys: object) -> None:
+    """After load_state_dict(assign=True) the parameters are those of the file."""
+    moe._mark_experts()
 
 
 def _require(condition: bool, name: str, value: object, what: str) -> None:
