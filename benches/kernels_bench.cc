@@ -5,7 +5,7 @@
 // Every line gives GFLOP/s of useful work and, as `peak`, their share of the FMA rate on registers alone,
 // measured on the same threads right before and after the line: on a shared machine only that share can be
 // compared between lines or runs. For one row of A (decode) the limit is memory; `GB/s` counts the bytes of
-// weights, which are larger than the caches.
+// weights, or of keys and values, which are larger than the caches.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -18,10 +18,12 @@
 #include <vector>
 
 #include "base/machine.h"
+#include "base/round.h"
 #include "kernels/attention.h"
 #include "kernels/gemm.h"
 #include "kernels/kernel_table.h"
 #include "kernels/limits.h"
+#include "kernels/quantized.h"
 #include "moe/experts.h"
 #include "moe/router.h"
 
@@ -110,6 +112,35 @@ void gemm_shapes(benchmark::internal::Benchmark* bench) {
   }
 }
 BENCHMARK(BM_Gemm)->Apply(gemm_shapes)->Unit(benchmark::kMicrosecond)->UseRealTime();
+
+// [type (see PanelType), M, N, K], products of few bits. So many copies of B that they leave the caches.
+void BM_GemmQuantized(benchmark::State& state) {
+  const auto type = static_cast<PanelType>(state.range(0));
+  const int64_t M = state.range(1), N = state.range(2), K = state.range(3);
+  Tensor a(DType::kF32, M * K), b(DType::kF32, N * K), c(DType::kF32, M * N);
+  const QuantizedMatrix quantized(row_major(b.data(), DType::kF32, N, K), type, pool());
+  std::vector<PackedMatrix> packed;
+  size_t bytes = 0;
+  while (bytes < size_t{1} << 30) bytes += packed.emplace_back(quantized.view(), pool()).bytes();
+  state.SetLabel(type == PanelType::kInt8 ? "int8" : type == PanelType::kInt8A16 ? "int8a16" : "int4");
+  size_t next = 0;
+  const auto b_bytes = static_cast<double>(packed.front().bytes());
+  measure(state, DType::kF32, 2.0 * static_cast<double>(M * N * K), b_bytes, [&] {
+    GemmProblem problem;
+    problem.a = row_major(a.data(), DType::kF32, M, K);
+    problem.packed_b = &packed[next++ % packed.size()];
+    problem.c = row_major(c.data(), DType::kF32, M, N);
+    gemm(problem, pool());
+  });
+}
+
+void quantized_shapes(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"type", "M", "N", "K"});
+  for (PanelType type : {PanelType::kInt8, PanelType::kInt8A16, PanelType::kInt4}) {
+    for (int64_t M : {1, 2, 4, 8, 64, 512}) bench->Args({index_of(type), M, 1024, 1024});
+  }
+}
+BENCHMARK(BM_GemmQuantized)->Apply(quantized_shapes)->Unit(benchmark::kMicrosecond)->UseRealTime();
 
 // A layer of experts with everything that a training step or a forward pass needs.
 struct Layer {
@@ -241,33 +272,45 @@ BENCHMARK(BM_Route)
     ->Unit(benchmark::kMicrosecond)
     ->UseRealTime();
 
-// [T new, S total, H, G, d, bf16 cache]
+// [sequences, T new of each, S total, H, G, d, cache (see DType)], in the engine's blocks.
 void BM_Attention(benchmark::State& state) {
-  const int64_t T = state.range(0), S = state.range(1), H = state.range(2), G = state.range(3), d = state.range(4);
-  const DType type = state.range(5) ? DType::kBF16 : DType::kF32;
-  constexpr int64_t kBlock = 16;
-  const int64_t blocks = (S + kBlock - 1) / kBlock;
-  Tensor q(DType::kF32, T * H * d), out(DType::kF32, T * H * d);
-  Tensor cache(type, blocks * kBlock * G * 2 * d);
+  const int64_t sequences = state.range(0), T = state.range(1), S = state.range(2);
+  const AttentionShape shape = {
+      .H = state.range(3), .G = state.range(4), .d = state.range(5), .v = state.range(5), .scale = 0.125f};
+  const auto type = static_cast<DType>(state.range(6));
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = round_up(S, kBlock) / kBlock,
+                block_bytes = KvBlock(type, kBlock, shape.G, shape.d, shape.v).bytes();
+  Tensor q(DType::kF32, sequences * T * shape.H * shape.d), out(DType::kF32, sequences * T * shape.H * shape.d);
+  Tensor values(DType::kF32, S * shape.G * shape.d);
+  AlignedBuffer cache(static_cast<size_t>(sequences * blocks * block_bytes));
   std::vector<void*> kv_blocks;
-  const int64_t block_bytes = KvBlock(type, kBlock, G, d, d).bytes();
-  for (int64_t b = 0; b < blocks; ++b) kv_blocks.push_back(cache.memory.as<char>() + b * block_bytes);
-  const AttentionShape shape = {.H = H, .G = G, .d = d, .v = d, .scale = 0.125f};
-  const AttentionChunk chunk = {{kv_blocks.data(), type, kBlock}, 0, T, S};
+  for (int64_t b = 0; b < sequences * blocks; ++b) kv_blocks.push_back(cache.as<char>() + b * block_bytes);
+  std::vector<AttentionChunk> chunks;
+  for (int64_t i = 0; i < sequences; ++i) {
+    const PagedKv kv = {kv_blocks.data() + i * blocks, type, kBlock};
+    const AttentionChunk all = {kv, 0, S, S};
+    append_kv({&all, 1}, values.memory.as<float>(), values.memory.as<float>(), shape, pool());
+    chunks.push_back({kv, i * T, T, S});
+  }
+  state.SetLabel(std::string(dtype_name(type)));
   const double pairs = static_cast<double>(T) * (static_cast<double>(S) - static_cast<double>(T - 1) / 2);
-  measure(state, DType::kF32, 4 * pairs * static_cast<double>(H * d), 0,
-          [&] { attention({&chunk, 1}, q.memory.as<float>(), shape, out.memory.as<float>(), pool()); });
+  const double flops = 4 * pairs * static_cast<double>(sequences * shape.H * shape.d);
+  measure(state, DType::kF32, flops, T == 1 ? static_cast<double>(cache.size()) : 0,
+          [&] { attention(chunks, q.memory.as<float>(), shape, out.memory.as<float>(), pool()); });
 }
-BENCHMARK(BM_Attention)
-    ->ArgNames({"T", "S", "H", "G", "d", "bf16"})
-    ->Args({512, 512, 16, 16, 64, 1})
-    ->Args({512, 512, 16, 4, 64, 1})
-    ->Args({512, 512, 8, 8, 128, 0})
-    ->Args({1, 2048, 16, 16, 64, 1})
-    ->Args({1, 2048, 16, 4, 64, 1})
-    ->Args({1, 2048, 16, 2, 64, 1})
-    ->Unit(benchmark::kMicrosecond)
-    ->UseRealTime();
+void attention_shapes(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"sequences", "T", "S", "H", "G", "d", "cache"});
+  for (DType type : {DType::kF32, DType::kBF16, DType::kI8}) {
+    const auto cache = static_cast<int64_t>(type);
+    bench->Args({1, 512, 512, 16, 16, 64, cache});
+    bench->Args({1, 512, 512, 16, 4, 64, cache});
+    bench->Args({1, 512, 512, 8, 8, 128, cache});
+    for (int64_t G : {16, 4, 2}) bench->Args({1, 1, 2048, 16, G, 64, cache});
+    for (int64_t d : {64, 128}) bench->Args({256, 1, 576, 1024 / d, 1024 / d, d, cache});  // from memory
+  }
+}
+BENCHMARK(BM_Attention)->Apply(attention_shapes)->Unit(benchmark::kMicrosecond)->UseRealTime();
 
 std::string cpu_name() {
   std::ifstream info("/proc/cpuinfo");

@@ -82,7 +82,6 @@ PackedTokens::PackedTokens(const std::string& directory, const std::string& spli
   eos_token_id_ = meta.number("eos_token_id", 0, vocab_size_ - 1);
   num_tokens_ = meta.number(split, "tokens", 0, INT64_MAX / 4);
   num_bytes_ = meta.number(split, "bytes", 0, INT64_MAX);
-  num_documents_ = meta.number(split, "documents", 0, INT64_MAX);
   if (const size_t expected = static_cast<size_t>(num_tokens_) * token_bytes_; file_.bytes().size() != expected) {
     throw CorruptFile(path() + ": " + std::to_string(file_.bytes().size()) + " bytes, but " + split +
                       ".tokens of meta.json (" + std::to_string(num_tokens_) + ", " + dtype + ") needs " +

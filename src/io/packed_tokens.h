@@ -19,7 +19,6 @@ class PackedTokens {
   const std::string& path() const { return file_.path(); }  // of the .bin file
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_bytes() const { return num_bytes_; }  // of the split's text (UTF-8), for loss per byte
-  int64_t num_documents() const { return num_documents_; }
   int64_t vocab_size() const { return vocab_size_; }
   int64_t eos_token_id() const { return eos_token_id_; }
 
@@ -34,7 +33,6 @@ class PackedTokens {
   size_t token_bytes_ = 0;
   int64_t num_tokens_ = 0;
   int64_t num_bytes_ = 0;
-  int64_t num_documents_ = 0;
   int64_t vocab_size_ = 0;
   int64_t eos_token_id_ = 0;
 };

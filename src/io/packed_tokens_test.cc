@@ -39,7 +39,6 @@ TEST_F(PackedTokensTest, ReadsBothSplitsAndWidths) {
   const PackedTokens train(directory().string(), "train"), valid(directory().string(), "valid");
   EXPECT_EQ(train.num_tokens(), 4);
   EXPECT_EQ(train.num_bytes(), 11);
-  EXPECT_EQ(train.num_documents(), 2);
   EXPECT_EQ(train.vocab_size(), 65536);
   EXPECT_EQ(train.eos_token_id(), 0);
   EXPECT_EQ(train[1], 65535);
