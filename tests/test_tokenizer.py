@@ -1,11 +1,12 @@
 """Text to tokens and back. The oracles: transformers' tokenizer of the same GGUF file, and decoding
 everything at once."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coterie import InvalidArgument
@@ -113,6 +114,26 @@ def test_prompts_stay_whole_whatever_training_left_in_the_file(ours: ChatTokeniz
     chat = ChatTokenizer.load(tmp_path)
     for text in ("x", TEXTS[0]):
         assert chat.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize("framed", [False, True])
+def test_what_stands_around_a_prompt_is_tokenizer_jsons_affair(
+    theirs: PreTrainedTokenizerBase, tmp_path: Path, framed: bool
+) -> None:
+    """As in transformers: beside tokenizer.json, add_bos_token and add_eos_token don't count."""
+    theirs.save_pretrained(tmp_path)
+    if framed:
+        backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        frame = [("<|im_start|>", backend.token_to_id("<|im_start|>"))]
+        backend.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=frame)
+        backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_end|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**config, "add_bos_token": True, "add_eos_token": True})
+    )
+    expected, chat = AutoTokenizer.from_pretrained(tmp_path), ChatTokenizer.load(tmp_path)
+    for text in TEXTS[:3]:
+        assert chat.encode(text) == expected(text)["input_ids"]
 
 
 # As tokenizer.json of the models has it.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coterie.channels import ANSWER, ChannelStream, has_channels
 from coterie.cli import generation_options as options
 from coterie.cli.console import notes
 
@@ -87,7 +89,8 @@ class Conversation:
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
         self._llm = llm
-        self._params = params
+        self._channels = has_channels(llm.tokenizer)
+        self._params = replace(params, skip_special_tokens=not self._channels)
         self._start: Messages = [] if system is None else [{"role": "system", "content": system}]
         self._messages: Messages = list(self._start)
         self._interactive = sys.stdin.isatty()
@@ -125,11 +128,16 @@ class Conversation:
 
     def _answer(self, message: str) -> None:
         messages = [*self._messages, {"role": "user", "content": message}]
-        pieces: list[str] = []
+        answer: list[str] = []
+        channels = ChannelStream() if self._channels else None
 
         def on_text(piece: str) -> None:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+            for channel, text in [(ANSWER, piece)] if channels is None else channels.step(piece):
+                if channel == ANSWER:
+                    answer.append(text)
+                    print(text, end="", flush=True)
+                else:  # what leads to the answer is shown, and no part of the conversation
+                    notes.print(text, end="", markup=False, soft_wrap=True, style="dim")
 
         try:
             prompt = self._llm.chat_prompts(messages)[0]
@@ -139,7 +147,7 @@ class Conversation:
         except KeyboardInterrupt:
             notes.print(" (stopped)", end="", markup=False)
         print(flush=True)
-        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        self._messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 
     def _fits(self, prompt: list[int]) -> bool:
         most = self._llm.max_model_len
