@@ -34,6 +34,7 @@ std::vector<std::string> seeds() {
     files.push_back(architecture->write_config(config).dump());
   }
   files.push_back(coterie::windowed_config().to_json());
+  files.push_back(coterie::longrope_config().to_json());
   files.push_back(coterie::latent_config().to_json());
   return files;
 }

@@ -24,15 +24,15 @@
 namespace coterie {
 
 struct EngineOptions {
-  std::string dtype = "auto";             // of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"; "auto": as
-                                          // the file was quantized, else fp32 where most of it is, else bf16
+  std::string dtype = "auto";             // of the weights: "fp32", "bf16", "int8", "int8a16", "int4" or "int4_64";
+                                          // "auto": as the file was quantized, else fp32 where most of it is, else bf16
   std::string attention_dtype = "";       // of attention's projections where it differs from dtype
   std::string head_dtype = "";            // of the head likewise
   bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)
   bool mmap = false;                      // leave the weights in that file, mapped: less memory, runs slower; those
                                           // of more than three quarters of memory stay there anyway
   int64_t expert_cache_bytes = 0;         // of mapped weights, memory for the experts that are chosen most; 0: a
-                                          // quarter of the machine's, -1: none
+                                          // quarter of what the process may use, -1: none
   int threads = 0;                        // 0: as many as the process may use
   int64_t max_model_len = 0;              // tokens of prompt and output together; 0: the model's own limit
   int64_t max_num_seqs = 256;             // completions that run at once; others wait
@@ -42,7 +42,7 @@ struct EngineOptions {
   int64_t block_size = 64;                // tokens of a block of the cache, which requests share as a whole: a multiple
                                           // of 16, at most 1024. Attention reads 64 at a time
   int64_t num_kv_blocks = 0;              // blocks of the cache; 0: by kv_cache_bytes
-  int64_t kv_cache_bytes = 0;             // taken as it is needed, for 4096 tokens (at most 256 MiB) at once; 0: a
+  int64_t kv_cache_bytes = 0;             // taken as it is needed, for 2048 tokens (at most 256 MiB) at once; 0: a
                                           // quarter of the memory that the process may use, at most what max_num_seqs
                                           // need, at least what one of max_model_len needs
   bool enable_prefix_caching = true;      // compute what requests begin with in common only once
@@ -157,8 +157,8 @@ struct EngineStats {
 
 class Engine {
  public:
-  // path: a Hugging Face directory (config.json and safetensors) or a .gguf file. InvalidArgument or
-  // CorruptFile say what is wrong with it.
+  // path: a Hugging Face directory (config.json and safetensors) or a .gguf file (of a split one any part).
+  // InvalidArgument or CorruptFile say what is wrong with it.
   static std::unique_ptr<Engine> load(const std::string& path, const EngineOptions& options = {});
   virtual ~Engine() = default;
 

@@ -24,8 +24,7 @@ std::vector<int32_t> pending(const DraftTask& task) {
 
 void add_to(Batch& batch, const DraftTask& task, std::span<const int32_t> token_ids) {
   DraftSequence& draft = *task.draft;
-  batch.add(token_ids, static_cast<int64_t>(draft.token_ids.size()), draft.blocks.layers(),
-            task.sequence->num_prompt_tokens());
+  batch.add(token_ids, static_cast<int64_t>(draft.token_ids.size()), draft.blocks.layers(), draft.start_length);
   draft.token_ids.insert(draft.token_ids.end(), token_ids.begin(), token_ids.end());
 }
 
@@ -83,6 +82,11 @@ bool DraftModel::prepare(const DraftTask& task) {
   DraftSequence& draft = *task.draft;
   const auto same = std::ranges::mismatch(draft.token_ids, ids).in1 - draft.token_ids.begin();
   draft.token_ids.resize(std::min<size_t>(same, ids.size() - 1));  // the last one's logits are wanted
+  if (draft.token_ids.empty()) draft.start_length = task.sequence->start_length();
+  if (task.sequence->num_tokens() > cache_.longest_alike(draft.start_length)) {  // all tokens turn otherwise
+    draft.start_length = task.sequence->num_tokens();
+    draft.token_ids.clear();
+  }
   const int64_t needed = task.sequence->num_tokens() + task.num_tokens - 1;
   if (cache_.blocks_for(needed) - draft.blocks.num_blocks() > cache_.num_free()) {
     draft.token_ids.clear();

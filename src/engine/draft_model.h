@@ -26,6 +26,7 @@ struct DraftSequence {
 
   BlockTable blocks;
   std::vector<int32_t> token_ids;  // those in the cache
+  int64_t start_length = 0;        // as the completion's, see Sequence
 };
 
 // Tokens to guess behind those of a completion.

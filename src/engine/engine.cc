@@ -239,7 +239,7 @@ class EngineImpl : public Engine {
     Batch batch;
     for (const ScheduledChunk& chunk : chunks) {
       Sequence& sequence = *chunk.sequence;
-      batch.add(chunk.token_ids(), sequence.num_computed(), sequence.blocks().layers(), sequence.num_prompt_tokens());
+      batch.add(chunk.token_ids(), sequence.num_computed(), sequence.blocks().layers(), sequence.start_length());
     }
     return decoder_.forward(batch);
   }
@@ -331,10 +331,10 @@ class EngineImpl : public Engine {
     const int64_t accepted = std::max<int64_t>(static_cast<int64_t>(output.new_token_ids.size()) - 1, 0);
     num_speculated_tokens_ += guessed;
     num_accepted_tokens_ += accepted;
+    output.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});
     sequence.computed(chunk.num_tokens - guessed + accepted);
     output.request_id = sequence.id();
     output.index = sequence.index();
-    output.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});
     output.finish_reason = sequence.finished();
     output.num_cached_tokens = sequence.num_cached_tokens();
     output.timings = sequence.timings();

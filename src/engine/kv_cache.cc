@@ -14,12 +14,8 @@ int64_t bytes_of_layer(const ModelConfig& config, DType dtype, int64_t block_siz
   return KvBlock(dtype, block_size, config.cache_heads(), config.cache_key_dim(), config.cache_value_dim()).bytes();
 }
 
-int64_t dynamic_context(const RopeScaling& scaling) {
-  return scaling.kind == RopeScalingKind::kDynamic ? scaling.original_context : 0;
-}
-
 // Of memory that is provided ahead of its use, at most.
-constexpr int64_t kProvidedTokens = 4096;
+constexpr int64_t kProvidedTokens = 2048;  // as many as a step takes, unless it is told otherwise
 constexpr size_t kProvidedBytes = size_t{256} << 20;
 
 constexpr KvCache::Prefix kRootOfLength = KvCache::Prefix{1} << 63;  // published chains are counted from 1
@@ -33,7 +29,7 @@ KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int
       num_layers_(config.num_layers()),
       layer_bytes_(bytes_of_layer(config, dtype, block_size)),
       has_values_(config.cache_value_dim() > 0),
-      dynamic_context_(dynamic_context(config.rope_scaling)),
+      rope_scaling_(config.rope_scaling),
       max_blocks_(max_blocks),
       keep_released_(keep_released) {}
 
@@ -41,9 +37,9 @@ int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype, int64_t blo
   return config.num_layers() * bytes_of_layer(config, dtype, block_size);
 }
 
-KvCache::Prefix KvCache::root(int64_t num_prompt_tokens) const {
-  if (dynamic_context_ == 0 || num_prompt_tokens <= dynamic_context_) return kEmptyPrefix;
-  return kRootOfLength | static_cast<Prefix>(num_prompt_tokens);
+KvCache::Prefix KvCache::root(int64_t length) const {
+  const int64_t turning = rope_scaling_.turning_length(length);
+  return turning == rope_scaling_.turning_length(1) ? kEmptyPrefix : kRootOfLength | static_cast<Prefix>(turning);
 }
 
 void KvCache::provide_memory() {

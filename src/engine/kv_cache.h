@@ -18,6 +18,7 @@
 #include "base/dtype.h"
 #include "base/memory.h"
 #include "base/page_provider.h"
+#include "base/round.h"
 #include "kernels/attention.h"
 #include "model/config.h"
 
@@ -40,7 +41,7 @@ class KvCache {
   // Of all layers.
   static int64_t block_bytes(const ModelConfig& config, DType dtype, int64_t block_size);
 
-  // From now on, has memory for the next 4096 tokens, at most 256 MiB, ready before they come: it is provided while
+  // From now on, has memory for the next 2048 tokens, at most 256 MiB, ready before they come: it is provided while
   // nobody holds a block.
   void provide_memory();
 
@@ -53,16 +54,18 @@ class KvCache {
   // Makes a held, full block known. Another one with the same contents stays the known one.
   Prefix publish(Prefix before, std::span<const int32_t> token_ids, int32_t block);
 
-  // Where the chain of a sequence begins. Beyond the original context, keys of a model whose rotary positions are
-  // stretched by the length of the prompt (RopeScalingKind::kDynamic) are of use to prompts of that length alone.
-  Prefix root(int64_t num_prompt_tokens) const;
+  // Where the chain of a sequence begins whose tokens turn as those of one of that length. Beyond the original context,
+  // keys of a model whose rotary positions are stretched by the length of the prompt (RopeScalingKind::kDynamic) are of
+  // use to prompts of that length alone, under kLongrope to all that are longer as well.
+  Prefix root(int64_t length) const;
+  int64_t longest_alike(int64_t length) const { return rope_scaling_.longest_alike(length); }
 
   // One layer of a block, as kernels/attention.h has it.
   void* data(int32_t block, int64_t layer) const;
   bool has_values() const { return has_values_; }  // of their own: in latent attention keys hold them
 
   int64_t block_size() const { return block_size_; }
-  int64_t blocks_for(int64_t num_tokens) const { return (num_tokens + block_size_ - 1) / block_size_; }
+  int64_t blocks_for(int64_t num_tokens) const { return ceil_div(num_tokens, block_size_); }
   int64_t num_layers() const { return num_layers_; }
   DType dtype() const { return dtype_; }
   int64_t num_blocks() const { return max_blocks_; }
@@ -97,7 +100,7 @@ class KvCache {
   int64_t num_layers_;
   int64_t layer_bytes_;  // of one block
   bool has_values_;
-  int64_t dynamic_context_;  // the original context under kDynamic, else 0
+  RopeScaling rope_scaling_;
   int64_t max_blocks_;
   bool keep_released_;
   int64_t num_held_ = 0;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <limits>
 #include <set>
 
 #include "coterie/error.h"
@@ -107,6 +108,22 @@ TEST(KvCache, PublishedBlocksAreFoundBehindTheirOwnPrefixOnly) {
   cache.release(twin);
   EXPECT_EQ(cache.find(KvCache::kEmptyPrefix, a)->block, first);
   EXPECT_EQ(cache.num_free(), 2);
+}
+
+TEST(KvCache, ChainsOfTextsThatTurnAlikeHaveTheSameRoot) {
+  const KvCache plain(small_config(), DType::kF32, kBlockSize, 4),
+      dynamic(windowed_config(), DType::kF32, kBlockSize, 4), longrope(longrope_config(), DType::kF32, kBlockSize, 4);
+  EXPECT_EQ(plain.root(90), KvCache::kEmptyPrefix);
+  EXPECT_EQ(plain.longest_alike(20), std::numeric_limits<int64_t>::max());
+  for (const KvCache* cache : {&dynamic, &longrope}) {
+    EXPECT_EQ(cache->root(1), KvCache::kEmptyPrefix);
+    EXPECT_EQ(cache->root(48), KvCache::kEmptyPrefix);  // the original context
+    EXPECT_NE(cache->root(49), KvCache::kEmptyPrefix);
+  }
+  EXPECT_NE(dynamic.root(49), dynamic.root(50));
+  EXPECT_EQ(longrope.root(49), longrope.root(90));
+  EXPECT_EQ(longrope.longest_alike(48), 48);
+  EXPECT_EQ(longrope.longest_alike(49), std::numeric_limits<int64_t>::max());
 }
 
 TEST(KvCache, TheLeastRecentlyUsedBlockIsForgottenFirst) {

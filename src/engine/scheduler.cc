@@ -44,7 +44,8 @@ std::vector<ScheduledChunk> Scheduler::schedule() {
 
 void Scheduler::add_proposal(ScheduledChunk& chunk, std::span<const int32_t> guesses) {
   Sequence& sequence = *chunk.sequence;
-  auto n = std::min<int64_t>(static_cast<int64_t>(guesses.size()), budget_);
+  const int64_t room = std::min(budget_, sequence.num_alike() - chunk.num_tokens);
+  auto n = std::min<int64_t>(static_cast<int64_t>(guesses.size()), room);
   if (n <= 0) return;
   const int64_t spare = cache_.num_free() - num_promised_blocks();
   while (n > 0 && sequence.num_missing_blocks(chunk.num_tokens + n) > spare) --n;

@@ -16,9 +16,10 @@ Sequence::Sequence(std::shared_ptr<SharedRequest> shared, int64_t index, KvCache
       cache_(cache),
       token_ids_(shared_->request.prompt_token_ids),
       num_prompt_tokens_(num_tokens()),
+      start_length_(num_tokens()),
       counts_(sampling(), token_ids_),
       blocks_(cache),
-      prefix_(cache.root(num_prompt_tokens_)) {}
+      prefix_(cache.root(start_length_)) {}
 
 // Logprobs of the prompt need every hidden state.
 bool Sequence::may_adopt_blocks() const { return !sampling().prompt_logprobs || index_ > 0 || !output().empty(); }
@@ -38,7 +39,7 @@ void Sequence::adopt_cached_blocks() {
 }
 
 bool Sequence::computes_blocks_of(const Sequence& other) const {
-  const bool comparable = cache_.root(num_prompt_tokens_) == cache_.root(other.num_prompt_tokens_);
+  const bool comparable = cache_.root(start_length_) == cache_.root(other.start_length_);
   if (num_pending() <= 1 || !comparable || !other.may_adopt_blocks()) return false;
   const auto ours = token_ids(), theirs = other.token_ids().first(other.num_tokens() - 1);
   const int64_t common = std::ranges::mismatch(ours, theirs).in1 - ours.begin();
@@ -62,12 +63,16 @@ void Sequence::computed(int64_t num_tokens) {
     const auto tokens = token_ids().subspan(num_published_ * block_size, block_size);
     prefix_ = cache_.publish(prefix_, tokens, blocks_.block(num_published_));
   }
+  if (this->num_tokens() <= cache_.longest_alike(start_length_)) return;
+  start_length_ = this->num_tokens();
+  drop_blocks();
+  adopt_cached_blocks();
 }
 
 void Sequence::drop_blocks() {
   blocks_.clear();
   num_computed_ = num_published_ = 0;
-  prefix_ = cache_.root(num_prompt_tokens_);
+  prefix_ = cache_.root(start_length_);
   prompt_logprobs.clear();
 }
 

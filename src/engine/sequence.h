@@ -47,6 +47,12 @@ class Sequence {
   int64_t num_cached_tokens() const { return num_cached_tokens_; }
   int64_t num_left() const;  // tokens that may still be appended
 
+  // The tokens it had when it was computed from its start (Batch::add): its prompt, unless it has outgrown the original
+  // context of RopeScalingKind::kLongrope since then.
+  int64_t start_length() const { return start_length_; }
+  // How many tokens may be computed before all of it has to be computed anew.
+  int64_t num_alike() const { return cache_.longest_alike(start_length_) - num_computed_; }
+
   // May its end tokens be chosen next?
   bool may_end() const { return static_cast<int64_t>(output().size()) >= sampling().min_tokens; }
   std::span<const int64_t> end_token_ids() const { return shared_->end_token_ids; }
@@ -58,6 +64,7 @@ class Sequence {
   void reserve(int64_t num_tokens) { blocks_.reserve(num_computed_ + num_tokens); }
   int64_t num_missing_blocks(int64_t num_tokens) const;  // of reserve(num_tokens)
   // So many more of the tokens are in the cache; publishes the blocks that are full now, and gives back those behind.
+  // Where all tokens turn otherwise from now on, everything is pending again.
   void computed(int64_t num_tokens);
   void drop_blocks();  // everything is pending again
 
@@ -81,6 +88,7 @@ class Sequence {
   KvCache& cache_;
   std::vector<int32_t> token_ids_;
   int64_t num_prompt_tokens_;
+  int64_t start_length_;
   TokenCounts counts_;
   int64_t num_computed_ = 0;
   int64_t num_cached_tokens_ = 0;

@@ -140,8 +140,9 @@ TEST_F(ServingTest, RandomRequestsEqualSingleOnes) {
 
 TEST_F(ServingTest, RandomRequestsEqualSingleOnesWhateverTheAttention) {
   std::mt19937 random(2);
-  for (const ModelConfig& config : {windowed_config(), latent_config()}) {
-    SCOPED_TRACE(config.is_latent() ? "latent" : "windowed");
+  for (const auto& [name, config] :
+       {std::pair("windowed", windowed_config()), {"longrope", longrope_config()}, {"latent", latent_config()}}) {
+    SCOPED_TRACE(name);
     write_random_model(directory(), config);
     for (const char* cache : {"fp32", "int8"}) {
       const auto alone =
@@ -158,11 +159,32 @@ TEST_F(ServingTest, RandomRequestsEqualSingleOnesWhateverTheAttention) {
   }
 }
 
+// Each token is what a whole text of that length gives, on both sides of the original context.
+TEST_F(ServingTest, WhoOutgrowsTheOriginalContextIsComputedAnew) {
+  write_random_model(directory(), longrope_config());
+  for (const bool caching : {false, true}) {
+    const auto engine = load({.enable_prefix_caching = caching});
+    for (const int64_t length : {20, 47, 48, 49}) {  // 48 is the original context
+      SCOPED_TRACE(length);
+      const RequestOutput output = engine->generate({tokens(length), {.max_new_tokens = 40, .prompt_logprobs = 0}});
+      EXPECT_EQ(output.prompt_logprobs.size(), static_cast<size_t>(length - 1));
+      std::vector<int32_t> text = tokens(length);
+      for (const int32_t token : output.completions[0].token_ids) {
+        const std::vector<float> logits = engine->logits(text);
+        const auto last = logits.end() - 61;
+        ASSERT_EQ(std::max_element(last, logits.end()) - last, token) << text.size() << " tokens";
+        text.push_back(token);
+      }
+      EXPECT_EQ(text.size(), static_cast<size_t>(length + 40));
+    }
+  }
+}
+
 // The draft model is the model itself, slightly off, so that it is right often and wrong often.
 TEST_F(ServingTest, SpeculationChangesNothing) {
   const std::filesystem::path draft = directory() / "draft";
   std::mt19937 random(3);
-  for (const ModelConfig& config : {small_config(), windowed_config(), latent_config()}) {
+  for (const ModelConfig& config : {small_config(), windowed_config(), longrope_config(), latent_config()}) {
     write_random_model(directory(), config);
     write_random_model(draft, config, 0.45f);
     for (const EngineOptions& speculating :

@@ -1,4 +1,5 @@
-// PhimoeForCausalLM of transformers: LayerNorm and biases around Mixtral's experts, chosen by sparsemixer.
+// PhimoeForCausalLM of transformers, in published files PhiMoEForCausalLM: LayerNorm and biases around Mixtral's
+// experts, chosen by sparsemixer.
 #include "model/architectures.h"
 #include "model/transformers_family.h"
 
@@ -8,11 +9,8 @@ namespace {
 constexpr Defaults kPhimoe = {32064, 4096, 6400, 32, 32, 8, 131072, 1e-5, 1e6, 1, 2};
 
 ModelConfig read_config(const ConfigReader& json) {
-  ModelConfig c = read_family(json, kPhimoe);
+  ModelConfig c = read_family(json, kPhimoe, {.longrope_mscales = true});
   refuse_layer_types(json);
-  if (c.rope_scaling.kind != RopeScalingKind::kNone) {
-    json.fail("rope_scaling", "scaled rotary positions are not supported in this architecture");
-  }
   c.norm = NormKind::kLayerNorm;
   c.attention_bias = c.attention_output_bias = json.boolean("attention_bias", false);
   c.lm_head_bias = json.boolean("lm_head_bias", false);
@@ -47,6 +45,7 @@ CheckpointMap checkpoint_map(const ModelConfig& config) {
 
 }  // namespace
 
-const Architecture kPhimoeArchitecture = {"PhimoeForCausalLM", "phimoe", read_config, write_config, checkpoint_map};
+const Architecture kPhimoeArchitecture = {"PhimoeForCausalLM", "phimoe",       read_config,
+                                          write_config,        checkpoint_map, "PhiMoEForCausalLM"};
 
 }  // namespace coterie

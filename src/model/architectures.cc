@@ -19,7 +19,7 @@ std::span<const Architecture* const> architectures() {
 const Architecture& architecture_named(const std::string& name, const std::string& source) {
   std::string known;
   for (const Architecture* architecture : architectures()) {
-    if (name == architecture->name) return *architecture;
+    if (name == architecture->name || (!name.empty() && name == architecture->alias)) return *architecture;
     known += (known.empty() ? "" : ", ") + std::string(architecture->name);
   }
   throw InvalidArgument(source + ": architectures: '" + name + "' is not supported (supported: " + known + ")");

@@ -25,6 +25,8 @@ struct Architecture {
 
   // Where a checkpoint of this architecture keeps the tensors of a model that it can express.
   CheckpointMap (*checkpoint_map)(const ModelConfig& config);
+
+  const char* alias = "";  // another name in "architectures", which is read and never written
 };
 
 std::span<const Architecture* const> architectures();

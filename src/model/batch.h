@@ -15,7 +15,7 @@ struct SequenceChunk {
   int64_t first_row = 0;
   int64_t num_tokens = 0;
   int64_t first_position = 0;     // of the first of them; so many tokens lie in the KV cache already
-  int64_t prompt_length = 0;      // of the sequence's prompt, see Batch::add
+  int64_t start_length = 0;       // of the sequence, see Batch::add
   std::span<const PagedKv> kv_L;  // with room for the new tokens
 };
 
@@ -26,11 +26,12 @@ struct Batch {
 
   int64_t num_tokens() const { return static_cast<int64_t>(token_ids_T.size()); }
 
-  // prompt_length matters where rotary positions are stretched by the length of the sequence (RopeScalingKind::
-  // kDynamic): tokens of the prompt turn by its whole length, later ones by their own position.
+  // start_length, tokens that the sequence had when it was computed from its start (those of its prompt, as a rule),
+  // matters where rotary positions are stretched by the length of the sequence (RopeScalingKind::kDynamic, kLongrope):
+  // these tokens turn by all of it, later ones by their own position.
   void add(std::span<const int32_t> token_ids, int64_t first_position, std::span<const PagedKv> kv_L,
-           int64_t prompt_length = 0) {
-    chunks.push_back({num_tokens(), static_cast<int64_t>(token_ids.size()), first_position, prompt_length, kv_L});
+           int64_t start_length = 0) {
+    chunks.push_back({num_tokens(), static_cast<int64_t>(token_ids.size()), first_position, start_length, kv_L});
     token_ids_T.insert(token_ids_T.end(), token_ids.begin(), token_ids.end());
     for (size_t t = 0; t < token_ids.size(); ++t) positions_T.push_back(static_cast<int32_t>(first_position + t));
   }

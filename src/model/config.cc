@@ -46,19 +46,25 @@ class Validator {
     }
   }
 
+  void rope_factors(const std::string& field, const std::vector<double>& factors, int64_t wanted) const {
+    if (static_cast<int64_t>(factors.size()) != wanted) {
+      fail(field, std::to_string(factors.size()) + " numbers, not " + std::to_string(wanted));
+    }
+    for (const double factor : factors) number(field, factor);
+  }
+
   void rotary(const ModelConfig& c) const {
     const int64_t dims = c.num_rotary_dims(), most = c.is_latent() ? c.latent.rope_dim : c.head_dim;
     if (c.rotary_dim != 0) size("rotary_dim", c.rotary_dim, most);
     const std::string field = c.rotary_dim != 0 ? "rotary_dim" : c.is_latent() ? "qk_rope_head_dim" : "head_dim";
     if (dims % 2 != 0) fail(field, std::to_string(dims) + " is odd, rotary positions need pairs");
     number("rope_theta", c.rope_theta);
-    const std::vector<double>& factors = c.rope_scaling.factors;
-    const int64_t wanted = c.rope_scaling.kind == RopeScalingKind::kFactors ? dims / 2 : 0;
-    if (static_cast<int64_t>(factors.size()) != wanted) {
-      fail("rope_scaling.factors", std::to_string(factors.size()) + " numbers, not " + std::to_string(wanted));
-    }
-    for (const double factor : factors) number("rope_scaling.factors", factor);
-    if (c.rope_scaling.kind == RopeScalingKind::kYarn && c.rope_theta <= 1) {
+    const RopeScaling& s = c.rope_scaling;
+    rope_factors("rope_scaling.factors", s.factors, s.kind == RopeScalingKind::kFactors ? dims / 2 : 0);
+    const int64_t num_longrope = s.kind == RopeScalingKind::kLongrope ? dims / 2 : 0;
+    rope_factors("rope_scaling.short_factor", s.short_factors, num_longrope);
+    rope_factors("rope_scaling.long_factor", s.long_factors, num_longrope);
+    if (s.kind == RopeScalingKind::kYarn && c.rope_theta <= 1) {
       fail("rope_theta", Json(c.rope_theta).dump() + " is not above 1, as yarn needs it");
     }
   }
@@ -107,8 +113,6 @@ class Validator {
                                 "], the number of experts");
     }
     number(field + "router.routed_scaling", l.router.routed_scaling);
-    number(field + "router.capacity_factor", l.router.capacity_factor, true);
-    size(field + "router.min_capacity", l.router.min_capacity);
     try {
       l.router.validate();
     } catch (const InvalidArgument& error) {

@@ -1,14 +1,15 @@
 // What a model is, read from a config.json: one struct for every architecture, so that the decoder,
-// the trainer, the exporter and the planner never ask for an architecture's name.
+// the trainer and the exporter never ask for an architecture's name.
 //
 // Our own files say `"architectures": ["CoterieForCausalLM"]`, `"model_type": "coterie"`:
 //   vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
 //   max_position_embeddings, norm_type ("rms_norm" | "layer_norm"), norm_eps,
-//   position_embedding_type ("rope" | "learned"), rope_theta, rope_scaling (null, or an object as transformers has it),
+//   position_embedding_type ("rope" | "learned"), rope_theta, rope_scaling (null, or an object as transformers has it,
+//   of the types linear, dynamic, llama3, yarn and longrope, this one with Phi-MoE's short_mscale and long_mscale),
 //   rotary_dim (null: all of a head), rope_interleaved, qk_norm ("none" | "head" | "full"),
 //   latent_attention (null, or {"kv_lora_rank", "q_lora_rank" (0: none), "qk_nope_head_dim", "qk_rope_head_dim",
 //   "v_head_dim", "norm_eps"}), attention_sinks,
-//   hidden_act, gated_mlp, attention_bias (q, k, v), attention_output_bias, mlp_bias, lm_head_bias,
+//   clip_qkv (0: not), hidden_act, gated_mlp, attention_bias (q, k, v), attention_output_bias, mlp_bias, lm_head_bias,
 //   embedding_multiplier, attention_multiplier (null: 1 / sqrt(head_dim)), residual_multiplier, logits_scaling,
 //   tie_word_embeddings, initializer_range, bos_token_id, eos_token_id (an id or a list),
 //   layers: one object per layer:
@@ -17,7 +18,8 @@
 //      "residual": "none" | "sum" | "learned" | "shared_gate", "intermediate_size": F of the fixed MLP,
 //      "router": {"score_function", "chooser", "num_groups", "top_k_groups", "group_score", "choice_bias",
 //                 "normalize", "normalize_over", "routed_scaling", "choice_noise", "jitter", "capacity_factor",
-//                 "eval_capacity_factor", "min_capacity", "drop_policy"}}      see moe/router.h
+//                 "eval_capacity_factor", "min_capacity", "drop_policy", "logit_bias", "sparsemixer_epsilon"}}
+//                                                                         see moe/router.h
 //   each with "window": so many keys a token sees, its own included; left out: all.
 // Unknown keys that would change the result are refused; a value that cannot be is refused by name.
 #pragma once

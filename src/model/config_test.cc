@@ -77,9 +77,9 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   const auto llama = [](const std::string& extra) {
     return R"({"architectures": ["LlamaForCausalLM"], )" + extra + "}";
   };
-  EXPECT_EQ(refusal(llama(R"("rope_scaling": {"type": "longrope", "factor": 8.0})")),
-            "config.json: rope_scaling.type: 'longrope' is not supported (supported: default, linear, dynamic, llama3, "
-            "yarn)");
+  EXPECT_EQ(refusal(llama(R"("rope_scaling": {"type": "su", "factor": 8.0})")),
+            "config.json: rope_scaling.type: 'su' is not supported (supported: default, linear, dynamic, llama3, yarn, "
+            "longrope)");
   EXPECT_EQ(refusal(llama(R"("rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1})")),
             "config.json: rope_scaling.high_freq_factor: missing");
   EXPECT_EQ(refusal(llama(R"("rope_parameters": {"rope_type": "yarn"})")),
@@ -108,7 +108,8 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   EXPECT_EQ(refusal(R"({"model_type": "phimoe", "num_experts_per_tok": 3})"),
             "config.json: num_experts_per_tok: 3 is not supported (only 2)");
   EXPECT_EQ(refusal(R"({"model_type": "phimoe", "rope_scaling": {"type": "yarn", "factor": 4}})"),
-            "config.json: rope_scaling: scaled rotary positions are not supported in this architecture");
+            "config.json: rope_scaling.type: 'yarn' is not supported in this architecture (supported: default, "
+            "longrope)");
   EXPECT_EQ(refusal(R"({"model_type": "glm4_moe", "scoring_func": "softmax"})"),
             "config.json: scoring_func: 'softmax' is not supported (only 'sigmoid')");
   EXPECT_EQ(refusal(R"({"model_type": "glm4_moe", "partial_rotary_factor": 1.5})"),
@@ -135,6 +136,77 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   EXPECT_EQ(refusal(R"({"model_type": "gpt2", "n_head": 7})"), "config.json: n_head: 7 does not divide n_embd (768)");
   EXPECT_EQ(refusal(R"({"model_type": "llama", "num_hidden_layers": 1000000000})"),
             "config.json: num_hidden_layers: 1000000000 is not in [1, 10000]");
+}
+
+TEST(ModelConfig, RefusesLongropeByFieldAndValue) {
+  const auto longrope = [](const std::string& type, const std::string& keys) {
+    return refusal(R"({"model_type": ")" + type + R"(", "head_dim": 4, "rope_scaling": {"type": "longrope", )" + keys +
+                   "}}");
+  };
+  const std::string factors = R"("short_factor": [1, 2], "long_factor": [3, 4])";
+  EXPECT_EQ(longrope("llama", factors), "accepted");
+  EXPECT_EQ(longrope("llama", R"("short_factor": [1, 2])"), "config.json: rope_scaling.long_factor: missing");
+  EXPECT_EQ(longrope("llama", R"("short_factor": [1], "long_factor": [3, 4])"),
+            "config.json: rope_scaling.short_factor: 1 numbers, not 2, one for each pair of dimensions that turns");
+  EXPECT_EQ(longrope("llama", R"("short_factor": [1, 2], "long_factor": [3, 4, 5])"),
+            "config.json: rope_scaling.long_factor: 3 numbers, not 2, one for each pair of dimensions that turns");
+  EXPECT_EQ(longrope("llama", R"("short_factor": [1, 2], "long_factor": [3, 0])"),
+            "config.json: rope_scaling.long_factor: 0.0 is not positive");
+  EXPECT_EQ(longrope("llama", R"("short_factor": [1, "2"], "long_factor": [3, 4])"),
+            "config.json: rope_scaling.short_factor: \"2\" is not a number");
+  EXPECT_EQ(longrope("llama", factors + R"(, "attention_factor": -1)"),
+            "config.json: rope_scaling.attention_factor: -1.0 is negative");
+  EXPECT_EQ(longrope("llama", factors + R"(, "factor": 0.5)"), "config.json: rope_scaling.factor: 0.5 is below 1");
+  EXPECT_EQ(longrope("llama", factors + R"(, "original_max_position_embeddings": 1)"),
+            "config.json: rope_scaling.original_max_position_embeddings: 1 is below 2");
+  EXPECT_EQ(longrope("llama", factors + R"(, "short_mscale": 1.2)"),
+            "config.json: rope_scaling.short_mscale: not supported (1.2)");
+  EXPECT_EQ(longrope("phimoe", factors + R"(, "short_mscale": 1.2)"), "config.json: rope_scaling.long_mscale: missing");
+  EXPECT_EQ(longrope("phimoe", factors + R"(, "short_mscale": 0, "long_mscale": 1.2)"),
+            "config.json: rope_scaling.short_mscale: 0.0 is not positive");
+  EXPECT_EQ(longrope("phimoe", factors + R"(, "short_mscale": 1.2, "long_mscale": 1.2)"), "accepted");
+  // Of our own files, which have no check before that of all models.
+  EXPECT_EQ(refusal(ours(R"({"intermediate_size": 20})", R"(, "rope_scaling": {"rope_type": "longrope", )"
+                                                         R"("short_factor": [1, 2], "long_factor": [3]})")),
+            "config.json: rope_scaling.long_factor: 1 numbers, not 2");
+}
+
+// As Phi-3.5-MoE has it: another name than transformers', and the original context twice.
+TEST(ModelConfig, ReadsPublishedFilesOfPhiMoe) {
+  const ModelConfig c = ModelConfig::from_json(
+      R"({"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "head_dim": 4,
+          "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_theta": 10000.0,
+          "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096, "short_factor": [1, 1.5],
+                           "long_factor": [2, 30.25], "short_mscale": 1.25, "long_mscale": 1.5}})",
+      "");
+  EXPECT_EQ(c.architecture, "PhimoeForCausalLM");
+  EXPECT_EQ(c.rope_theta, 1e4);
+  EXPECT_EQ(c.rope_scaling, (RopeScaling{.kind = RopeScalingKind::kLongrope,
+                                         .factor = 32,
+                                         .original_context = 4096,
+                                         .short_factors = {1, 1.5},
+                                         .long_factors = {2, 30.25},
+                                         .short_mscale = 1.25,
+                                         .long_mscale = 1.5}));
+  EXPECT_EQ(c.max_context(), 131072);
+  EXPECT_EQ(c.rope_scaling.angle_factor(4096), 1.25);
+  EXPECT_EQ(c.rope_scaling.angle_factor(4097), 1.5);
+}
+
+// Also where it stands inside, and for the factor that follows.
+TEST(ModelConfig, TheOriginalContextOutsideOfTheRotaryKeysCounts) {
+  const auto yarn = [](const std::string& keys, const std::string& outside) {
+    return ModelConfig::from_json(R"({"model_type": "llama", "max_position_embeddings": 1000, "rope_scaling": )"
+                                  R"({"type": "yarn", "factor": null)" +
+                                      keys + "}" + outside + "}",
+                                  "")
+        .rope_scaling;
+  };
+  const std::string key = R"(, "original_max_position_embeddings": )";
+  EXPECT_EQ(yarn(key + "500", "").original_context, 500);
+  EXPECT_EQ(yarn("", key + "250").original_context, 250);
+  EXPECT_EQ(yarn(key + "500", key + "250").original_context, 250);
+  EXPECT_EQ(yarn(key + "500", key + "250").factor, 4);
 }
 
 TEST(ModelConfig, ReadsOldAndNewRotaryKeys) {
@@ -297,7 +369,15 @@ TEST(ModelConfig, JsonRoundTripKeepsRotaryAndLatentFields) {
                                    .truncate = false,
                                    .attention_factor = 1.1,
                                    .mscale = 0.7,
-                                   .mscale_all_dim = 0.8}};
+                                   .mscale_all_dim = 0.8},
+                                  {.kind = RopeScalingKind::kLongrope,
+                                   .factor = 3.5,
+                                   .original_context = 21,
+                                   .attention_factor = 1.2,
+                                   .short_factors = {1, 1.1, 1.25},
+                                   .long_factors = {2, 3.3, 1e3},
+                                   .short_mscale = 1.3,
+                                   .long_mscale = 1.4}};
   for (const RopeScaling& scaling : scalings) {
     c.rope_scaling = scaling;
     EXPECT_EQ(reread().rope_scaling, scaling);

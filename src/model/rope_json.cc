@@ -7,15 +7,19 @@ namespace coterie {
 namespace {
 
 constexpr std::pair<const char*, RopeScalingKind> kTypes[] = {
-    {"default", RopeScalingKind::kNone},  {"linear", RopeScalingKind::kLinear}, {"dynamic", RopeScalingKind::kDynamic},
-    {"llama3", RopeScalingKind::kLlama3}, {"yarn", RopeScalingKind::kYarn},     {"factors", RopeScalingKind::kFactors}};
+    {"default", RopeScalingKind::kNone},    {"linear", RopeScalingKind::kLinear},
+    {"dynamic", RopeScalingKind::kDynamic}, {"llama3", RopeScalingKind::kLlama3},
+    {"yarn", RopeScalingKind::kYarn},       {"longrope", RopeScalingKind::kLongrope},
+    {"factors", RopeScalingKind::kFactors}};
+
+const char* type_key(const ConfigReader& rope) { return rope.has("rope_type") ? "rope_type" : "type"; }
 
 RopeScalingKind kind_of(const ConfigReader& rope, const std::string& type) {
   for (const auto& [name, kind] : kTypes) {
     if (type == name) return kind;  // "factors" is of our own files alone
   }
-  rope.fail(rope.has("rope_type") ? "rope_type" : "type",
-            "'" + type + "' is not supported (supported: default, linear, dynamic, llama3, yarn)");
+  rope.fail(type_key(rope),
+            "'" + type + "' is not supported (supported: default, linear, dynamic, llama3, yarn, longrope)");
 }
 
 const char* name_of(RopeScalingKind kind) {
@@ -53,6 +57,38 @@ void read_yarn(const ConfigReader& rope, RopeScaling& s) {
   }
 }
 
+void read_longrope(const ConfigReader& rope, RopeScaling& s) {
+  rope.value("short_factor");  // both must be there
+  rope.value("long_factor");
+  s.short_factors = rope.numbers("short_factor");
+  s.long_factors = rope.numbers("long_factor");
+  s.attention_factor = rope.number("attention_factor", 0.0);
+  if (s.attention_factor < 0) rope.fail("attention_factor", Json(s.attention_factor).dump() + " is negative");
+  for (const auto& [key, mscale] : {std::pair("short_mscale", &s.short_mscale), {"long_mscale", &s.long_mscale}}) {
+    *mscale = rope.number(key, 0.0);
+    if (rope.has(key) && *mscale <= 0) rope.fail(key, Json(*mscale).dump() + " is not positive");
+  }
+  if (s.original_context < 2) {  // attention factors divide by its logarithm
+    rope.fail("original_max_position_embeddings", std::to_string(s.original_context) + " is below 2");
+  }
+}
+
+// What a file of an architecture may say besides, and how many factors it must have.
+void check_longrope(const ConfigReader& rope, const RopeDefaults& defaults, int64_t num_dims, const RopeScaling& s) {
+  for (const auto& [key, factors] : {std::pair("short_factor", &s.short_factors), {"long_factor", &s.long_factors}}) {
+    if (static_cast<int64_t>(factors->size()) == num_dims / 2) continue;
+    rope.fail(key, std::to_string(factors->size()) + " numbers, not " + std::to_string(num_dims / 2) +
+                       ", one for each pair of dimensions that turns");
+  }
+  for (const char* key : {"short_mscale", "long_mscale"}) {
+    if (defaults.longrope_mscales) {
+      rope.value(key);
+    } else if (rope.has(key)) {
+      rope.fail(key, "not supported (" + rope.value(key).dump() + ")");
+    }
+  }
+}
+
 void read_llama3(const ConfigReader& rope, RopeScaling& s) {
   rope.value("low_freq_factor");  // both must be there
   rope.value("high_freq_factor");
@@ -65,9 +101,38 @@ void read_llama3(const ConfigReader& rope, RopeScaling& s) {
   }
 }
 
+bool has_original_context(RopeScalingKind kind) {
+  return kind == RopeScalingKind::kLlama3 || kind == RopeScalingKind::kYarn || kind == RopeScalingKind::kLongrope;
+}
+
+void read_original_context(const ConfigReader& rope, int64_t max_positions, std::optional<int64_t> outside,
+                           RopeScaling& s) {
+  const std::string key = "original_max_position_embeddings";
+  const int64_t inside = rope.integer(key, max_positions);
+  s.original_context = has_original_context(s.kind) ? outside.value_or(inside) : inside;
+  if (s.original_context < 1) rope.fail(key, std::to_string(s.original_context) + " is below 1");
+  // transformers looks at max_position_embeddings alone
+  if (!has_original_context(s.kind) && s.original_context != max_positions) {
+    rope.fail(key, std::to_string(s.original_context) + " is not " + std::to_string(max_positions) +
+                       ", max_position_embeddings");
+  }
+}
+
+// The ratio of the two contexts where a file of yarn says null, or one of longrope nothing.
+void read_factor(const ConfigReader& rope, int64_t max_positions, RopeScaling& s) {
+  const bool is_longrope = s.kind == RopeScalingKind::kLongrope;
+  const bool may_be_null = s.kind == RopeScalingKind::kYarn && rope.present("factor");
+  if (!may_be_null && !is_longrope) rope.value("factor");
+  const double ratio =
+      static_cast<double>(max_positions) / static_cast<double>(std::max<int64_t>(s.original_context, 1));
+  s.factor = rope.number("factor", is_longrope ? std::max(ratio, 1.0) : ratio);
+  if (s.factor < 1.0) rope.fail("factor", Json(s.factor).dump() + " is below 1");
+}
+
 }  // namespace
 
-RopeScaling read_rope_scaling(const ConfigReader& rope, const std::string& type, int64_t max_positions) {
+RopeScaling read_rope_scaling(const ConfigReader& rope, const std::string& type, int64_t max_positions,
+                              std::optional<int64_t> original_outside) {
   RopeScaling s;
   s.kind = kind_of(rope, type);
   rope.ignore("rope_type");
@@ -77,25 +142,11 @@ RopeScaling read_rope_scaling(const ConfigReader& rope, const std::string& type,
     s.factors = rope.numbers("factors");
     return s;
   }
-  const bool by_original = s.kind == RopeScalingKind::kLlama3 || s.kind == RopeScalingKind::kYarn;
-  if (s.kind != RopeScalingKind::kLinear) {
-    s.original_context = rope.integer("original_max_position_embeddings", max_positions);
-    if (s.original_context < 1) {
-      rope.fail("original_max_position_embeddings", std::to_string(s.original_context) + " is below 1");
-    }
-    if (!by_original && s.original_context != max_positions) {  // transformers looks at max_position_embeddings alone
-      rope.fail("original_max_position_embeddings", std::to_string(s.original_context) + " is not " +
-                                                        std::to_string(max_positions) + ", max_position_embeddings");
-    }
-  }
-  // A factor of null is the ratio of the two contexts.
-  const bool derived = s.kind == RopeScalingKind::kYarn && rope.present("factor") && !rope.has("factor");
-  if (!derived) rope.value("factor");
-  s.factor = rope.number(
-      "factor", static_cast<double>(max_positions) / static_cast<double>(std::max<int64_t>(s.original_context, 1)));
-  if (s.factor < 1.0) rope.fail("factor", Json(s.factor).dump() + " is below 1");
+  if (s.kind != RopeScalingKind::kLinear) read_original_context(rope, max_positions, original_outside, s);
+  read_factor(rope, max_positions, s);
   if (s.kind == RopeScalingKind::kLlama3) read_llama3(rope, s);
   if (s.kind == RopeScalingKind::kYarn) read_yarn(rope, s);
+  if (s.kind == RopeScalingKind::kLongrope) read_longrope(rope, s);
   return s;
 }
 
@@ -110,13 +161,19 @@ void read_rope(const ConfigReader& json, const RopeDefaults& defaults, int64_t h
   if (!json.has(key) || json.value(key).empty()) return set_partial(json, partial, defaults, head_dim, config);
   const ConfigReader rope = json.object(key);
   const std::string type = rope.text("rope_type", rope.text("type", "default"));
-  int64_t positions = config.max_position_embeddings;
-  // A file may keep the original context outside; then it counts.
-  if (type == "llama3" || type == "yarn") positions = json.integer("original_max_position_embeddings", positions);
-  config.rope_scaling = read_rope_scaling(rope, type, positions);
+  if (defaults.longrope_mscales && type != "default" && type != "longrope") {
+    rope.fail(type_key(rope), "'" + type + "' is not supported in this architecture (supported: default, longrope)");
+  }
+  std::optional<int64_t> outside;  // where the original context is there, it counts
+  const char* original = "original_max_position_embeddings";
+  if (json.has(original)) outside = json.integer(original);
+  config.rope_scaling = read_rope_scaling(rope, type, config.max_position_embeddings, outside);
   config.rope_theta = rope.number("rope_theta", config.rope_theta);
   partial = rope.number("partial_rotary_factor", partial);
   set_partial(rope, partial, defaults, head_dim, config);
+  if (config.rope_scaling.kind == RopeScalingKind::kLongrope) {
+    check_longrope(rope, defaults, config.rotary_dim != 0 ? config.rotary_dim : head_dim, config.rope_scaling);
+  }
   rope.refuse_unknown("not supported");
 }
 
@@ -128,9 +185,7 @@ Json rope_scaling_json(const RopeScaling& s) {
     return json;
   }
   json["factor"] = s.factor;
-  if (s.kind == RopeScalingKind::kLlama3 || s.kind == RopeScalingKind::kYarn) {
-    json["original_max_position_embeddings"] = s.original_context;
-  }
+  if (has_original_context(s.kind)) json["original_max_position_embeddings"] = s.original_context;
   if (s.kind == RopeScalingKind::kLlama3) {
     json["low_freq_factor"] = s.low_freq_factor;
     json["high_freq_factor"] = s.high_freq_factor;
@@ -142,6 +197,13 @@ Json rope_scaling_json(const RopeScaling& s) {
     if (s.attention_factor != 0) json["attention_factor"] = s.attention_factor;
     if (s.mscale != 0) json["mscale"] = s.mscale;
     if (s.mscale_all_dim != 0) json["mscale_all_dim"] = s.mscale_all_dim;
+  }
+  if (s.kind == RopeScalingKind::kLongrope) {
+    json["short_factor"] = s.short_factors;
+    json["long_factor"] = s.long_factors;
+    if (s.attention_factor != 0) json["attention_factor"] = s.attention_factor;
+    if (s.short_mscale != 0) json["short_mscale"] = s.short_mscale;
+    if (s.long_mscale != 0) json["long_mscale"] = s.long_mscale;
   }
   return json;
 }

@@ -3,16 +3,18 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <span>
 
 namespace coterie {
 namespace {
 
-// In fp32 steps, as PyTorch computes it, so that far positions turn by the same angle.
-std::vector<float> plain_frequencies(double theta, int64_t rotary_dim) {
+// In fp32 steps, as PyTorch computes it, so that far positions turn by the same angle. Divided by factors, if any.
+std::vector<float> plain_frequencies(double theta, int64_t rotary_dim, std::span<const double> factors = {}) {
   std::vector<float> result;
   for (int64_t i = 0; i < rotary_dim; i += 2) {
     const float exponent = static_cast<float>(i) / static_cast<float>(rotary_dim);
-    result.push_back(1.0f / std::pow(static_cast<float>(theta), exponent));
+    const float factor = factors.empty() ? 1.0f : static_cast<float>(factors[i / 2]);
+    result.push_back(1.0f / (factor * std::pow(static_cast<float>(theta), exponent)));
   }
   return result;
 }
@@ -63,11 +65,27 @@ void stretch_as_yarn(const RopeScaling& s, double theta, int64_t rotary_dim, std
 
 double yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0; }
 
-double RopeScaling::angle_factor() const {
-  if (kind != RopeScalingKind::kYarn) return 1.0;
+double RopeScaling::angle_factor(int64_t length) const {
+  if (kind != RopeScalingKind::kYarn && kind != RopeScalingKind::kLongrope) return 1.0;
+  const double own = length > original_context ? long_mscale : short_mscale;
+  if (own != 0.0) return own;
   if (attention_factor != 0.0) return attention_factor;
+  if (kind == RopeScalingKind::kLongrope) {
+    return std::sqrt(1 + std::log(factor) / std::log(static_cast<double>(original_context)));
+  }
   if (mscale != 0.0 && mscale_all_dim != 0.0) return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim);
   return yarn_mscale(factor, 1.0);
+}
+
+int64_t RopeScaling::turning_length(int64_t length) const {
+  if (kind == RopeScalingKind::kDynamic) return std::max(length, original_context);
+  if (kind == RopeScalingKind::kLongrope) return length > original_context ? original_context + 1 : original_context;
+  return 1;
+}
+
+int64_t RopeScaling::longest_alike(int64_t length) const {
+  const bool switches = kind == RopeScalingKind::kLongrope && length <= original_context;
+  return switches ? original_context : std::numeric_limits<int64_t>::max();
 }
 
 int64_t RopeScaling::context(int64_t max_positions) const {
@@ -82,6 +100,7 @@ int64_t RopeScaling::context(int64_t max_positions) const {
     case RopeScalingKind::kYarn:
       return stretched(original_context);
     case RopeScalingKind::kLlama3:  // its files say the positions after the stretch
+    case RopeScalingKind::kLongrope:
     case RopeScalingKind::kFactors:
     case RopeScalingKind::kNone:
       break;
@@ -91,6 +110,10 @@ int64_t RopeScaling::context(int64_t max_positions) const {
 
 std::vector<float> rope_frequencies(const RopeScaling& scaling, double theta, int64_t rotary_dim, int64_t length) {
   if (scaling.kind == RopeScalingKind::kDynamic) theta = dynamic_theta(scaling, theta, rotary_dim, length);
+  if (scaling.kind == RopeScalingKind::kLongrope) {
+    const bool is_long = length > scaling.original_context;
+    return plain_frequencies(theta, rotary_dim, is_long ? scaling.long_factors : scaling.short_factors);
+  }
   std::vector<float> frequencies = plain_frequencies(theta, rotary_dim);
   switch (scaling.kind) {
     case RopeScalingKind::kLinear:
@@ -106,6 +129,7 @@ std::vector<float> rope_frequencies(const RopeScaling& scaling, double theta, in
       for (size_t i = 0; i < frequencies.size(); ++i) frequencies[i] /= static_cast<float>(scaling.factors[i]);
       break;
     case RopeScalingKind::kDynamic:
+    case RopeScalingKind::kLongrope:
     case RopeScalingKind::kNone:
       break;
   }

@@ -6,29 +6,26 @@ namespace coterie {
 
 Rotary::Rotary(const ModelConfig& config, ThreadPool& pool) : config_(config), pool_(pool) {}
 
-const std::vector<float>& Rotary::frequencies(int64_t length) {
+void Rotary::set_length(int64_t length) {
   const RopeScaling& scaling = config_.rope_scaling;
-  const bool by_length = scaling.kind == RopeScalingKind::kDynamic;
-  const int64_t wanted = by_length ? std::max(length, scaling.original_context) : 1;
-  if (length_ != wanted) {
-    frequencies_ = rope_frequencies(scaling, config_.rope_theta, config_.num_rotary_dims(), wanted);
-    length_ = wanted;
-  }
-  return frequencies_;
+  const int64_t wanted = scaling.turning_length(length);
+  if (length_ == wanted) return;
+  frequencies_ = rope_frequencies(scaling, config_.rope_theta, config_.num_rotary_dims(), wanted);
+  factor_ = static_cast<float>(scaling.angle_factor(wanted));
+  length_ = wanted;
 }
 
 void Rotary::prepare(const Batch& batch) {
   if (config_.positions != PositionKind::kRope) return;
   const int64_t half = config_.num_rotary_dims() / 2;
-  const auto factor = static_cast<float>(config_.rope_scaling.angle_factor());
   num_tokens_ = batch.num_tokens();
   cosines_.resize(static_cast<size_t>(num_tokens_ * half));
   sines_.resize(cosines_.size());
   for (const SequenceChunk& chunk : batch.chunks) {
     for (int64_t t = chunk.first_row; t < chunk.first_row + chunk.num_tokens; ++t) {
       const int64_t position = batch.positions_T[t];
-      const float* const frequency = frequencies(std::max(chunk.prompt_length, position + 1)).data();
-      rope_angles(position, frequency, half, factor, cosines_.data() + t * half, sines_.data() + t * half);
+      set_length(std::max(chunk.start_length, position + 1));
+      rope_angles(position, frequencies_.data(), half, factor_, cosines_.data() + t * half, sines_.data() + t * half);
     }
   }
 }

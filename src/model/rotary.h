@@ -17,21 +17,24 @@ class Rotary {
 
   // The angles of the batch's tokens. Nothing where the model has no rotary positions.
   //
-  // Under RopeScalingKind::kDynamic a token turns by the base of max(prompt_length, its position + 1), which is what
-  // transformers gives a prompt that runs at once and is continued from its cache. Keys keep the base under which they
-  // entered the cache, so keys of a prefix serve no other prompt beyond the original context.
+  // Where the length of a sequence matters, a token turns as one of length max(start_length, its position + 1) has it,
+  // which is what transformers gives a prompt that runs at once and is continued from its cache. Under
+  // RopeScalingKind::kDynamic keys keep the base under which they entered the cache, so keys of a prefix serve no other
+  // prompt beyond the original context. Under kLongrope whoever outgrows the original context is computed anew
+  // (engine/sequence.h), as the generate() of transformers does with Phi's models.
   void prepare(const Batch& batch);
 
   // Turns every head of every token of the batch; x begins at the first element to be turned.
   void rotate(float* x, int64_t token_stride, int64_t num_heads, int64_t head_stride) const;
 
  private:
-  const std::vector<float>& frequencies(int64_t length);
+  void set_length(int64_t length);
 
   const ModelConfig& config_;
   ThreadPool& pool_;
-  std::vector<float> frequencies_;  // [rotary_dim / 2] of length_
   int64_t length_ = 0;
+  std::vector<float> frequencies_;  // [rotary_dim / 2] of length_
+  float factor_ = 1.0f;             // likewise
   int64_t num_tokens_ = 0;
   std::vector<float> cosines_, sines_;  // [T, rotary_dim / 2]
 };

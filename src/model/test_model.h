@@ -48,6 +48,16 @@ inline ModelConfig windowed_config() {
   c.layers[1].window = 9, c.layers[3].window = 21;
   return c;
 }
+// Or positions stretched by other factors beyond half of the context.
+inline ModelConfig longrope_config() {
+  ModelConfig c = small_config();
+  c.rope_scaling = {.kind = RopeScalingKind::kLongrope,
+                    .factor = 2,
+                    .original_context = 48,
+                    .short_factors = {1, 1.5, 1.25, 3, 2},
+                    .long_factors = {4, 2, 9, 1, 6}};
+  return c;
+}
 inline ModelConfig latent_config() {
   ModelConfig c = small_config();
   c.num_kv_heads = c.num_heads, c.head_dim = 14, c.rope_interleaved = true;

@@ -135,7 +135,7 @@ ModelConfig read_family(const ConfigReader& json, const Defaults& defaults, cons
   read_heads(json, defaults, options, c);
   c.max_position_embeddings = json.integer("max_position_embeddings", defaults.max_position_embeddings);
   c.norm_eps = static_cast<float>(json.number("rms_norm_eps", defaults.norm_eps));
-  read_rope(json, {defaults.rope_theta, options.partial_rotary_factor}, c.head_dim, c);
+  read_rope(json, {defaults.rope_theta, options.partial_rotary_factor, options.longrope_mscales}, c.head_dim, c);
   c.activation = read_activation(json, "hidden_act", "silu");
   c.tie_word_embeddings = json.boolean("tie_word_embeddings", options.tie_word_embeddings);
   c.initializer_range = static_cast<float>(json.number("initializer_range", 0.02));

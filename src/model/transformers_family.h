@@ -30,6 +30,7 @@ struct Defaults {
 struct FamilyOptions {
   int64_t head_dim = 0;                              // default of the key; 0: hidden_size / num_attention_heads
   std::optional<double> partial_rotary_factor = {};  // see RopeDefaults
+  bool longrope_mscales = false;                     // likewise
   bool tie_word_embeddings = false;
   bool mxfp4 = false;  // a quantization_config of that method is fine
 };
