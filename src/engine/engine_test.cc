@@ -45,6 +45,25 @@ TEST_F(EngineTest, RunsWithoutWeightsOfAFile) {
   EXPECT_EQ(answer().completions[0].token_ids, first);
 }
 
+// A long prompt at once, whose tokens take turns at the experts, and in steps of few tokens, that none of them waits
+// in.
+TEST_F(EngineTest, TokensThatTakeTurnsAtTheExpertsGiveTheSameBits) {
+  for (const float multiplier : {1.0f, 0.5f}) {
+    ModelConfig config = small_config();
+    config.max_position_embeddings = 1024;
+    config.residual_multiplier = multiplier;
+    write_random_model(directory(), config);
+    const auto logits = [&](int64_t tokens_of_step) {
+      const EngineOptions options = {.max_num_batched_tokens = tokens_of_step};
+      const auto engine = Engine::load(directory().string(), options);
+      return engine->generate({tokens(700), {.max_new_tokens = 1, .prompt_logprobs = 0}}).prompt_logprobs;
+    };
+    const std::vector<PositionLogprobs> whole = logits(2048), parts = logits(100);
+    ASSERT_EQ(whole.size(), 699u);
+    for (size_t t = 0; t < whole.size(); ++t) EXPECT_EQ(whole[t].chosen.logprob, parts[t].chosen.logprob) << t;
+  }
+}
+
 TEST_F(EngineTest, CacheFollowsTheWeightsOfAttention) {
   const std::vector<int32_t> ids = tokens(40);
   const auto logits = [&](EngineOptions options) { return Engine::load(directory().string(), options)->logits(ids); };

@@ -23,6 +23,13 @@ int64_t most_experts(const ModelConfig& config) {
   return most;
 }
 
+// Experts hold their results until they are summed up, a row for each choice. Tokens of long prompts take turns at
+// them, so many that an expert has rows enough to make its weights worth reading.
+int64_t most_tokens_at_once(const RouterConfig& router) {
+  constexpr int64_t kRowsOfExpert = 128;
+  return std::max<int64_t>(1, kRowsOfExpert * router.num_experts / router.top_k);
+}
+
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, const ModelWeights& weights, ThreadPool& pool, ExpertCache* expert_cache)
@@ -93,14 +100,14 @@ void Decoder::attend(const Batch& batch, int64_t layer) {
         .bias_N = w.attention_output.bias(),
         .accumulate = direct},
        pool_);
-  if (!direct) add(out_TD, T);
+  if (!direct) add(out_TD, T, 0);
 }
 
 // x += MLP(normed x), or the mixture of experts.
 void Decoder::feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* expert_ids) {
   const LayerWeights& w = weights_.layers[layer];
   const LayerConfig& l = config_.layers[layer];
-  if (!l.is_moe()) return add_experts(w.mlp, dense_dispatch(T));
+  if (!l.is_moe()) return add_experts(w.mlp, dense_dispatch(T), 0);
 
   float* logits_TE = router_TE_.as<float>();
   gemm({.a = row_major(normed_TD_.as<const float>(), T, config_.hidden_size),
@@ -113,36 +120,44 @@ void Decoder::feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* exper
   const RouteOptions options{.choice_bias_E = w.choice_bias_E.empty() ? nullptr : w.choice_bias_E.data()};
   const Routing routing = route(dropless, logits_TE, T, options, pool_);
   if (expert_ids) expert_ids->insert(expert_ids->end(), routing.expert_ids_TK.begin(), routing.expert_ids_TK.end());
-  const Dispatch dispatch = make_dispatch(routing);
-  if (expert_cache_) expert_cache_->use(layer, dispatch.offset_E1);
-  if (l.residual == ResidualKind::kNone) return add_experts(w.experts, dispatch);
-  add_mixture(w, l.residual, dispatch);
+  const int64_t most = most_tokens_at_once(l.router);
+  for (int64_t first = 0; first < T; first += most) {
+    const int64_t choice = first * routing.top_k;
+    const Dispatch dispatch = make_dispatch(&routing.expert_ids_TK[choice], &routing.weights_TK[choice],
+                                            std::min(T - first, most), routing.top_k, routing.num_experts);
+    if (expert_cache_) expert_cache_->use(layer, dispatch.offset_E1);
+    if (l.residual == ResidualKind::kNone) {
+      add_experts(w.experts, dispatch, first);
+    } else {
+      add_mixture(w, l.residual, dispatch, first);
+    }
+  }
 }
 
 // x += y, times the residual multiplier.
-void Decoder::add(const float* y_TD, int64_t T) {
+void Decoder::add(const float* y_TD, int64_t T, int64_t first) {
   const int64_t D = config_.hidden_size;
   const float factor = config_.residual_multiplier;
   parallel_rows(T, D, pool_, [&](int64_t t) {
-    float* x_D = x_TD_.as<float>() + t * D;
+    float* x_D = x_TD_.as<float>() + (first + t) * D;
     for (int64_t i = 0; i < D; ++i) x_D[i] += factor * y_TD[t * D + i];
   });
 }
 
 // x += the experts' sum, or the MLP's, times the residual multiplier.
-void Decoder::add_experts(const PackedExperts& experts, const Dispatch& dispatch) {
+void Decoder::add_experts(const PackedExperts& experts, const Dispatch& dispatch, int64_t first) {
   const int64_t T = dispatch.num_tokens, D = config_.hidden_size;
   const bool direct = config_.residual_multiplier == 1;
-  float* const out_TD = direct ? x_TD_.as<float>() : experts_TD_.as<float>();
-  const ConstMatrix normed_TD = row_major(normed_TD_.as<const float>(), T, D);
+  float* const out_TD = direct ? x_TD_.as<float>() + first * D : experts_TD_.as<float>();
+  const ConstMatrix normed_TD = row_major(normed_TD_.as<const float>() + first * D, T, D);
   experts_forward(experts, dispatch, normed_TD, row_major(out_TD, T, D), pool_, /*accumulate=*/direct);
-  if (!direct) add(out_TD, T);
+  if (!direct) add(out_TD, T, first);
 }
 
 // x += the experts and the fixed MLP beside them, as ResidualKind says.
-void Decoder::add_mixture(const LayerWeights& w, ResidualKind kind, const Dispatch& dispatch) {
+void Decoder::add_mixture(const LayerWeights& w, ResidualKind kind, const Dispatch& dispatch, int64_t first) {
   const int64_t T = dispatch.num_tokens, D = config_.hidden_size, num_coefficients = w.mix.weight_NK.rows();
-  const ConstMatrix normed_TD = row_major(normed_TD_.as<const float>(), T, D);
+  const ConstMatrix normed_TD = row_major(normed_TD_.as<const float>() + first * D, T, D);
   experts_forward(w.experts, dispatch, normed_TD, row_major(experts_TD_.as<float>(), T, D), pool_);
   experts_forward(w.mlp, dense_dispatch(T), normed_TD, row_major(mlp_TD_.as<float>(), T, D), pool_);
   float* mix_T = router_TE_.as<float>();  // the router is done with it
@@ -161,7 +176,7 @@ void Decoder::add_mixture(const LayerWeights& w, ResidualKind kind, const Dispat
     } else if (kind == ResidualKind::kSharedGate) {
       mlp *= sigmoid(mix_T[t]);
     }
-    float* x_D = x_TD_.as<float>() + t * D;
+    float* x_D = x_TD_.as<float>() + (first + t) * D;
     const float *y_D = experts_TD_.as<float>() + t * D, *m_D = mlp_TD_.as<float>() + t * D;
     for (int64_t i = 0; i < D; ++i) x_D[i] += experts * y_D[i] + mlp * m_D[i];
   });

@@ -41,9 +41,10 @@ class Decoder {
   void attend(const Batch& batch, int64_t layer);
   void feed_forward(int64_t layer, int64_t T, std::vector<int32_t>* expert_ids);
   void norm(const NormWeights& w, int64_t T);
-  void add(const float* y_TD, int64_t T);
-  void add_experts(const PackedExperts& experts, const Dispatch& dispatch);
-  void add_mixture(const LayerWeights& w, ResidualKind kind, const Dispatch& dispatch);
+  // To tokens [first, first + T); the dispatch is of as many.
+  void add(const float* y_TD, int64_t T, int64_t first);
+  void add_experts(const PackedExperts& experts, const Dispatch& dispatch, int64_t first);
+  void add_mixture(const LayerWeights& w, ResidualKind kind, const Dispatch& dispatch, int64_t first);
 
   const ModelConfig& config_;
   const ModelWeights& weights_;
