@@ -43,6 +43,12 @@ std::string small_model() {
                   integer("expert_count", 3),
                   integer("expert_used_count", 1),
                   value("llama.attention.layer_norm_rms_epsilon", kFloat32, 1e-6f)};
+  parts.values.push_back(str("tokenizer.ggml.tokens") + le(kArray) + le(kString) + le(uint64_t{2}) + str("<|end|>") +
+                         str("a"));
+  parts.values.push_back(str("tokenizer.ggml.token_type") + le(kArray) + le(kInt32) + le(uint64_t{2}) + le(int32_t{3}) +
+                         le(int32_t{1}));
+  parts.values.push_back(str("tokenizer.ggml.eos_token_ids") + le(kArray) + le(kUint32) + le(uint64_t{1}) +
+                         le(uint32_t{1}));
   parts.tensors = {tensor("token_embd.weight", {4, 3}, kF32, 0), tensor("output_norm.weight", {4}, kF32, 0),
                    tensor("blk.0.attn_q.weight", {4, 4}, kF32, 0)};
   parts.data = std::string(64, '\0');
@@ -63,8 +69,11 @@ std::vector<std::string> seeds() {
                      str("h") + le(kArray) + le(kInt32) + le(uint64_t{2}) + le(int32_t{1}) + le(int32_t{2}),
                      str("i") + le(kArray) + le(kString) + le(uint64_t{2}) + str("") + str("ab"),
                      str("j") + le(kArray) + le(kFloat32) + le(uint64_t{1}) + le(2.5f)};
-  std::vector<std::string> files = {Parts{}.bytes(), metadata.bytes(), small_model()};
-  for (const uint32_t id : {0u, 1u, 2u, 3u, 6u, 7u, 8u, 12u, 13u, 14u, 30u, 39u}) {
+  Parts part;  // of several files
+  part.values = {value("split.no", kUint16, uint16_t{0}), value("split.count", kUint16, uint16_t{2}),
+                 value("split.tensors.count", kInt32, int32_t{0})};
+  std::vector<std::string> files = {Parts{}.bytes(), metadata.bytes(), part.bytes(), small_model()};
+  for (const uint32_t id : {0u, 1u, 2u, 3u, 6u, 7u, 8u, 10u, 11u, 12u, 13u, 14u, 20u, 23u, 30u, 39u}) {
     const coterie::GgmlType& type = *coterie::find_ggml_type(id);
     Parts parts;
     parts.alignment = 64;

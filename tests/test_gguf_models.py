@@ -1,6 +1,7 @@
 """GGUF files of every architecture that we read, against transformers: tiny models, written with the gguf package."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf_files import Encoded, add_metadata, as_fp32, write_model
 from transformers import PreTrainedModel
 
-from coterie import LLM, InvalidArgument, _engine
+from coterie import LLM, CorruptFile, InvalidArgument, _engine
+from coterie.tokenizer import ChatTokenizer
 
 TOLERANCE = 1e-4  # as in test_parity.py
 
@@ -57,159 +60,6 @@ def build(name: str) -> PreTrainedModel:
     return tiny_models.build(name)
 
 
-def add_metadata(writer: GGUFWriter, arch: str, model: PreTrainedModel) -> None:
-    config = model.config
-    rope = config.rope_parameters
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    if arch != "deepseek2":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    add_expert_metadata(writer, model)
-    if arch == "granitemoe":
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
-    if arch == "gpt-oss":
-        writer.add_sliding_window(config.sliding_window)
-    if arch == "olmoe":
-        writer.add_clamp_kqv(config.clip_qkv)
-    if arch == "deepseek2":
-        add_latent_metadata(writer, model)
-
-
-def add_expert_metadata(writer: GGUFWriter, model: PreTrainedModel) -> None:
-    config = model.config
-    experts = getattr(config, "n_routed_experts", getattr(config, "num_experts", None))
-    experts = experts or getattr(config, "num_local_experts", None)
-    if not experts:
-        return
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    if hasattr(config, "moe_intermediate_size"):
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if hasattr(config, "shared_expert_intermediate_size"):
-        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    if hasattr(config, "n_shared_experts"):
-        sigmoid = config.model_type != "deepseek_v2"
-        kinds = gguf.ExpertGatingFuncType
-        writer.add_leading_dense_block_count(config.first_k_dense_replace)
-        writer.add_expert_shared_count(config.n_shared_experts)
-        writer.add_expert_weights_scale(config.routed_scaling_factor)
-        writer.add_expert_weights_norm(sigmoid and config.norm_topk_prob)
-        writer.add_expert_gating_func(kinds.SIGMOID if sigmoid else kinds.SOFTMAX)
-        writer.add_expert_group_count(config.n_group)
-        writer.add_expert_group_used_count(config.topk_group)
-
-
-def add_latent_metadata(writer: GGUFWriter, model: PreTrainedModel) -> None:
-    config = model.config
-    if config.q_lora_rank:
-        writer.add_q_lora_rank(config.q_lora_rank)
-    writer.add_kv_lora_rank(config.kv_lora_rank)
-    writer.add_rope_dimension_count(config.qk_rope_head_dim)
-    key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    if config.q_lora_rank:  # as newer files have it
-        writer.add_head_count_kv(1)
-        writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
-        writer.add_value_length(config.kv_lora_rank)
-        writer.add_key_length_mla(key)
-        writer.add_value_length_mla(config.v_head_dim)
-    else:
-        writer.add_head_count_kv(config.num_attention_heads)
-        writer.add_key_length(key)
-        writer.add_value_length(config.v_head_dim)
-    if "mscale_all_dim" in config.rope_parameters:
-        writer.add_rope_scaling_yarn_log_mul(0.1 * config.rope_parameters["mscale_all_dim"])
-
-
-def turned(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Of every head, rows i and i + half as neighbours."""
-    halves = rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def parts(arch: str, name: str, values: np.ndarray, model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
-    """A tensor of transformers as the ones that a converter makes of it, under the names that gguf-py maps."""
-    config = model.config
-    if arch in ("llama", "granitemoe") and ".q_proj." in name:
-        values = turned(values, config.num_attention_heads)
-    if arch in ("llama", "granitemoe") and ".k_proj." in name:
-        values = turned(values, config.num_key_value_heads)
-    for block in (".mlp.experts.", ".block_sparse_moe.experts."):
-        if block in name and arch != "gpt-oss":
-            prefix = name.split(block)[0] + ".mlp.experts."
-            if name.endswith("gate_up_proj"):
-                gate, up = np.split(values, 2, axis=1)
-                yield prefix + "gate_proj.weight", gate
-                yield prefix + "up_proj.weight", up
-            else:
-                yield prefix + "down_proj.weight", values
-            return
-    if arch == "gpt-oss" and ".mlp.experts." in name:
-        kind = ".bias" if name.endswith("_bias") else ".weight"
-        values = values if kind == ".bias" else values.swapaxes(1, 2)
-        prefix = name.split(".mlp.experts.")[0] + ".mlp.experts."
-        if "gate_up" in name:
-            yield prefix + "gate_proj" + kind, values[:, ::2]
-            yield prefix + "up_proj" + kind, values[:, 1::2]
-        else:
-            yield prefix + "down_proj" + kind, values
-        return
-    if name.endswith("kv_b_proj.weight") and config.q_lora_rank:
-        heads = values.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
-        keys, of_values = np.split(heads, [config.qk_nope_head_dim], axis=1)
-        yield name.replace("kv_b_proj", "k_b_proj"), keys.swapaxes(1, 2)
-        yield name.replace("kv_b_proj", "v_b_proj"), of_values
-        return
-    name = name.replace(".e_score_correction_bias", ".e_score_correction.bias")
-    name = name.replace(".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight")
-    if arch == "phimoe":
-        name = name.replace(".mlp.router.", ".block_sparse_moe.gate.")
-    if name.endswith("sinks"):
-        name += ".weight"
-    yield name, values
-
-
-def write_model(path: Path, arch: str, model: PreTrainedModel) -> Path:
-    writer = GGUFWriter(path, arch)
-    add_metadata(writer, arch, model)
-    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names = gguf.get_tensor_name_map(key, model.config.num_hidden_layers)
-    tied = model.config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        for part, values in parts(arch, name, tensor.numpy(), model):
-            stored = names.get_name(part, try_suffixes=(".weight", ".bias"))
-            assert stored, f"gguf-py knows no {part}"
-            writer.add_tensor(stored, np.ascontiguousarray(values, dtype=np.float32))
-    rope = model.config.rope_parameters
-    if rope["rope_type"] == "llama3":  # by how much each frequency is lower than without scaling
-        stretched = model.model.rotary_emb.inv_freq.double().numpy()
-        plain = rope["rope_theta"] ** -np.linspace(0, 1, len(stretched), endpoint=False)
-        writer.add_tensor("rope_freqs.weight", (plain / stretched).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("name", list(FILES))
 @torch.no_grad()
 def test_logits(name: str, tmp_path: Path) -> None:
@@ -243,3 +93,158 @@ def test_unknown_keys_are_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(InvalidArgument, match=r"qwen3\.attn_logit_softcapping.*is not supported"):
         _engine.model_config(str(tmp_path / "model.gguf"))
+
+
+def random_blocks(shape: tuple[int, ...], kind: GGMLQuantizationType, seed: int) -> np.ndarray:
+    """Of a type that gguf-py does not write: random codes with scales that make weights of about 0.1, around 0."""
+    scales = {"Q2_K": {80: 1, 82: 1.5}, "Q4_K": {0: 1, 2: 7.5}, "Q3_K": {108: 1}, "Q6_K": {208: 1}}
+    scales |= {"IQ4_NL": {0: 1}, "IQ4_XS": {0: 1}}
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(seed).integers(0, 256, (*shape[:-1], shape[-1] // elements, size), dtype=np.uint8)
+
+    def scaled(factor: float) -> np.ndarray:
+        for offset, scale in scales[kind.name].items():
+            data[..., offset : offset + 2] = np.frombuffer(np.float16(factor * scale).tobytes(), np.uint8)
+        return data.reshape(*shape[:-1], -1)
+
+    spread = gguf.quants.dequantize(scaled(0.001), kind).std()
+    return scaled(0.001 * 0.1 / spread)
+
+
+def quantized(types: dict[str, str]) -> Callable[[str, np.ndarray], Encoded]:
+    """Tensors whose name has a key of `types` in it as that type; the model gets the values that are left of them."""
+
+    def encode(stored: str, values: np.ndarray) -> Encoded:
+        name = next((name for part, name in types.items() if part in stored), None)
+        if name is None:
+            return as_fp32(stored, values)
+        kind = GGMLQuantizationType[name]
+        try:
+            data = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+        except NotImplementedError:
+            data = random_blocks(values.shape, kind, seed=len(stored))
+        values[...] = gguf.quants.dequantize(data, kind)
+        return data, kind
+
+    return encode
+
+
+# Gates, ups and downs of experts; files differ in what they mix.
+EXPERT_TYPES = [
+    ("Q8_0", "Q8_0", "Q8_0"),
+    ("Q4_0", "Q4_0", "Q5_1"),
+    ("Q4_K", "Q4_K", "Q6_K"),
+    ("Q2_K", "Q2_K", "Q3_K"),
+    ("IQ4_XS", "IQ4_XS", "IQ4_NL"),
+    ("MXFP4", "Q4_1", "Q5_0"),
+]
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "olmoe"])
+@pytest.mark.parametrize("types", EXPERT_TYPES, ids="-".join)
+@torch.no_grad()
+def test_quantized_experts(arch: str, types: tuple[str, str, str], tmp_path: Path) -> None:
+    """The oracles: transformers on what gguf-py dequantizes, and a directory with those weights in fp32."""
+    name, sizes = {
+        "qwen3moe": ("qwen3_moe", {"mlp_only_layers": [], "moe_intermediate_size": 256}),
+        "olmoe": ("olmoe", {"intermediate_size": 256}),
+    }[arch]
+    # Rows of 256, a block of the largest types.
+    sizes |= {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.1}
+    model = tiny_models.changed(name, **sizes)
+    kinds = dict(zip(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), types, strict=True))
+    file = write_model(tmp_path / "model.gguf", arch, model, quantized({**kinds, "attn_v": "Q8_0"}))
+    stored = {tensor["name"]: tensor["dtype"] for tensor in _engine.stored_tensors(str(file))}
+    assert [stored[f"blk.1.{part}.weight"] for part in kinds] == list(types)
+
+    directory = tiny_models.save(model, tmp_path / "dequantized")
+    token_ids = tiny_models.prompt(60, seed=60)
+    expected = model(torch.tensor([token_ids])).logits[0].numpy()
+    for dtype in ("fp32", "bf16", "int8", "int4"):
+        actual = _engine.Engine(str(file), dtype=dtype, threads=2).logits(token_ids)
+        assert np.array_equal(actual, _engine.Engine(str(directory), dtype=dtype, threads=2).logits(token_ids)), dtype
+        if dtype == "fp32":
+            assert np.abs(actual - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+def test_types_that_are_not_read_are_refused_at_once(tmp_path: Path) -> None:
+    def encode(stored: str, values: np.ndarray) -> Encoded:
+        kind = GGMLQuantizationType.IQ2_XS
+        if stored != "blk.2.ffn_down_exps.weight":
+            return as_fp32(stored, values)
+        return np.zeros((*values.shape[:-1], values.shape[-1] // 256 * 74), dtype=np.uint8), kind
+
+    model = tiny_models.changed("olmoe", intermediate_size=256)
+    path = write_model(tmp_path / "model.gguf", "olmoe", model, encode)
+    message = r"model.gguf: tensor 'blk.2.ffn_down_exps.weight': type: IQ2_XS is not one of F32, F16, "
+    with pytest.raises(InvalidArgument, match=message):
+        LLM(path, dtype="int8", mmap=True)
+    assert list(tmp_path.iterdir()) == [path], "something was written before"
+    with pytest.raises(InvalidArgument, match=message):
+        _engine.quantize_model(str(path), str(tmp_path / "out"), "int8", "", "", 1, lambda done, total: None)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def write_parts(directory: Path, model: PreTrainedModel) -> list[Path]:
+    """The model as three files."""
+
+    def add_tokenizer(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([chr(ord("!") + i) for i in range(90)])
+        writer.add_token_types([1] * 90)
+        writer.add_token_merges([])
+
+    num_tensors = len(model.state_dict()) + model.config.num_hidden_layers  # gates and ups lie apart
+    write_model(directory / "m.gguf", "olmoe", model, split_max_tensors=-(-num_tensors // 3), add=add_tokenizer)
+    files = sorted(directory.glob("m-*.gguf"))
+    assert [file.name for file in files] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    return files
+
+
+@pytest.fixture
+def split_model(tmp_path: Path) -> list[Path]:
+    (tmp_path / "model").mkdir()
+    return write_parts(tmp_path / "model", build("olmoe"))
+
+
+def test_a_split_model_is_opened_from_any_part(split_model: list[Path], tmp_path: Path) -> None:
+    token_ids = tiny_models.prompt(60)
+    whole = write_model(tmp_path / "whole.gguf", "olmoe", build("olmoe"))
+    expected = LLM(whole, dtype="fp32").logits(token_ids)
+    for path in (*split_model, split_model[0].parent):
+        assert np.array_equal(LLM(path, dtype="fp32").logits(token_ids), expected)
+    assert ChatTokenizer.load(split_model[2]).encode("A!") == [32, 0]
+    assert len(_engine.stored_tensors(str(split_model[1]))) == len(_engine.stored_tensors(str(whole)))
+
+
+def test_a_missing_part_is_named(split_model: list[Path]) -> None:
+    split_model[1].unlink()
+    for path in (split_model[0], split_model[2], split_model[0].parent):
+        with pytest.raises(CorruptFile, match=f"{split_model[1]}: is missing; 3 files make up the model"):
+            LLM(path)
+
+
+def test_a_wrong_number_of_tensors_is_refused(split_model: list[Path]) -> None:
+    content = split_model[0].read_bytes()
+    at = content.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    count = int.from_bytes(content[at : at + 4], "little")
+    split_model[0].write_bytes(content[:at] + (count + 1).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(CorruptFile, match=rf"split.tensors.count': {count + 1} is not {count}, the number of tensors"):
+        LLM(split_model[2])
+
+
+def test_other_files_beside_the_parts_of_a_model_are_refused(split_model: list[Path]) -> None:
+    shutil.copy(split_model[0], split_model[0].with_name("other.gguf"))
+    with pytest.raises(InvalidArgument, match=r"nor exactly one .gguf file \(4 found\)"):
+        LLM(split_model[0].parent)
+
+
+def test_packed_weights_are_made_anew_when_any_part_has_changed(split_model: list[Path], tmp_path: Path) -> None:
+    token_ids = tiny_models.prompt(20)
+    before = LLM(split_model[0], dtype="int8", mmap=True).logits(token_ids)
+    (tmp_path / "other").mkdir()
+    shutil.copy(write_parts(tmp_path / "other", tiny_models.seeded(tiny_models.olmoe, seed=0))[1], split_model[1])
+    after = LLM(split_model[0], dtype="int8", mmap=True).logits(token_ids)
+    assert not np.array_equal(after, before)
+    assert np.array_equal(after, LLM(split_model[0], dtype="int8", weight_cache=False).logits(token_ids))

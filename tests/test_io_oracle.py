@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from coterie import _engine
 
-QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4"]
+QUANTIZED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED += ["IQ4_NL", "IQ4_XS", "MXFP4"]
 # Offsets of the half-precision scales in a block.
 SCALES = {
     "Q8_0": [0],
@@ -21,9 +22,13 @@ SCALES = {
     "Q4_1": [0, 2],
     "Q5_0": [0],
     "Q5_1": [0, 2],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
+    "IQ4_NL": [0],
+    "IQ4_XS": [0],
     "MXFP4": [],
 }
 CONFIG = {
@@ -144,8 +149,10 @@ def test_smollm2_is_the_model_that_transformers_loads(smollm2: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
     config = json.loads(_engine.model_config(str(smollm2)))
     for key in ["vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id"]:  # fmt: skip
+                "max_position_embeddings", "tie_word_embeddings", "bos_token_id"]:  # fmt: skip
         assert config[key] == getattr(model.config, key), key
+    # <|im_end|>, and <|endoftext|>, which the file does not name.
+    assert config["eos_token_id"] == [model.config.eos_token_id, 0]
     assert config["rope_theta"] == model.config.rope_parameters["rope_theta"]
     assert np.float32(config["norm_eps"]) == np.float32(model.config.rms_norm_eps)
     weights = _engine.load_weights(str(smollm2))

@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import safetensors.torch
 import tiny_models
 import torch
 import transformers
+from gguf import GGMLQuantizationType
+from gguf_files import Encoded, as_fp32, write_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -118,3 +121,31 @@ def test_experts_stay_in_four_bits(checkpoint: tuple[PreTrainedModel, Path], tmp
         blocks = stored["model.layers.0.experts.up.weight_blocks"]
         assert blocks["shape"] == [EXPERTS, 2 * INNER, HIDDEN // 32, 16]
         assert np.array_equal(_engine.Engine(str(quantized)).logits(token_ids), actual)
+
+
+def with_mxfp4_experts(stored: str, values: np.ndarray) -> Encoded:
+    """The experts' weights, which are numbers of MXFP4, in that type."""
+    if not stored.endswith("_exps.weight"):
+        return as_fp32(stored, values)
+    kind = GGMLQuantizationType.MXFP4
+    data = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+    assert np.array_equal(gguf.quants.dequantize(data, kind), values)
+    return data, kind
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+def test_a_gguf_file_is_the_same_model(checkpoint: tuple[PreTrainedModel, Path], tmp_path: Path, dtype: str) -> None:
+    """Gates and ups lie apart there; what they are multiplied as is the same, bit for bit."""
+    model, directory = checkpoint
+    file = write_model(tmp_path / "model.gguf", "gpt-oss", model, with_mxfp4_experts)
+    token_ids = tiny_models.prompt(60, seed=60)
+    expected = _engine.Engine(str(directory), dtype=dtype).logits(token_ids)
+    assert np.array_equal(_engine.Engine(str(file), dtype=dtype).logits(token_ids), expected)
+
+    if dtype.startswith("int"):
+        quantized = tmp_path / "quantized"
+        _engine.quantize_model(str(file), str(quantized), dtype, "", "", 1, lambda done, total: None)
+        stored = {tensor["name"]: tensor for tensor in _engine.stored_tensors(str(quantized))}
+        blocks = stored["model.layers.0.experts.up.weight_blocks"]
+        assert blocks["shape"] == [EXPERTS, 2 * INNER, HIDDEN // 32, 16]
+        assert np.array_equal(_engine.Engine(str(quantized)).logits(token_ids), expected)

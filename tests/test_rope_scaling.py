@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import gguf
+import gguf_files
 import numpy as np
 import pytest
 import tiny_models
@@ -62,13 +64,13 @@ SCALINGS = {
 }
 
 
-def phimoe(rope: dict[str, object]) -> PreTrainedModel:
+def phimoe(rope: dict[str, object], **changes: object) -> PreTrainedModel:
     """Phi-MoE with these rope_parameters.
 
     In long sequences transformers 5 chooses the long factors, and then turns by the short ones all the same. The
     models' own code and transformers 4 turn by the long ones, and so does this model: by what was chosen.
     """
-    model = tiny_models.changed("phimoe", rope_parameters=rope)
+    model = tiny_models.changed("phimoe", rope_parameters=rope, **changes)
     rotary = model.model.rotary_emb
     rotary.rope_init_fn = lambda config: (rotary.inv_freq, rotary.attention_scaling)
     return model
@@ -138,3 +140,26 @@ def test_published_phimoe(tmp_path: Path) -> None:
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert {**opened.config.rope_parameters, "factor": None} == {**model.config.rope_parameters, "factor": None}
     assert (LLM(tmp_path / "back", threads=2).logits(prompt) == expected).all()
+
+
+@torch.no_grad()
+def test_phimoe_of_a_gguf_file(tmp_path: Path) -> None:
+    """Its factors are tensors, and it has one attention factor for all lengths."""
+    mscales = {"short_mscale": 1.2, "long_mscale": 1.2}
+    rope = {"rope_theta": 300.0, **SCALINGS["phimoe"], **mscales}
+
+    def model() -> PreTrainedModel:
+        return phimoe(rope, router_jitter_noise=0.01)  # files don't say it
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_orig_ctx_len(CONTEXT)
+        writer.add_rope_scaling_attn_factors(mscales["long_mscale"])
+        for kind in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32))
+
+    file = gguf_files.write_model(tmp_path / "model.gguf", "phimoe", model(), add=add)
+    for length in (CONTEXT, CONTEXT + 1, 200):
+        token_ids = tiny_models.prompt(length, seed=length)
+        expected = model()(torch.tensor([token_ids])).logits[0].numpy()
+        actual = LLM(file, dtype="fp32", threads=2).logits(token_ids)
+        assert np.abs(actual - expected).max() < TOLERANCE * np.abs(expected).max()

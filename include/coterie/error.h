@@ -1,7 +1,7 @@
 // The exceptions that Coterie throws where bytes from outside enter it. Every message is one line
 // that names the file (where there is one), the field and the value. The library itself never
 // prints, exits or aborts on input; bindings map these classes to Python exceptions, the command
-// to exit code 2, the server to HTTP status codes. Safe to throw and catch from any thread.
+// to exit code 2. Safe to throw and catch from any thread.
 #pragma once
 
 #include <stdexcept>

@@ -26,14 +26,14 @@ Messages = list[dict[str, Any]]
 
 def resolve_model(model: str | Path) -> Path:
     """The model that a path means: a Hugging Face directory, a .gguf file, or a directory that holds
-    exactly one."""
+    exactly one, whole or in parts."""
     path = Path(model)
     if not path.exists():
         raise InvalidArgument(f"{path}: no such file or directory")
     if path.is_file() or (path / "config.json").is_file():
         return path
     files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
+    if not files or not {str(file) for file in files} <= set(_engine.gguf_parts(str(files[0]))):
         raise InvalidArgument(f"{path}: holds neither a config.json nor exactly one .gguf file ({len(files)} found)")
     return files[0]
 
@@ -44,10 +44,10 @@ class LLM:
     Parameters
     ----------
     model
-        A Hugging Face directory, a .gguf file, or a directory that holds exactly one.
+        A Hugging Face directory, a .gguf file (of a split one any part), or a directory that holds exactly one.
     dtype
-        Of the weights: "fp32", "bf16", "int8", "int4" or "int4_64"; "auto": as `coterie quantize` wrote them, else
-        "fp32" where most of the file's weights have 32 bits, else "bf16".
+        Of the weights: "fp32", "bf16", "int8", "int8a16", "int4" or "int4_64"; "auto": as `coterie quantize` wrote
+        them, else "fp32" where most of the file's weights have 32 bits, else "bf16".
     threads
         0 is as many as the process may use.
     max_model_len
@@ -58,9 +58,10 @@ class LLM:
     draft_model
         For speculation "draft": a smaller model of the same vocabulary.
     engine_options
-        attention_dtype, head_dtype, weight_cache, mmap, load_format, max_num_seqs, max_num_batched_tokens,
-        kv_cache_dtype, block_size, num_kv_blocks, kv_cache_bytes, enable_prefix_caching, max_speculated_tokens,
-        prompt_lookup_min, prompt_lookup_max and adaptive_speculation, as include/coterie/engine.h has them.
+        attention_dtype, head_dtype, weight_cache, mmap, expert_cache_bytes, load_format, max_num_seqs,
+        max_num_batched_tokens, kv_cache_dtype, block_size, num_kv_blocks, kv_cache_bytes, enable_prefix_caching,
+        max_speculated_tokens, prompt_lookup_min, prompt_lookup_max and adaptive_speculation, as
+        include/coterie/engine.h has them.
     """
 
     def __init__(

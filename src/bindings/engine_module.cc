@@ -18,6 +18,7 @@
 #include "coterie/error.h"
 #include "io/checkpoint_source.h"
 #include "io/gguf.h"
+#include "io/gguf_parts.h"
 #include "io/printable.h"
 #include "kernels/kernel_table.h"
 #include "kernels/limits.h"
@@ -144,6 +145,7 @@ NB_MODULE(_engine, m) {
   m.def("checkpoint_facts", &checkpoint_facts, "path"_a);
   m.def("read_tensor", &read_tensor, "path"_a, "name"_a);
   m.def("gguf_metadata", &gguf_metadata, "path"_a);
+  m.def("gguf_parts", &gguf_parts, "path"_a);
   m.def("load_weights", &load_weights_of, "path"_a);
   m.def("export_model", &export_model, "source_dir"_a, "out_dir"_a, "architecture"_a = "auto", no_gil);
   m.def("quantize_model", &quantize, "source"_a, "out_dir"_a, "dtype"_a, "attention_dtype"_a, "head_dtype"_a,

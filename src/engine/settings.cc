@@ -5,8 +5,10 @@
 
 #include "base/log.h"
 #include "base/machine.h"
+#include "base/round.h"
 #include "coterie/error.h"
 #include "engine/kv_cache.h"
+#include "kernels/panels.h"
 
 namespace coterie {
 namespace {
@@ -45,6 +47,14 @@ int64_t model_len(const ModelConfig& config, int64_t wanted) {
 }
 
 int64_t quarter_of_memory() { return available_memory() / 4; }
+// Of weights; a quarter is left to keys and values.
+int64_t most_in_memory() { return available_memory() / 4 * 3; }
+
+// About what the weights take.
+int64_t packed_bytes(const ModelConfig& config, const WeightTypes& types) {
+  constexpr int64_t kSome = 1024;  // elements of a column
+  return config.num_parameters() / kSome * b_panel_units(types.experts, kSome, 1) * int64_t{sizeof(uint32_t)};
+}
 
 FileStore* file_of(const ModelWeights& weights) { return dynamic_cast<FileStore*>(weights.store.get()); }
 
@@ -58,7 +68,7 @@ int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, 
     throw InvalidArgument("kv_cache_bytes: " + std::to_string(options.kv_cache_bytes) + " is less than a block (" +
                           std::to_string(block_bytes) + ")");
   }
-  const int64_t of_one = (settings.max_model_len + settings.block_size - 1) / settings.block_size;
+  const int64_t of_one = ceil_div(settings.max_model_len, settings.block_size);
   return std::max(of_one, std::min(settings.limits.max_num_seqs * of_one, quarter_of_memory() / block_bytes));
 }
 
@@ -131,13 +141,13 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
   if (!options.mmap && (small || !options.weight_cache)) return {};
   WeightCache cache = weight_cache(path, settings.types.description());
   cache.verified = !options.mmap;
+  cache.required = options.mmap || packed_bytes(config, settings.types) > most_in_memory();
   return cache;
 }
 
-// A quarter is left to keys and values.
 bool stay_mapped(const EngineOptions& options, const ModelWeights& weights) {
   FileStore* const store = file_of(weights);
-  return store && (options.mmap || static_cast<int64_t>(store->file().size()) > available_memory() / 4 * 3);
+  return store && (options.mmap || static_cast<int64_t>(store->file().size()) > most_in_memory());
 }
 
 std::unique_ptr<ExpertCache> make_expert_cache(const EngineOptions& options, ModelWeights& weights) {

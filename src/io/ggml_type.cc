@@ -145,6 +145,68 @@ void q6_k(const std::byte* block, float* out) {
   }
 }
 
+// 256 elements in 2 halves of 128 elements, each 4 runs of 32: bits 2 r and 2 r + 1 of a half's 32 bytes are run r.
+int two_bits(const std::byte* packed, int i) {
+  return std::to_integer<int>(packed[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & std::byte{3});
+}
+
+// 256 elements in 16 groups of 16, each with a scale s and a minimum n of 4 bits: 16 bytes of s (low nibble) and n
+// (high nibble), 64 bytes of q, d, m.  x = (d s) q - (m n)
+void q2_k(const std::byte* block, float* out) {
+  const float d = load_half(block + 80);
+  const float m = load_half(block + 82);
+  for (int group = 0; group < 16; ++group) {
+    const float scale = d * static_cast<float>(low_nibble(block[group]));
+    const float minimum = m * static_cast<float>(high_nibble(block[group]));
+    for (int i = 16 * group; i < 16 * group + 16; ++i) {
+      *out++ = scale * static_cast<float>(two_bits(block + 16, i)) - minimum;
+    }
+  }
+}
+
+// 256 elements in 16 groups of 16, each with a 6-bit scale s: 32 bytes of the third bits of q, 64 of the lower two, 12
+// of scales, d.  x = (d (s - 32)) (q - 4)
+// Bit r of the third bits' byte i is that of element 32 r + i. Bytes 0-7 of the scales hold the lower 4 bits of groups
+// 0-7 (low nibble) and 8-15 (high nibble); bits 2 k and 2 k + 1 of byte 8 + j the upper 2 bits of group 4 k + j.
+void q3_k(const std::byte* block, float* out) {
+  const float d = load_half(block + 108);
+  const std::byte* scales = block + 96;
+  for (int group = 0; group < 16; ++group) {
+    const std::byte lower = scales[group % 8];
+    const int upper = std::to_integer<int>(scales[8 + group % 4] >> (group / 4 * 2) & std::byte{3});
+    const int s = (group < 8 ? low_nibble(lower) : high_nibble(lower)) | upper << 4;
+    const float scale = d * static_cast<float>(s - 32);
+    for (int i = 16 * group; i < 16 * group + 16; ++i) {
+      const int third = std::to_integer<int>(block[i % 32] >> (i / 32) & std::byte{1});
+      *out++ = scale * static_cast<float>((two_bits(block + 32, i) | third << 2) - 4);
+    }
+  }
+}
+
+// 32 elements in 16 bytes as in Q4_0, whose codes stand for these values v.  x = d v
+void nonlinear(const std::byte* nibbles, float d, float* out) {
+  constexpr float kValues[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  for (int i = 0; i < 16; ++i) {
+    out[i] = d * kValues[low_nibble(nibbles[i])];
+    out[i + 16] = d * kValues[high_nibble(nibbles[i])];
+  }
+}
+
+void iq4_nl(const std::byte* block, float* out) { nonlinear(block + 2, load_half(block), out); }
+
+// 256 elements in 8 groups of 32, each as in IQ4_NL with a 6-bit scale s: d, 2 bytes of the upper 2 bits of s (group 0
+// in the lowest), 4 of the lower 4 bits (two groups a byte, the even one in the low nibble), 128 of codes. x = (d (s -
+// 32)) v
+void iq4_xs(const std::byte* block, float* out) {
+  const float d = load_half(block);
+  for (int group = 0; group < 8; ++group) {
+    const std::byte lower = block[4 + group / 2];
+    const int upper = std::to_integer<int>(block[2 + group / 4] >> (group % 4 * 2) & std::byte{3});
+    const int s = (group % 2 == 0 ? low_nibble(lower) : high_nibble(lower)) | upper << 4;
+    nonlinear(block + 8 + 16 * group, d * static_cast<float>(s - 32), out + 32 * group);
+  }
+}
+
 template <void (*kBlock)(const std::byte*, float*), int kElements, int kBytes>
 void each(const std::byte* blocks, int64_t num_blocks, float* out) {
   for (int64_t i = 0; i < num_blocks; ++i) kBlock(blocks + i * kBytes, out + i * kElements);
@@ -160,8 +222,8 @@ constexpr GgmlType kTypes[] = {
     {6, "Q5_0", 32, 22, each<q5_0, 32, 22>},
     {7, "Q5_1", 32, 24, each<q5_1, 32, 24>},
     {8, "Q8_0", 32, 34, each<q8_0, 32, 34>},
-    {10, "Q2_K", 256, 84},
-    {11, "Q3_K", 256, 110},
+    {10, "Q2_K", 256, 84, each<q2_k, 256, 84>},
+    {11, "Q3_K", 256, 110, each<q3_k, 256, 110>},
     {12, "Q4_K", 256, 144, each<q4_k, 256, 144>},
     {13, "Q5_K", 256, 176, each<q5_k, 256, 176>},
     {14, "Q6_K", 256, 210, each<q6_k, 256, 210>},
@@ -169,10 +231,10 @@ constexpr GgmlType kTypes[] = {
     {17, "IQ2_XS", 256, 74},
     {18, "IQ3_XXS", 256, 98},
     {19, "IQ1_S", 256, 50},
-    {20, "IQ4_NL", 32, 18},
+    {20, "IQ4_NL", 32, 18, each<iq4_nl, 32, 18>},
     {21, "IQ3_S", 256, 110},
     {22, "IQ2_S", 256, 82},
-    {23, "IQ4_XS", 256, 136},
+    {23, "IQ4_XS", 256, 136, each<iq4_xs, 256, 136>},
     {24, "I8", 1, 1},
     {25, "I16", 1, 2},
     {26, "I32", 1, 4},
@@ -194,6 +256,14 @@ const GgmlType* find_ggml_type(uint32_t id) {
     if (type.id == id) return &type;
   }
   return nullptr;
+}
+
+std::string readable_ggml_types() {
+  std::string names;
+  for (const GgmlType& type : kTypes) {
+    if (type.dequantize) names += (names.empty() ? "" : ", ") + std::string(type.name);
+  }
+  return names;
 }
 
 }  // namespace coterie

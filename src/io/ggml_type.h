@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace coterie {
 
@@ -19,5 +20,7 @@ struct GgmlType {
 };
 
 const GgmlType* find_ggml_type(uint32_t id);  // null for an id that ggml does not define
+
+std::string readable_ggml_types();  // "F32, F16, Q4_0, ...", for messages
 
 }  // namespace coterie

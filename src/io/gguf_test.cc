@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 
 #include "base/philox.h"
 #include "coterie/error.h"
@@ -78,7 +79,7 @@ TEST_F(GgufTest, TensorsAreFoundByNameWithTheirShapeOutermostFirst) {
   parts.alignment = 64;
   parts.values = {value("general.alignment", kUint32, uint32_t{64})};
   parts.tensors = {tensor("second", {3, 2}, kF32, 64), tensor("first", {}, kF32, 0), tensor("none", {0, 4}, kF32, 128),
-                   tensor("quantized", {256, 1}, kQ3_K, 128)};
+                   tensor("quantized", {256, 1}, kIq2Xs, 128)};
   parts.data = le(1.0f) + std::string(60, '\0');
   for (int i = 0; i < 6; ++i) parts.data += le(static_cast<float>(i));
   parts.data += std::string(64 - 24 + 176, '\0');
@@ -96,12 +97,12 @@ TEST_F(GgufTest, TensorsAreFoundByNameWithTheirShapeOutermostFirst) {
   EXPECT_EQ(out[0], 1.0f);
   source.read("none", nullptr);
   ASSERT_TRUE(source.find("quantized"));
-  EXPECT_EQ(source.find("quantized")->bytes, 110u);
+  EXPECT_EQ(source.find("quantized")->bytes, 74u);
   EXPECT_EQ(source.find("third"), nullptr);
   EXPECT_EQ(invalid_message([&] { source.read("third", out.data()); }, path), ": there is no tensor 'third'");
   EXPECT_EQ(invalid_message([&] { source.read("quantized", out.data()); }, path),
-            ": tensor 'quantized': type: Q3_K is not one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, "
-            "Q6_K, MXFP4");
+            ": tensor 'quantized': type: IQ2_XS is not one of F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, "
+            "Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, BF16, MXFP4");
 }
 
 TEST_F(GgufTest, HostileHeadersAndMetadataAreRefused) {
@@ -206,6 +207,92 @@ TEST_F(GgufTest, EveryTruncationIsRefused) {
   const std::string whole = parts.bytes();
   EXPECT_EQ(message_of(whole), "");
   for (size_t size = 0; size < whole.size(); ++size) EXPECT_NE(message_of(whole.substr(0, size)), "") << size;
+}
+
+// A model in three files, of which the first has metadata alone.
+class GgufPartsTest : public GgufTest {
+ protected:
+  struct Split {
+    int64_t number, count = 3, num_tensors = 3;
+  };
+
+  static std::string name(int64_t number) { return "m-0000" + std::to_string(number + 1) + "-of-00003.gguf"; }
+
+  static Parts part(const Split& split) {
+    Parts parts;
+    parts.values = {value("split.no", kUint16, static_cast<uint16_t>(split.number)),
+                    value("split.count", kUint16, static_cast<uint16_t>(split.count)),
+                    value("split.tensors.count", kInt32, static_cast<int32_t>(split.num_tensors))};
+    if (split.number == 0) parts.values.push_back(text_value("general.architecture", "llama"));
+    if (split.number == 1) parts.tensors = {tensor("b", {1}, kF32, 0), tensor("a", {2}, kF32, 32)};
+    if (split.number == 2) parts.tensors = {tensor("c", {1}, kF32, 0)};
+    if (split.number == 1) parts.data = le(1.0f) + std::string(28, '\0') + le(2.0f) + le(3.0f);
+    if (split.number == 2) parts.data = le(4.0f);
+    return parts;
+  }
+
+  std::string path(int64_t number) const { return (directory() / name(number)).string(); }
+  void write_all() {
+    for (int64_t i = 0; i < 3; ++i) write(name(i), part({i}).bytes());
+  }
+  // What opening part 2 says, which begins with the path of part `where`.
+  std::string refusal(int64_t where) {
+    return corrupt_message([&] { GgufSource{path(1)}; }, path(where) + ": ");
+  }
+};
+
+TEST_F(GgufPartsTest, AnyPartStandsForAllOfThem) {
+  write_all();
+  for (int64_t given = 0; given < 3; ++given) {
+    const GgufSource source(path(given));
+    EXPECT_EQ(source.path(), path(0));
+    EXPECT_EQ(*source.find_metadata("general.architecture"), GgufValue(std::string("llama")));
+    ASSERT_EQ(source.tensors().size(), 3u);
+    EXPECT_EQ(source.tensors()[1].name, "a");
+    std::vector<float> a(2), c(1);
+    source.read("a", a.data());
+    source.read("c", c.data());
+    EXPECT_EQ(a, (std::vector<float>{2, 3}));
+    EXPECT_EQ(c[0], 4.0f);
+  }
+}
+
+TEST_F(GgufPartsTest, PartsThatDoNotFitAreRefused) {
+  write_all();
+  std::filesystem::remove(path(2));
+  EXPECT_EQ(refusal(2), "is missing; 3 files make up the model");
+  write(name(2), part({.number = 1}).bytes());
+  EXPECT_EQ(refusal(2), "metadata 'split.no': 1 is not 2, as its name says");
+  write(name(2), part({.number = 2, .count = 4}).bytes());
+  EXPECT_EQ(refusal(2), "metadata 'split.count': 4 is not 3, which the others say");
+  Parts twice = part({2});
+  twice.tensors = {tensor("a", {1}, kF32, 0)};
+  write(name(2), twice.bytes());
+  EXPECT_EQ(refusal(2), "tensor 'a': lies in " + path(1) + ", too");
+  Parts not_a_number = part({2});
+  not_a_number.values[0] = text_value("split.no", "2");
+  write(name(2), not_a_number.bytes());
+  EXPECT_EQ(refusal(2), "metadata 'split.no': is not a whole number");
+  Parts unsaid = part({2});
+  unsaid.values.pop_back();
+  write(name(2), unsaid.bytes());
+  EXPECT_EQ(refusal(2), "metadata 'split.tensors.count': missing is not 3, the number of tensors in all files");
+  write_all();
+  for (int64_t i = 0; i < 3; ++i) write(name(i), part({.number = i, .num_tensors = 4}).bytes());
+  EXPECT_EQ(refusal(0), "metadata 'split.tensors.count': 4 is not 3, the number of tensors in all files");
+}
+
+TEST_F(GgufPartsTest, APartIsKnownByItsName) {
+  write_all();
+  const std::string by_name =
+      ": metadata 'split.count': 3 is not 1, the number of files by its name "
+      "(NAME-00001-of-00003.gguf)";
+  for (const std::string other : {"m.gguf", "m-00004-of-00003.gguf", "m-00000-of-00003.gguf", "m-0001-of-0003.gguf"}) {
+    const std::string path = write(other, part({0}).bytes());
+    EXPECT_EQ(corrupt_message([&] { GgufSource{path}; }, path), by_name);
+  }
+  const std::string alone = write("n-00002-of-00003.gguf", Parts{}.bytes());  // a name and no more
+  EXPECT_EQ(GgufSource(alone).path(), alone);
 }
 
 // Dequantization held against a second implementation: element by element, straight from the

@@ -50,6 +50,10 @@ const StoredTensor* Mxfp4Source::find(const std::string& name) const {
   return found == index_.end() ? nullptr : &tensors_[found->second];
 }
 
+void Mxfp4Source::check_readable(const std::string& name) const {
+  if (!scales_.contains(name)) file_.check_readable(name);
+}
+
 void Mxfp4Source::read(const std::string& name, float* out) const {
   const auto scales = scales_.find(name);
   if (scales == scales_.end()) return file_.read(name, out);

@@ -21,6 +21,7 @@ class Mxfp4Source : public TensorSource {
   const std::vector<StoredTensor>& tensors() const override { return tensors_; }
   const StoredTensor* find(const std::string& name) const override;
   void read(const std::string& name, float* out) const override;
+  void check_readable(const std::string& name) const override;
   std::optional<CodedTensor> codes(const std::string& name) const override;
 
  private:

@@ -313,15 +313,19 @@ const StoredTensor* SafetensorsSource::find(const std::string& name) const {
   return found == state_->locations.end() ? nullptr : &state_->tensors[found->second.index];
 }
 
+void SafetensorsSource::check_readable(const std::string& name) const {
+  const StoredTensor& tensor = state_->tensors[state_->locate(name).index];
+  if (readable_dtype(tensor.dtype)) return;
+  throw InvalidArgument(state_->path + ": tensor " + printable(name) + ": dtype: " + tensor.dtype +
+                        " is not one of F32, F16, BF16");
+}
+
 void SafetensorsSource::read(const std::string& name, float* out) const {
+  check_readable(name);
   const State::Location& location = state_->locate(name);
   const StoredTensor& tensor = state_->tensors[location.index];
-  const std::optional<DType> dtype = readable_dtype(tensor.dtype);
-  if (!dtype) {
-    throw InvalidArgument(state_->path + ": tensor " + printable(name) + ": dtype: " + tensor.dtype +
-                          " is not one of F32, F16, BF16");
-  }
-  convert_to_float(location.bytes.data(), *dtype, out, static_cast<size_t>(tensor.num_elements()));
+  convert_to_float(location.bytes.data(), *readable_dtype(tensor.dtype), out,
+                   static_cast<size_t>(tensor.num_elements()));
 }
 
 }  // namespace coterie

@@ -31,6 +31,7 @@ class SafetensorsSource : public TensorSource {
   const std::vector<StoredTensor>& tensors() const override;
   const StoredTensor* find(const std::string& name) const override;
   void read(const std::string& name, float* out) const override;
+  void check_readable(const std::string& name) const override;
 
   // The bytes as they lie in the mapped file (no alignment promised).
   std::span<const std::byte> raw(const std::string& name) const;

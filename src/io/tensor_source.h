@@ -60,6 +60,9 @@ class TensorSource {
   // InvalidArgument when there is no such tensor, or its dtype is not one that we read.
   virtual void read(const std::string& name, float* out) const = 0;
 
+  // Refuses what read() would, before anything is read.
+  virtual void check_readable(const std::string&) const {}
+
   // The tensor without decoding it, where it lies in codes that we keep; else nothing.
   virtual std::optional<CodedTensor> codes(const std::string&) const { return std::nullopt; }
 };

@@ -10,7 +10,7 @@ namespace coterie::gguf_file {
 // Type numbers of metadata values.
 inline constexpr uint32_t kUint8 = 0, kInt8 = 1, kUint16 = 2, kInt16 = 3, kUint32 = 4, kInt32 = 5, kFloat32 = 6,
                           kBool = 7, kString = 8, kArray = 9, kUint64 = 10, kInt64 = 11, kFloat64 = 12;
-inline constexpr uint32_t kF32 = 0, kQ4_0 = 2, kQ8_0 = 8, kQ3_K = 11, kQ4_K = 12, kMxfp4 = 39;  // and of tensors
+inline constexpr uint32_t kF32 = 0, kQ4_0 = 2, kQ8_0 = 8, kQ4_K = 12, kIq2Xs = 17, kMxfp4 = 39;  // and of tensors
 
 template <typename T>
 std::string le(T value) {  // little endian

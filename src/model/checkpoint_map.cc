@@ -28,16 +28,24 @@ bool is_whole(const Piece& piece) {
          piece.col_stride == 1;
 }
 
-void append_row(const CodedTensor& from, int64_t row, CodedTensor& to) {
-  const auto append = [&](const std::vector<uint8_t>& part, std::vector<uint8_t>& out) {
-    const int64_t bytes = static_cast<int64_t>(part.size()) / from.rows;
-    out.insert(out.end(), part.begin() + row * bytes, part.begin() + (row + 1) * bytes);
+// Whether each row of a piece is one row of both matrices, so that it can be copied as it is.
+bool is_of_whole_rows(const Piece& piece, const CodedTensor& stored, int64_t logical_cols) {
+  return piece.cols == stored.cols && piece.cols == logical_cols && piece.col_stride == 1 &&
+         piece.first % piece.cols == 0 && piece.row_stride % piece.cols == 0 && piece.offset % piece.cols == 0;
+}
+
+// Row r of the piece, in each part of the codes. `to` knows its rows; its parts get their sizes with the first one.
+void copy_row(const CodedTensor& from, const Piece& piece, int64_t r, CodedTensor& to) {
+  const int64_t source = (piece.first + r * piece.row_stride) / piece.cols, target = piece.offset / piece.cols + r;
+  const auto copy = [&](const std::vector<uint8_t>& part, std::vector<uint8_t>& out) {
+    const auto bytes = static_cast<int64_t>(part.size()) / from.rows;
+    out.resize(static_cast<size_t>(to.rows * bytes));
+    std::copy_n(part.begin() + source * bytes, bytes, out.begin() + target * bytes);
   };
-  append(from.codes, to.codes);
-  append(from.scales, to.scales);
-  append(from.minimums, to.minimums);
-  append(from.row_factors, to.row_factors);
-  ++to.rows;
+  copy(from.codes, to.codes);
+  copy(from.scales, to.scales);
+  copy(from.minimums, to.minimums);
+  copy(from.row_factors, to.row_factors);
 }
 
 }  // namespace
@@ -105,6 +113,7 @@ void LogicalReader::check_piece(const Piece& piece) const {
   if (stored->shape != piece.stored_shape) {
     throw CorruptFile(where + "shape " + shape_text(stored->shape) + " is not " + shape_text(piece.stored_shape));
   }
+  source_.check_readable(stored->name);
 }
 
 void LogicalReader::check_surplus() const {
@@ -152,19 +161,17 @@ std::string LogicalReader::codes_type(const std::string& name) const {
 }
 
 std::optional<CodedTensor> LogicalReader::read_codes(const std::string& name) const {
-  if (pieces(name).size() == 1 && is_whole(pieces(name)[0])) return source_.codes(stored_name(pieces(name)[0].stored));
+  const std::vector<Piece>& all = pieces(name);
+  if (codes_type(name).empty()) return std::nullopt;
+  if (all.size() == 1 && is_whole(all[0])) return source_.codes(stored_name(all[0].stored));
   std::optional<CodedTensor> stored;
-  CodedTensor logical{.cols = pieces(name)[0].cols};
+  CodedTensor logical{.cols = all[0].cols};
+  for (const Piece& piece : all) logical.rows += piece.rows;
   std::string in_memory;
-  for (const Piece& piece : pieces(name)) {
+  for (const Piece& piece : all) {
     if (piece.stored != in_memory) stored = source_.codes(stored_name(in_memory = piece.stored));
-    const bool whole_rows = stored && piece.cols == stored->cols && piece.cols == logical.cols &&
-                            piece.col_stride == 1 && piece.first % piece.cols == 0 &&
-                            piece.row_stride % piece.cols == 0 && piece.offset == logical.rows * logical.cols;
-    if (!whole_rows) return std::nullopt;
-    for (int64_t r = 0; r < piece.rows; ++r) {
-      append_row(*stored, (piece.first + r * piece.row_stride) / piece.cols, logical);
-    }
+    if (!stored || !is_of_whole_rows(piece, *stored, logical.cols)) return std::nullopt;
+    for (int64_t r = 0; r < piece.rows; ++r) copy_row(*stored, piece, r, logical);
   }
   return logical;
 }

@@ -63,9 +63,9 @@ CheckpointMap map_tensors(
     const ModelConfig& config,
     const std::function<std::vector<std::vector<Piece>>(const LogicalName&, const TensorSpec&)>& forms);
 
-// Reads logical tensors from a file. The constructor compares names and shapes of everything, so that
+// Reads logical tensors from a file. The constructor compares names, shapes and types of everything, so that
 // a wrong file fails before any work is done: CorruptFile "FILE: TENSOR: missing", "... shape [2, 3] is
-// not [2, 4]", "... not a tensor of this model".
+// not [2, 4]", "... not a tensor of this model"; InvalidArgument for a type that is not read.
 class LogicalReader {
  public:
   LogicalReader(const TensorSource& source, CheckpointMap map);  // source must outlive the reader

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <random>
 
@@ -21,6 +22,9 @@ class MemorySource : public TensorSource {
     values_[name] = std::move(values);
   }
   void put_mxfp4(const std::string& name, const CodedTensor& tensor, std::vector<float> decoded) {
+    for (StoredTensor& t : tensors_) {
+      if (t.name == name) t.dtype = "MXFP4", t.has_codes = true;
+    }
     mxfp4_[name] = tensor;
     values_[name] = std::move(decoded);
   }
@@ -141,7 +145,8 @@ TEST(CheckpointMap, PlacesFusedAttentionAndExperts) {
   for (int64_t i = 0; i < 12; ++i) EXPECT_EQ(w3[i], up[1 * 24 + 12 + i]);
 }
 
-// gpt-oss's gate and up rows alternate; their 4 bits come out in the order of the logical tensor.
+// gpt-oss's gate and up rows alternate; their 4 bits come out in the order of the logical tensor, also where the map
+// has the pieces in another one, as that of GGUF files has: all gates, then all ups.
 TEST(CheckpointMap, FourBitsComeOutInLogicalOrder) {
   const ModelConfig config = config_of(
       R"({"model_type": "gpt_oss", "vocab_size": 5, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1,
@@ -157,19 +162,26 @@ TEST(CheckpointMap, FourBitsComeOutInLogicalOrder) {
   decode_mxfp4(std::as_bytes(std::span(stored.codes)), std::as_bytes(std::span(stored.scales)), decoded.data());
   file.source.put_mxfp4(blocks, stored, decoded);
 
-  const LogicalReader reader(file.source, kGptOssArchitecture.checkpoint_map(config));
   const std::string up = "model.layers.0.experts.up.weight";
-  const std::optional<CodedTensor> logical = reader.read_codes(up);
-  ASSERT_TRUE(logical);
-  EXPECT_EQ(logical->rows, 2 * 64);
-  EXPECT_EQ(logical->cols, 64);
-  std::vector<float> values(2 * 64 * 64);
-  decode_mxfp4(std::as_bytes(std::span(logical->codes)), std::as_bytes(std::span(logical->scales)), values.data());
-  EXPECT_EQ(values, reader.read(up));
-  // Row 3 of expert 1's up matrix is row 7 of what lies there.
-  EXPECT_TRUE(std::equal(values.begin() + (64 + 32 + 3) * 64, values.begin() + (64 + 32 + 4) * 64,
-                         decoded.begin() + (64 + 7) * 64));
-  EXPECT_FALSE(reader.read_codes("model.norm.weight"));
+  for (const bool gates_first : {false, true}) {
+    CheckpointMap map = kGptOssArchitecture.checkpoint_map(config);
+    for (MappedTensor& tensor : map.tensors) {
+      const auto is_gate = [](const Piece& piece) { return piece.first / piece.cols % 2 == 0; };
+      if (gates_first && tensor.spec.name == up) std::ranges::stable_partition(tensor.forms.back(), is_gate);
+    }
+    const LogicalReader reader(file.source, map);
+    const std::optional<CodedTensor> logical = reader.read_codes(up);
+    ASSERT_TRUE(logical) << gates_first;
+    EXPECT_EQ(logical->rows, 2 * 64);
+    EXPECT_EQ(logical->cols, 64);
+    std::vector<float> values(2 * 64 * 64);
+    decode_mxfp4(std::as_bytes(std::span(logical->codes)), std::as_bytes(std::span(logical->scales)), values.data());
+    EXPECT_EQ(values, reader.read(up));
+    // Row 3 of expert 1's up matrix is row 7 of what lies there.
+    EXPECT_TRUE(std::equal(values.begin() + (64 + 32 + 3) * 64, values.begin() + (64 + 32 + 4) * 64,
+                           decoded.begin() + (64 + 7) * 64));
+    EXPECT_FALSE(reader.read_codes("model.norm.weight"));
+  }
 }
 
 TEST(CheckpointMap, ReadsFilesOfTheBareModel) {

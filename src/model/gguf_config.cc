@@ -3,6 +3,7 @@
 #include <cmath>
 #include <iterator>
 
+#include "model/gguf_end_tokens.h"
 #include "model/gguf_metadata.h"
 #include "model/gguf_model.h"
 
@@ -44,10 +45,6 @@ constexpr GgufArchitecture kArchitectures[] = {
 
 const GgufArchitecture& architecture_of(const GgufSource& file) {
   const GgufMetadata general(file, "general");
-  if (const int64_t parts = general.integer("/split.count").value_or(1); parts > 1) {
-    general.fail("/split.count",
-                 "one of " + std::to_string(parts) + " files of a model; join them first (llama-gguf-split --merge)");
-  }
   const std::string name = general.text("architecture").value_or("");
   std::string known;
   for (const GgufArchitecture& architecture : kArchitectures) {
@@ -59,36 +56,57 @@ const GgufArchitecture& architecture_of(const GgufSource& file) {
 
 constexpr const char* kRopeFactors = "rope_freqs.weight";
 
-// Llama 3's scaling lies in a tensor of factors.
-void read_rope_factors(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
-  const StoredTensor* stored = file.find(kRopeFactors);
-  if (!stored) return;
+// Of the tensor of that name, by which every frequency is divided.
+std::vector<double> rope_factors(const GgufSource& file, const GgufMetadata& metadata, const std::string& name,
+                                 const ModelConfig& c) {
+  const StoredTensor* stored = file.find(name);
+  if (!stored) metadata.fail("/" + name, "is missing");
   if (stored->num_elements() != c.head_dim / 2) {
-    metadata.fail("/rope_freqs.weight",
+    metadata.fail("/" + name,
                   std::to_string(stored->num_elements()) + " factors, not " + std::to_string(c.head_dim / 2));
   }
   std::vector<float> factors(static_cast<size_t>(stored->num_elements()));
-  file.read(kRopeFactors, factors.data());
-  c.rope_scaling.kind = RopeScalingKind::kFactors;
-  c.rope_scaling.factors.assign(factors.begin(), factors.end());
+  file.read(name, factors.data());
+  return {factors.begin(), factors.end()};
+}
+
+// llama.cpp takes the long factors wherever its context is longer than the original one, we where the text is.
+void read_longrope(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
+  RopeScaling& scaling = c.rope_scaling;
+  scaling.kind = RopeScalingKind::kLongrope;
+  scaling.short_factors = rope_factors(file, metadata, "rope_factors_short.weight", c);
+  scaling.long_factors = rope_factors(file, metadata, "rope_factors_long.weight", c);
+  const std::string original = "rope.scaling.original_context_length";
+  scaling.original_context = metadata.integer(original).value_or(c.max_position_embeddings);
+  if (scaling.original_context < 2) metadata.fail(original, std::to_string(scaling.original_context) + " is below 2");
+  scaling.attention_factor = metadata.number("rope.scaling.attn_factor").value_or(1.0);
+  if (!(scaling.attention_factor > 0)) {
+    metadata.fail("rope.scaling.attn_factor", std::to_string(scaling.attention_factor) + " is not positive");
+  }
 }
 
 void read_rope_scaling(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
-  for (const char* name : {"/rope_factors_long.weight", "/rope_factors_short.weight"}) {
-    if (file.find(name + 1)) metadata.fail(name, "rotary positions with factors by length are not supported");
-  }
+  const bool by_length = file.find("rope_factors_long.weight") || file.find("rope_factors_short.weight");
   const std::string type = metadata.text("rope.scaling.type").value_or("none");
   const double factor = metadata.number("rope.scaling.factor").value_or(1.0);
   const std::optional<int64_t> original = metadata.integer("rope.scaling.original_context_length");
   metadata.ignore("rope.scaling.finetuned");
   const double log_multiplier = metadata.number("rope.scaling.yarn_log_multiplier").value_or(0.0);
+  if (by_length) {
+    const std::string what = " does not go with rope_factors_long.weight";
+    if (type != "none" && type != "longrope") metadata.fail("rope.scaling.type", printable(type) + what);
+    if (factor != 1.0) metadata.fail("rope.scaling.factor", std::to_string(factor) + what);
+    return read_longrope(file, metadata, c);
+  }
   if (type != "none" && type != "linear" && type != "yarn") {
     metadata.fail("rope.scaling.type", printable(type) + " is not supported (supported: none, linear, yarn)");
   }
   if (factor < 1.0) metadata.fail("rope.scaling.factor", std::to_string(factor) + " is below 1");
   if (type == "none") {
     if (factor != 1.0) metadata.fail("rope.scaling.factor", "is given without rope.scaling.type");
-    read_rope_factors(file, metadata, c);
+    if (!file.find(kRopeFactors)) return;  // Llama 3's scaling lies in a tensor of factors
+    c.rope_scaling.kind = RopeScalingKind::kFactors;
+    c.rope_scaling.factors = rope_factors(file, metadata, kRopeFactors, c);
     return;
   }
   if (file.find(kRopeFactors)) {
@@ -129,16 +147,6 @@ void read_norms(const GgufSource& file, const GgufMetadata& metadata, ModelConfi
   const std::optional<double> eps = metadata.number("attention.layer_norm_rms_epsilon");
   if (!eps) metadata.fail("attention.layer_norm_rms_epsilon", "is missing");
   c.norm_eps = static_cast<float>(*eps);
-}
-
-void read_tokens(const GgufMetadata& metadata, ModelConfig& config) {
-  config.bos_token_id = metadata.integer("/tokenizer.ggml.bos_token_id").value_or(-1);
-  // A chat model ends its turn with a token of its own where it has one.
-  for (const char* key : {"/tokenizer.ggml.eos_token_id", "/tokenizer.ggml.eot_token_id"}) {
-    const std::optional<int64_t> id = metadata.integer(key);
-    const bool known = config.eos_token_ids.size() == 1 && config.eos_token_ids[0] == id;
-    if (id && !known) config.eos_token_ids.push_back(*id);
-  }
 }
 
 int64_t read_vocab_size(const GgufSource& file, const GgufMetadata& metadata) {
@@ -293,7 +301,8 @@ ModelConfig config_from_gguf(const GgufSource& file) {
   c.mlp_bias = file.find("blk.0.ffn_down.bias") != nullptr;
   c.tie_word_embeddings = file.find("output.weight") == nullptr;
   c.lm_head_bias = file.find("output.bias") != nullptr;
-  read_tokens(metadata, c);
+  c.bos_token_id = metadata.integer("/tokenizer.ggml.bos_token_id").value_or(-1);
+  c.eos_token_ids = end_tokens_of_gguf(metadata);
   read_layers(file, metadata, architecture, c);
   if (c.attention_sinks) {
     for (size_t n = 1; n < c.layers.size(); n += 2) c.layers[n].window = 0;

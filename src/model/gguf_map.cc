@@ -154,7 +154,8 @@ CheckpointMap map_of_gguf(const GgufSource& file, const ModelConfig& config) {
       map_tensors(config, [&](const LogicalName& name, const TensorSpec& spec) { return names.forms(name, spec); });
   map.first_ignored_layer = config.num_layers();
   map.layer_prefix = "blk.";
-  map.ignored_suffixes = {"rope_freqs.weight"};  // read with the configuration
+  // Read with the configuration.
+  map.ignored_suffixes = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"};
   return map;
 }
 

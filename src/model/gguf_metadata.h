@@ -4,6 +4,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "coterie/error.h"
 #include "io/gguf.h"
@@ -25,6 +26,13 @@ class GgufMetadata {
   std::optional<bool> boolean(const std::string& key) const { return get<bool>(key, "true or false"); }
   std::optional<double> number(const std::string& key) const { return get<double>(key, "a number"); }
   std::optional<std::string> text(const std::string& key) const { return get<std::string>(key, "a string"); }
+  // Empty where there is none.
+  std::vector<int64_t> integers(const std::string& key) const {
+    return get<std::vector<int64_t>>(key, "a list of whole numbers").value_or(std::vector<int64_t>());
+  }
+  std::vector<std::string> texts(const std::string& key) const {
+    return get<std::vector<std::string>>(key, "a list of strings").value_or(std::vector<std::string>());
+  }
 
   int64_t required_integer(const std::string& key) const {
     const std::optional<int64_t> value = integer(key);

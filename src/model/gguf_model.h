@@ -10,7 +10,8 @@
 namespace coterie {
 
 // A metadata key of the architecture that we don't know is refused, since it could change the result.
-// InvalidArgument "FILE: KEY: what". The output is tied to the embeddings when the file has no output.weight.
+// InvalidArgument "FILE: KEY: what". The output is tied to the embeddings when the file has no output.weight. Which
+// tokens end a text, gguf_end_tokens.h says.
 ModelConfig config_from_gguf(const GgufSource& file);
 
 // Where the file keeps the tensors of its model. The converter reorders the rows of every q and k head of some

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "io/test_files.h"
 #include "io/test_gguf.h"
@@ -153,6 +154,48 @@ TEST_F(GgufModelTest, WhatTheTensorsSayIsRead) {
             (std::vector<float>{0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11}));
 }
 
+// A list of ids or of texts.
+template <typename T>
+std::string list_value(const std::string& key, uint32_t type, const std::vector<T>& entries) {
+  std::string out = str(key) + le(kArray) + le(type) + le(uint64_t{entries.size()});
+  for (const T& entry : entries) {
+    if constexpr (std::is_same_v<T, std::string>) {
+      out += str(entry);
+    } else {
+      out += le(entry);
+    }
+  }
+  return out;
+}
+
+TEST_F(GgufModelTest, EndTokensAreThoseOfTheMetadataAndThoseKnownByTheirText) {
+  const auto ends = [&](const std::vector<std::string>& entries) {
+    Values values = good_values();
+    for (const std::string& entry : entries) values.emplace_back("", entry);
+    return config_from_gguf(GgufSource(write_file(values, good_tensors()))).eos_token_ids;
+  };
+  using Texts = std::vector<std::string>;
+  const auto vocabulary = [&](const Texts& texts, const std::vector<int32_t>& types) {
+    return ends(
+        {list_value("tokenizer.ggml.tokens", kString, texts), list_value("tokenizer.ggml.token_type", kInt32, types)});
+  };
+  using Ids = std::vector<int64_t>;
+  EXPECT_EQ(ends({value("tokenizer.ggml.eom_token_id", kUint32, 3u), value("tokenizer.ggml.eot_token_id", kUint32, 4u),
+                  list_value<uint32_t>("tokenizer.ggml.eos_token_ids", kUint32, {2, 1, 4})}),
+            (Ids{2, 4, 3, 1}));
+  EXPECT_EQ(vocabulary({"<|im_end|>", "<|endoftext|>", "</s>", "a", "<|eot_id|>"}, {3, 3, 3, 1, 3}), (Ids{2, 0, 1, 4}));
+  EXPECT_EQ(vocabulary({"<|im_end|>", "<|end|>", "</s>", "<|eot_id|>"}, {1, 3, 3, 4}), (Ids{2, 1})) << "not control";
+  EXPECT_EQ(vocabulary({"<|return|>", "<|end|>", "<|endoftext|>", "<|call|>"}, {3, 3, 3, 3}), (Ids{2, 0, 3}))
+      << "of gpt-oss";
+  EXPECT_EQ(vocabulary({"<\xef\xbd\x9c"
+                        "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>"},
+                       {3}),
+            (Ids{2, 0}));
+  EXPECT_EQ(vocabulary({"<|im_end|>", "<|endoftext|>"}, {3}), (Ids{2, 0})) << "fewer types than tokens";
+  EXPECT_EQ(refusal(with("tokenizer.ggml.eos_token_ids", 3)),
+            ": tokenizer.ggml.eos_token_ids: is not a list of whole numbers");
+}
+
 TEST_F(GgufModelTest, TensorsLieUnderTheirLogicalNamesWithQueryAndKeyRowsTurnedBack) {
   const GgufSource file(write_file(good_values(), good_tensors()));
   const ModelConfig config = config_from_gguf(file);
@@ -164,6 +207,20 @@ TEST_F(GgufModelTest, TensorsLieUnderTheirLogicalNamesWithQueryAndKeyRowsTurnedB
   EXPECT_EQ(file_rows(reader, "model.layers.0.mlp.up.weight"), (std::vector<int>{0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5}));
   EXPECT_EQ(file_rows(reader, "model.embed_tokens.weight"), (std::vector<int>{0, 1, 2, 3, 4}));
   EXPECT_EQ(reader.read("model.norm.weight"), (std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7}));
+}
+
+TEST_F(GgufModelTest, FactorsByLengthAreRead) {
+  Values values = with("llama.rope.scaling.original_context_length", 32);
+  values.emplace_back("", value("llama.rope.scaling.attn_factor", kFloat32, 1.25f));
+  std::vector<Tensor> tensors = good_tensors();
+  tensors.push_back({"rope_factors_short.weight", 3, 0});
+  EXPECT_EQ(refusal(values, tensors), ": rope_factors_long.weight: is missing");
+  tensors.push_back({"rope_factors_long.weight", 2, 0});
+  EXPECT_EQ(refusal(values, tensors), ": rope_factors_long.weight: 2 factors, not 3");
+  tensors.back().rows = 3;
+  EXPECT_EQ(refusal(values, tensors), ": rope_scaling.short_factor: 0.0 is not positive");  // what the test writes
+  values.emplace_back("", text_value("llama.rope.scaling.type", "yarn"));
+  EXPECT_EQ(refusal(values, tensors), ": llama.rope.scaling.type: 'yarn' does not go with rope_factors_long.weight");
 }
 
 TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
@@ -185,8 +242,6 @@ TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
       " (supported: llama, qwen2, qwen3, qwen2moe, qwen3moe, olmoe, granitemoe, phimoe, glm4moe, deepseek2, gpt-oss)";
   const Case cases[] = {
       {text("general.architecture", "gemma\n"), R"(: general.architecture: 'gemma\x0a' is not supported)" + known},
-      {with("split.count", uint32_t{3}),
-       ": split.count: one of 3 files of a model; join them first (llama-gguf-split --merge)"},
       {without("general.architecture"), ": general.architecture: '' is not supported" + known},
       {with("general.architecture", 3), ": general.architecture: is not a string"},
       {without("llama.embedding_length"), ": llama.embedding_length: is missing"},

@@ -120,6 +120,10 @@ std::optional<CodedTensor> QuantizedSource::codes(const std::string& name) const
   return tensor;
 }
 
+void QuantizedSource::check_readable(const std::string& name) const {
+  if (!matrices_.contains(name)) rest_.check_readable(name);
+}
+
 void QuantizedSource::read(const std::string& name, float* out) const {
   const auto matrix = matrices_.find(name);
   if (matrix == matrices_.end()) return rest_.read(name, out);

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "coterie/error.h"
 #include "io/test_files.h"
 #include "kernels/kernel_table.h"
 #include "model/stored_model.h"
@@ -80,10 +81,12 @@ TEST_F(WeightMoverTest, GoesWithoutAFileWhereADirectoryStands) {
   NativeThreadPool pool(1);
   write_random_model(directory(), small_config());
   const StoredModel model(directory().string());
-  const WeightCache cache = weight_cache(directory().string(), "int4");
+  WeightCache cache = weight_cache(directory().string(), "int4");
   std::filesystem::create_directories(std::filesystem::path(cache.path) / "inside");
   const ModelWeights weights = load_weights(small_config(), model.tensors(), weight_types("int4"), pool, cache);
   EXPECT_EQ(dynamic_cast<const FileStore*>(weights.store.get()), nullptr);
+  cache.required = true;
+  EXPECT_THROW(load_weights(small_config(), model.tensors(), weight_types("int4"), pool, cache), InvalidArgument);
 }
 
 TEST_F(WeightMoverTest, LeavesNothingOfProcessesThatWereKilled) {

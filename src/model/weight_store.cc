@@ -12,6 +12,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "coterie/error.h"
+#include "io/gguf_parts.h"
 #include "kernels/kernel_table.h"
 
 namespace coterie {
@@ -36,7 +37,9 @@ nlohmann::json sources_of(const fs::path& model) {
     }
     std::ranges::sort(files);
   } else {
-    files.push_back(model);
+    for (const std::string& part : gguf_parts(model.string())) {
+      if (fs::exists(part)) files.emplace_back(part);
+    }
   }
   nlohmann::json sources = nlohmann::json::array();
   for (const fs::path& file : files) {
@@ -58,6 +61,15 @@ void remove_leftovers(const fs::path& path) {
   }
 }
 
+// Without the file a start packs anew, into memory; a model that is to stay mapped might not fit there.
+void not_kept(const WeightCache& cache, const std::exception& why) {
+  if (cache.required) {
+    throw InvalidArgument(cache.path +
+                          ": the weights are to stay mapped from this file, which cannot be written: " + why.what());
+  }
+  log_info(std::string("weights: not kept: ") + why.what());
+}
+
 bool write_file(const WeightCache& cache, const std::function<void(WeightStore&)>& pack) {
   const std::string own = cache.path + "." + std::to_string(getpid());  // others may be at it, too
   try {
@@ -69,14 +81,14 @@ bool write_file(const WeightCache& cache, const std::function<void(WeightStore&)
     fs::rename(own, cache.path);
     return true;
   } catch (const ResourceExhausted& error) {
-    log_info(std::string("weights: not kept: ") + error.what());
+    not_kept(cache, error);
   } catch (const fs::filesystem_error& error) {  // something else stands where the file belongs
-    log_info(std::string("weights: not kept: ") + error.what());
     std::error_code ignored;
     fs::remove(own, ignored);
+    not_kept(cache, error);
   } catch (const InvalidArgument& error) {
     if (access(fs::path(cache.path).parent_path().c_str(), W_OK) == 0) throw;  // it was the model's fault
-    log_info(std::string("weights: not kept: ") + error.what());
+    not_kept(cache, error);
   }
   return false;
 }

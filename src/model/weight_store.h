@@ -64,13 +64,15 @@ struct WeightCache {
   std::string path;         // empty: none
   std::string description;  // of what is in it, and of the files that it was made from
   bool verified = true;     // compare the hashes of its blocks, which reads all of it
+  bool required = false;    // the weights are to stay in it, mapped
 };
 
 // Beside the model at `model_path` (a directory or a file): one file for each combination of types and layout of
 // panels.
 WeightCache weight_cache(const std::string& model_path, const std::string& types);
 
-// The file, mapped, as a store; made by `pack` when it is missing, stale or damaged. Null when it cannot be written.
+// The file, mapped, as a store; made by `pack` when it is missing, stale or damaged. When it cannot be written,
+// null, or where it is required InvalidArgument.
 std::unique_ptr<WeightStore> cached_weights(const WeightCache& cache, const std::function<void(WeightStore&)>& pack,
                                             ThreadPool& pool);
 

@@ -26,7 +26,7 @@ FrequencyPenalty = Annotated[float, typer.Option(help="The same, with every time
 Seed = Annotated[int | None, typer.Option(help="Equal seeds give equal text; left out, one is drawn.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 
-DType = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, int8, int4, int4_64; auto: the file's.")]
+DType = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, int8, int8a16, int4, int4_64; auto: the file's.")]
 AttentionDType = Annotated[str, typer.Option(help="Of attention's projections, where it differs from --dtype.")]
 HeadDType = Annotated[str, typer.Option(help="Of the head, where it differs from --dtype.")]
 WeightCache = Annotated[
