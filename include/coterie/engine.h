@@ -42,7 +42,7 @@ struct EngineOptions {
   int64_t block_size = 64;                // tokens of a block of the cache, which requests share as a whole: a multiple
                                           // of 16, at most 1024. Attention reads 64 at a time
   int64_t num_kv_blocks = 0;              // blocks of the cache; 0: by kv_cache_bytes
-  int64_t kv_cache_bytes = 0;             // taken as it is needed, for 2048 tokens (at most 256 MiB) at once; 0: a
+  int64_t kv_cache_bytes = 0;             // taken as it is needed, for 4096 tokens (at most 256 MiB) at once; 0: a
                                           // quarter of the memory that the process may use, at most what max_num_seqs
                                           // need, at least what one of max_model_len needs
   bool enable_prefix_caching = true;      // compute what requests begin with in common only once

@@ -15,7 +15,7 @@ int64_t bytes_of_layer(const ModelConfig& config, DType dtype, int64_t block_siz
 }
 
 // Of memory that is provided ahead of its use, at most.
-constexpr int64_t kProvidedTokens = 2048;  // as many as a step takes, unless it is told otherwise
+constexpr int64_t kProvidedTokens = 4096;
 constexpr size_t kProvidedBytes = size_t{256} << 20;
 
 constexpr KvCache::Prefix kRootOfLength = KvCache::Prefix{1} << 63;  // published chains are counted from 1

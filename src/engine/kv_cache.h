@@ -41,7 +41,7 @@ class KvCache {
   // Of all layers.
   static int64_t block_bytes(const ModelConfig& config, DType dtype, int64_t block_size);
 
-  // From now on, has memory for the next 2048 tokens, at most 256 MiB, ready before they come: it is provided while
+  // From now on, has memory for the next 4096 tokens, at most 256 MiB, ready before they come: it is provided while
   // nobody holds a block.
   void provide_memory();
 
