@@ -27,7 +27,7 @@ struct EngineOptions {
   std::string dtype = "auto";             // of the weights: "fp32", "bf16", "int8", "int8a16", "int4" or "int4_64";
                                           // "auto": as the file was quantized, else fp32 where most of it is, else bf16
   std::string attention_dtype = "";       // of attention's projections where it differs from dtype
-  std::string head_dtype = "";            // of the head likewise
+  std::string head_dtype = "";            // of the head and the embedding likewise
   bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)
   bool mmap = false;                      // leave the weights in that file, mapped: less memory, runs slower; those
                                           // of more than three quarters of memory stay there anyway

@@ -41,6 +41,10 @@ class PackedMatrix {
   // The same in compact panels, in memory as above, or nothing where they cannot be.
   std::optional<PackedMatrix> compacted(ThreadPool& pool, AlignedBuffer panels = {}) const;
 
+  // Row n in fp32, as products see it, into out_K. Not of gated ones. One element after the other: it is for a few rows
+  // at a time, as those of embeddings are.
+  void read_row(int64_t n, float* out_K) const;
+
   // The same panels have moved there; their memory belongs to somebody else.
   void point_to(const void* panels);
 

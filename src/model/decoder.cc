@@ -73,11 +73,10 @@ const float* Decoder::forward(const Batch& batch, RoutingTrace* trace) {
 
 void Decoder::embed(const Batch& batch) {
   const int64_t D = config_.hidden_size;
-  const size_t row_bytes = D * dtype_size(weights_.dtype);
+  const PackedMatrix& embedding_VD = weights_.embedding();
   parallel_rows(batch.num_tokens(), D, pool_, [&](int64_t t) {
     float* x_D = x_TD_.as<float>() + t * D;
-    const char* row = weights_.embedding_VD.as<char>() + batch.token_ids_T[t] * row_bytes;
-    convert_to_float(row, weights_.dtype, x_D, D);
+    embedding_VD.read_row(batch.token_ids_T[t], x_D);
     if (config_.embedding_multiplier != 1) scale(config_.embedding_multiplier, x_D, D);
     if (config_.positions != PositionKind::kLearned) return;
     const float* position_D = weights_.positions_PD.data() + batch.positions_T[t] * D;

@@ -19,8 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr char kEmbedding[] = "model.embed_tokens.weight", kHead[] = "lm_head.weight";
-
 std::vector<char> bytes_of(const void* data, size_t size) {
   const auto* start = static_cast<const char*>(data);
   return {start, start + size};
@@ -100,13 +98,12 @@ class TensorEncoder {
   TensorEncoder(const LogicalReader& reader, const WeightTypes& types, ThreadPool& pool, ShardWriter& out)
       : reader_(reader), types_(types), pool_(pool), out_(out) {}
 
-  // The logical tensor, which the source has under the name `from`.
-  void encode(const TensorSpec& spec, const std::string& from) const {
+  void encode(const TensorSpec& spec) const {
     const PanelType type = type_of_tensor(types_, spec.name);
-    if (is_quantized(type) && reader_.codes_type(from) == codes_name(PanelType::kMxfp4)) {
-      if (const std::optional<CodedTensor> stored = reader_.read_codes(from)) return add_mxfp4(spec, *stored);
+    if (is_quantized(type) && reader_.codes_type(spec.name) == codes_name(PanelType::kMxfp4)) {
+      if (const std::optional<CodedTensor> stored = reader_.read_codes(spec.name)) return add_mxfp4(spec, *stored);
     }
-    const std::vector<float> values = reader_.read(from);
+    const std::vector<float> values = reader_.read(spec.name);
     if (is_quantized(type)) {
       const int64_t cols = spec.shape.back();
       add_matrix(spec, QuantizedMatrix(row_major(values.data(), spec.num_elements() / cols, cols), type, pool_).view());
@@ -142,9 +139,8 @@ class TensorEncoder {
   }
 
   void add_plain(const TensorSpec& spec, const std::vector<float>& values, PanelType type) const {
-    const bool rounds = spec.name == kEmbedding || type == PanelType::kBF16;
     const bool fits = std::ranges::all_of(values, [](float v) { return to_float(to_bfloat16(v)) == v; });
-    const DType dtype = rounds || fits ? DType::kBF16 : DType::kF32;
+    const DType dtype = type == PanelType::kBF16 || fits ? DType::kBF16 : DType::kF32;
     std::vector<char> bytes(values.size() * dtype_size(dtype));
     convert_from_float(values.data(), dtype, bytes.data(), values.size());
     out_.add(spec.name, spec.shape, dtype, std::move(bytes));
@@ -196,20 +192,18 @@ void quantize_model(const std::string& source, const std::string& out_dir, const
   const WeightTypes types = checked_types(options);
   const StoredModel model(source);
   make_directory(out_dir);
-  ModelConfig config = model.config();
-  const bool tied = std::exchange(config.tie_word_embeddings, false);
-  const std::vector<TensorSpec> tensors = logical_tensors(config);
+  const std::vector<TensorSpec> tensors = logical_tensors(model.config());
   int64_t done = 0, total = 0;
   for (const TensorSpec& spec : tensors) total += spec.num_elements();
   ShardWriter out(out_dir, options.shard_bytes);
   const TensorEncoder encoder(model.tensors(), types, pool, out);
   for (const TensorSpec& spec : tensors) {
-    encoder.encode(spec, tied && spec.name == kHead ? kEmbedding : spec.name);
+    encoder.encode(spec);
     done += spec.num_elements();
     if (progress) progress(done, total);
   }
   out.commit();
-  write_text_file((fs::path(out_dir) / "config.json").string(), config_json(config, types).dump(2) + "\n");
+  write_text_file((fs::path(out_dir) / "config.json").string(), config_json(model.config(), types).dump(2) + "\n");
 }
 
 }  // namespace coterie

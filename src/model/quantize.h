@@ -23,9 +23,8 @@ using QuantizeProgress = std::function<void(int64_t done, int64_t total)>;
 // Reads any model that we support and writes it to out_dir (made when absent) as a CoterieForCausalLM whose config.json
 // has "quantization_config": {"quant_method": "coterie", "dtype", "attention_dtype", "head_dtype"}. Matrices of these
 // types are stored as model/quantized_source.h has them, experts that lie in MXFP4 as they are, and everything else in
-// bf16 where that loses nothing, or else in fp32; embeddings in bf16, as a quantized model has them in memory, and a
-// head of its own beside them. Loading it gives, bit for bit, what loading the source with the same options gives.
-// In memory are one tensor and one file.
+// bf16 where that loses nothing, or else in fp32. Loading it gives, bit for bit, what loading the source with the same
+// options gives. In memory are one tensor and one file.
 //
 // InvalidArgument for another dtype, and for an out_dir that holds a model already.
 void quantize_model(const std::string& source, const std::string& out_dir, const QuantizeOptions& options,

@@ -38,8 +38,6 @@ bool WeightMover::move_if_ready() {
   visit_matrices(weights_, [&](PackedMatrix& matrix) {
     if (matrix.data()) matrix.point_to(moved(matrix.data()));
   });
-  const AlignedBuffer& embedding = weights_.embedding_VD;
-  weights_.embedding_VD = AlignedBuffer::borrowed(const_cast<char*>(moved(embedding.data())), embedding.size());
   file_.use(std::move(copy_));
   return true;
 }

@@ -24,7 +24,6 @@ class WeightMoverTest : public TemporaryDirectoryTest {};
 std::vector<std::string> panels_of(ModelWeights& weights) {
   std::vector<std::string> panels;
   visit_matrices(weights, [&](PackedMatrix& m) { panels.emplace_back(static_cast<const char*>(m.data()), m.bytes()); });
-  panels.emplace_back(weights.embedding_VD.as<char>(), weights.embedding_VD.size());
   return panels;
 }
 

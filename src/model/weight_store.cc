@@ -22,8 +22,8 @@ namespace fs = std::filesystem;
 
 constexpr size_t kSlabBytes = size_t{64} << 20;
 constexpr size_t kAlignment = 64;
-// Raised with every change of what panels look like.
-constexpr int kPanelVersion = 3;
+// Raised with every change of what panels look like, and of what lies in them.
+constexpr int kPanelVersion = 4;
 constexpr std::string_view kSuffix = ".coterie";
 
 // Name, size and time of change of every file that a model may be read from.

@@ -27,7 +27,7 @@ PanelType type_of_tensor(const WeightTypes& types, const std::string& name) {
   const LogicalName logical(name);
   const std::string& module = logical.module;
   if (logical.kind != "weight") return PanelType::kF32;
-  if (module == "lm_head") return types.head;
+  if (module == "lm_head" || module == "model.embed_tokens") return types.head;
   if (module.starts_with("mlp.") || module.starts_with("experts.")) return types.experts;
   const bool projection = module.starts_with("attention.") && module.ends_with("_proj");
   return projection && module != "attention.kv_b_proj" ? types.attention : PanelType::kF32;

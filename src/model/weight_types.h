@@ -12,17 +12,17 @@ namespace coterie {
 struct WeightTypes {
   PanelType experts = PanelType::kF32;    // and MLPs
   PanelType attention = PanelType::kF32;  // projections
-  PanelType head = PanelType::kF32;
+  PanelType head = PanelType::kF32;       // and embedding, one matrix where they are tied
 
-  // Of the embedding, and of a KV cache that is not in few bits.
+  // Of a KV cache that is not in few bits.
   DType dtype() const { return experts == PanelType::kF32 ? DType::kF32 : DType::kBF16; }
   // "int4", or "int4, attention int8, head int8" where they differ.
   std::string description() const;
 };
 
-// The type that a logical tensor (tensors.h) is rounded to: a matrix of experts, MLPs, attention or the head. kF32 for
-// everything else, which is not rounded; also for kv_b_proj of latent attention, which is only cut up and turned when
-// it is loaded, and then rounded.
+// The type that a logical tensor (tensors.h) is rounded to: a matrix of experts, MLPs, attention, the head or the
+// embedding. kF32 for everything else, which is not rounded; also for kv_b_proj of latent attention, which is only cut
+// up and turned when it is loaded, and then rounded.
 PanelType type_of_tensor(const WeightTypes& types, const std::string& name);
 
 // "fp32", "bf16", "int8", "int8a16", "int4" (groups of 32), "int4_64" (groups of 64), "mxfp4"; see panels.h.

@@ -63,14 +63,15 @@ class WeightLoader {
     const int64_t V = config_.vocab_size, D = config_.hidden_size;
     const std::string embedding_name = "model.embed_tokens.weight";
     ModelWeights w;
-    w.dtype = types_.dtype();
-    w.embedding_VD = store_.block(embedding_name, V * D * dtype_size(w.dtype), [&](AlignedBuffer memory) {
-      convert_from_float(read(embedding_name).data(), w.dtype, memory.data(), V * D);
-    });
+    const bool tied = config_.tie_word_embeddings;
+    if (!tied) {
+      Rows embedding = rows(embedding_name, types_.head);
+      w.embedding_VD = packed(embedding_name, embedding, 0, {types_.head, V, D});
+    }
     w.positions_PD = read_if_there("model.embed_positions.weight");
     for (int64_t n = 0; n < config_.num_layers(); ++n) w.layers.push_back(layer(n));
     w.norm = norm("model.norm");
-    Rows head = rows(config_.tie_word_embeddings ? embedding_name : "lm_head.weight", types_.head);
+    Rows head = rows(tied ? embedding_name : "lm_head.weight", types_.head);
     w.head = {packed("lm_head.weight", head, 0, {types_.head, V, D}), read_if_there("lm_head.bias")};
     return w;
   }
@@ -266,6 +267,7 @@ void visit_matrices(ModelWeights& weights, const std::function<void(PackedMatrix
       for (PackedMatrix& matrix : *matrices) visit(matrix);
     }
   }
+  visit(weights.embedding_VD);
   visit(weights.head.weight_NK);
 }
 

@@ -7,7 +7,6 @@
 #include <memory>
 #include <vector>
 
-#include "base/dtype.h"
 #include "base/memory.h"
 #include "base/thread_pool.h"
 #include "kernels/gemm.h"
@@ -59,12 +58,13 @@ struct LayerWeights {
 
 struct ModelWeights {
   std::unique_ptr<WeightStore> store;  // holds the matrices
-  DType dtype = DType::kF32;
-  AlignedBuffer embedding_VD;       // of dtype
-  std::vector<float> positions_PD;  // learned ones, or empty
+  PackedMatrix embedding_VD;           // empty where it is tied to the head
+  std::vector<float> positions_PD;     // learned ones, or empty
   std::vector<LayerWeights> layers;
   NormWeights norm;
   LinearWeights head;  // [V, D]
+
+  const PackedMatrix& embedding() const { return embedding_VD.data() ? embedding_VD : head.weight_NK; }
 };
 
 // Calls visit(PackedMatrix&) for every matrix.

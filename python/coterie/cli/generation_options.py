@@ -28,7 +28,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 
 DType = Annotated[str, typer.Option(help="Of the weights: fp32, bf16, int8, int8a16, int4, int4_64; auto: the file's.")]
 AttentionDType = Annotated[str, typer.Option(help="Of attention's projections, where it differs from --dtype.")]
-HeadDType = Annotated[str, typer.Option(help="Of the head, where it differs from --dtype.")]
+HeadDType = Annotated[str, typer.Option(help="Of the head and the embedding, where it differs from --dtype.")]
 WeightCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep packed weights in a file beside the model, for the next start.")
 ]
