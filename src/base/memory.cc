@@ -21,15 +21,18 @@ namespace {
 constexpr size_t kCacheLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
 
+constexpr size_t alignment(size_t bytes) { return bytes >= kHugePage ? kHugePage : kCacheLine; }
+
 }  // namespace
 
 AlignedBuffer::AlignedBuffer(size_t bytes) : size_(bytes) {
   if (bytes == 0) return;
-  const size_t unit = bytes >= kHugePage ? kHugePage : kCacheLine;
-  data_ = std::aligned_alloc(unit, round_up(bytes, unit));
+  data_ = std::aligned_alloc(alignment(bytes), footprint(bytes));
   if (!data_) throw ResourceExhausted("no memory for a buffer of " + std::to_string(bytes) + " bytes");
-  if (unit == kHugePage) madvise(data_, round_up(bytes, unit), MADV_HUGEPAGE);  // a hint: failure is harmless
+  if (bytes >= kHugePage) madvise(data_, footprint(bytes), MADV_HUGEPAGE);  // a hint: failure is harmless
 }
+
+size_t AlignedBuffer::footprint(size_t bytes) { return round_up(bytes, alignment(bytes)); }
 
 AlignedBuffer AlignedBuffer::borrowed(void* data, size_t bytes) {
   AlignedBuffer buffer;

@@ -14,6 +14,8 @@ class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t bytes);  // ResourceExhausted when there is no memory
+  // Bytes that are taken for a buffer of so many.
+  static size_t footprint(size_t bytes);
   // Somebody else's memory, of any alignment, which must outlive the buffer.
   static AlignedBuffer borrowed(void* data, size_t bytes);
   ~AlignedBuffer();

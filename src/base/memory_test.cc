@@ -20,6 +20,8 @@ TEST(AlignedBuffer, Alignment) {
   EXPECT_EQ(reinterpret_cast<uintptr_t>(small.data()) % 64, 0u);
   EXPECT_EQ(reinterpret_cast<uintptr_t>(large.data()) % (size_t{2} << 20), 0u);
   EXPECT_EQ(large.size(), size_t{5} << 20);
+  EXPECT_EQ(AlignedBuffer::footprint(100), 128u);
+  EXPECT_EQ(AlignedBuffer::footprint(large.size()), size_t{6} << 20);
   EXPECT_EQ(empty.data(), nullptr);
 }
 

@@ -25,13 +25,17 @@ constexpr KvCache::Prefix kRootOfLength = KvCache::Prefix{1} << 63;  // publishe
 KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int64_t max_blocks, bool keep_released)
     : dtype_(dtype),
       block_size_(block_size),
-      slab_blocks_(std::max<int64_t>(1, kSlabTokens / block_size)),
       num_layers_(config.num_layers()),
       layer_bytes_(bytes_of_layer(config, dtype, block_size)),
+      slab_blocks_(blocks_of_slab(std::max<int64_t>(1, kSlabTokens / block_size))),
       has_values_(config.cache_value_dim() > 0),
       rope_scaling_(config.rope_scaling),
       max_blocks_(max_blocks),
       keep_released_(keep_released) {}
+
+int64_t KvCache::blocks_of_slab(int64_t least) const {
+  return static_cast<int64_t>(AlignedBuffer::footprint(slab_bytes(least)) / slab_bytes(1));
+}
 
 int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {
   return config.num_layers() * bytes_of_layer(config, dtype, block_size);

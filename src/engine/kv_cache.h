@@ -34,7 +34,8 @@ class KvCache {
     Prefix prefix = kEmptyPrefix;  // of the chain that ends with the block
   };
 
-  // Memory is taken as blocks are first used, in slabs of kSlabTokens, up to max_blocks. Unless keep_released, blocks
+  // Memory is taken as blocks are first used, in slabs of kSlabTokens and what else their pages hold, up to max_blocks.
+  // Unless keep_released, blocks
   // that nobody holds are forgotten at once.
   KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int64_t max_blocks, bool keep_released = true);
 
@@ -72,7 +73,7 @@ class KvCache {
   int64_t num_free() const { return max_blocks_ - num_held_; }
 
  private:
-  static constexpr int64_t kSlabTokens = 512;
+  static constexpr int64_t kSlabTokens = 1024;
 
   struct Key {
     Prefix before = kEmptyPrefix;
@@ -91,14 +92,16 @@ class KvCache {
   };
 
   size_t slab_bytes(int64_t num_blocks) const { return static_cast<size_t>(num_blocks * num_layers_ * layer_bytes_); }
+  int64_t blocks_of_slab(int64_t least) const;  // as many as its pages hold
   void add_slab();
   void count_held(int64_t change);
   void forget(int32_t block);
 
   DType dtype_;
-  int64_t block_size_, slab_blocks_;
+  int64_t block_size_;
   int64_t num_layers_;
   int64_t layer_bytes_;  // of one block
+  int64_t slab_blocks_;
   bool has_values_;
   RopeScaling rope_scaling_;
   int64_t max_blocks_;

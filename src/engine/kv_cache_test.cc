@@ -18,11 +18,12 @@ TEST(KvCache, BlocksDoNotOverlapAndReturnToThePool) {
   const ModelConfig config = small_config();
   const int64_t layer_bytes =
       KvBlock(DType::kBF16, kBlockSize, config.num_kv_heads, config.head_dim, config.head_dim).bytes();
-  KvCache cache(config, DType::kBF16, kBlockSize, 70);  // more than two slabs
+  constexpr int kBlocks = 150;  // more than two slabs
+  KvCache cache(config, DType::kBF16, kBlockSize, kBlocks);
   cache.provide_memory();
   std::vector<int32_t> blocks;
-  for (int i = 0; i < 70; ++i) blocks.push_back(cache.allocate());
-  EXPECT_EQ(std::set<int32_t>(blocks.begin(), blocks.end()).size(), 70u);
+  for (int i = 0; i < kBlocks; ++i) blocks.push_back(cache.allocate());
+  EXPECT_EQ(std::set<int32_t>(blocks.begin(), blocks.end()).size(), size_t{kBlocks});
   EXPECT_EQ(cache.num_free(), 0);
   EXPECT_THROW(cache.allocate(), ResourceExhausted);
 
