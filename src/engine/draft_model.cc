@@ -43,7 +43,7 @@ DraftModel::DraftModel(const EngineOptions& options, const EngineSettings& setti
     : config_(model.config()),
       pool_(pool),
       weights_(load_weights(config_, model.tensors(), settings.types, pool,
-                            engine_weight_cache(options, settings, config_, options.draft_model))),
+                            engine_weight_cache(options, settings, model, options.draft_model))),
       weight_mover_(make_weight_mover(options, weights_)),
       decoder_(config_, weights_, pool),
       cache_(config_, settings.kv_cache_dtype, settings.block_size, settings.num_kv_blocks, false),

@@ -43,7 +43,7 @@ class EngineImpl : public Engine {
         settings_(engine_settings(options, model)),
         pool_(settings_.threads),
         weights_(load_weights(config_, model.tensors(), settings_.types, pool_,
-                              engine_weight_cache(options, settings_, config_, path))),
+                              engine_weight_cache(options, settings_, model, path))),
         expert_cache_(make_expert_cache(options, weights_)),
         weight_mover_(make_weight_mover(options, weights_)),
         decoder_(config_, weights_, pool_, expert_cache_.get()),

@@ -29,11 +29,12 @@ std::vector<ScheduledChunk> Scheduler::schedule() {
   bool closed = false;  // to those who wait: one of them did not fit
   for (Sequence* sequence : prefilling()) {
     if (stalled && stalled->before(*sequence)) break;
-    const bool waits = !is_running(*sequence);
-    if (waits && (closed || waits_for_blocks(*sequence))) continue;
+    const bool waits = !is_running(*sequence), begins = sequence->num_computed() == 0;
+    if ((waits && closed) || (begins && waits_for_blocks(*sequence))) continue;
     if (!take_budget(*sequence)) break;
     if (waits) closed = (first_preempted_ && first_preempted_->before(*sequence)) || !admit(*sequence);
     if (waits && closed) continue;
+    if (begins && !waits) sequence->adopt_cached_blocks();  // it has outgrown the original context
     const int64_t num_tokens = std::min(budget_, sequence->num_pending());
     if (!make_room(*sequence, num_tokens)) break;
     add_chunk(*sequence, num_tokens);

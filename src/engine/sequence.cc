@@ -66,7 +66,6 @@ void Sequence::computed(int64_t num_tokens) {
   if (this->num_tokens() <= cache_.longest_alike(start_length_)) return;
   start_length_ = this->num_tokens();
   drop_blocks();
-  adopt_cached_blocks();
 }
 
 void Sequence::drop_blocks() {

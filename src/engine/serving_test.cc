@@ -180,6 +180,25 @@ TEST_F(ServingTest, WhoOutgrowsTheOriginalContextIsComputedAnew) {
   }
 }
 
+// Completions that outgrow the original context together share what they begin with, as they did before: the first one
+// computes it, the others wait for that.
+TEST_F(ServingTest, WhoOutgrowTheOriginalContextTogetherShareBlocks) {
+  const auto most_held_blocks = [&](const ModelConfig& config) {
+    write_random_model(directory(), config);
+    const auto engine = load({});
+    Request request = {tokens(46), {.max_new_tokens = 20}};
+    request.sampling.n = 6, request.sampling.temperature = 1.0f, request.sampling.seed = 3;
+    engine->add_request(request);
+    int64_t most = 0;
+    while (engine->has_unfinished()) {
+      engine->step();
+      most = std::max(most, engine->stats().num_kv_blocks - engine->stats().num_free_kv_blocks);
+    }
+    return most;
+  };
+  EXPECT_EQ(most_held_blocks(longrope_config()), most_held_blocks(small_config()));
+}
+
 // The draft model is the model itself, slightly off, so that it is right often and wrong often.
 TEST_F(ServingTest, SpeculationChangesNothing) {
   const std::filesystem::path draft = directory() / "draft";

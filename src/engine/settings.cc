@@ -50,12 +50,6 @@ int64_t quarter_of_memory() { return available_memory() / 4; }
 // Of weights; a quarter is left to keys and values.
 int64_t most_in_memory() { return available_memory() / 4 * 3; }
 
-// About what the weights take.
-int64_t packed_bytes(const ModelConfig& config, const WeightTypes& types) {
-  constexpr int64_t kSome = 1024;  // elements of a column
-  return config.num_parameters() / kSome * b_panel_units(types.experts, kSome, 1) * int64_t{sizeof(uint32_t)};
-}
-
 FileStore* file_of(const ModelWeights& weights) { return dynamic_cast<FileStore*>(weights.store.get()); }
 
 int64_t kv_blocks(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config) {
@@ -131,17 +125,17 @@ EngineSettings engine_settings(const EngineOptions& options, const StoredModel& 
   return settings;
 }
 
-WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config,
+WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const StoredModel& model,
                                 const std::string& path) {
   if (options.mmap && !options.weight_cache) {
     throw InvalidArgument("mmap: what is mapped is the file of packed weights, which weight_cache turns off");
   }
   if (load_format(options.load_format) == LoadFormat::kDummy) return {};
-  const bool small = config.num_parameters() < kSmallModel;
+  const bool small = model.config().num_parameters() < kSmallModel;
   if (!options.mmap && (small || !options.weight_cache)) return {};
   WeightCache cache = weight_cache(path, settings.types.description());
   cache.verified = !options.mmap;
-  cache.required = options.mmap || packed_bytes(config, settings.types) > most_in_memory();
+  cache.required = options.mmap || packed_bytes(model.config(), model.tensors(), settings.types) > most_in_memory();
   return cache;
 }
 

@@ -43,7 +43,7 @@ LoadFormat load_format(const std::string& name);
 EngineSettings engine_settings(const EngineOptions& options, const StoredModel& model);
 
 // Where the packed weights of the model at `path` are kept, if anywhere.
-WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const ModelConfig& config,
+WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettings& settings, const StoredModel& model,
                                 const std::string& path);
 
 // Whether weights stay in the mapped file that they came from: where that was asked for, and where they are too many

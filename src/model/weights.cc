@@ -53,6 +53,12 @@ std::vector<float> contiguous(const ConstMatrix& fp32) {
   return values;
 }
 
+// Of the panels of a tensor. What lies in MXFP4 stays so: fewer bits would lose something, and more would be no better.
+PanelType panels_of(const LogicalReader& reader, const std::string& name, PanelType wanted) {
+  const bool mxfp4 = wanted != PanelType::kF32 && reader.codes_type(name) == codes_name(PanelType::kMxfp4);
+  return mxfp4 ? PanelType::kMxfp4 : wanted;
+}
+
 class WeightLoader {
  public:
   WeightLoader(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types, WeightStore& store,
@@ -132,16 +138,13 @@ class WeightLoader {
   }
 
   Rows rows(const std::string& name, PanelType wanted) const {
-    const std::string stored = reader_.codes_type(name);
-    // Of MXFP4, fewer bits would lose something, and more would be no better.
-    const bool mxfp4 = stored == codes_name(PanelType::kMxfp4) && wanted != PanelType::kF32;
-    const PanelType type = mxfp4 ? PanelType::kMxfp4 : wanted;
+    const PanelType type = panels_of(reader_, name, wanted);
     const auto read_codes = [this, name, type] {
       std::optional<CodedTensor> codes = reader_.read_codes(name);
       COTERIE_CHECK(codes, name + " does not lie in whole rows");
       return StoredCodes(std::move(*codes), type);
     };
-    return {type, stored == codes_name(type), Lazy<StoredCodes>(read_codes), tensor(name)};
+    return {type, reader_.codes_type(name) == codes_name(type), Lazy<StoredCodes>(read_codes), tensor(name)};
   }
 
   // Rows [first, first + shape.rows) under this name of the store. The type is that of the rows.
@@ -269,6 +272,18 @@ void visit_matrices(ModelWeights& weights, const std::function<void(PackedMatrix
   }
   visit(weights.embedding_VD);
   visit(weights.head.weight_NK);
+}
+
+int64_t packed_bytes(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types) {
+  size_t bytes = 0;
+  for (const TensorSpec& tensor : logical_tensors(config)) {
+    if (tensor.shape.size() < 2) continue;
+    const PanelType type = panels_of(reader, tensor.name, type_of_tensor(types, tensor.name));
+    const int64_t cols = tensor.shape.back();
+    const bool compact = type == PanelType::kBF16 && active_kernels().compact_pays;
+    bytes += PackedShape{type, tensor.num_elements() / cols, cols, false, compact}.bytes();
+  }
+  return static_cast<int64_t>(bytes);
 }
 
 ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types,

@@ -70,6 +70,9 @@ struct ModelWeights {
 // Calls visit(PackedMatrix&) for every matrix.
 void visit_matrices(ModelWeights& weights, const std::function<void(PackedMatrix&)>& visit);
 
+// What the matrices that load_weights() makes of these tensors take, or a little more.
+int64_t packed_bytes(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types);
+
 ModelWeights load_weights(const ModelConfig& config, const LogicalReader& reader, const WeightTypes& types,
                           ThreadPool& pool, const WeightCache& cache = {});
 
