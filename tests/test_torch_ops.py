@@ -234,6 +234,72 @@ def test_grouped_linear_equals_the_loop(transposed: bool, dtype: torch.dtype) ->
     assert actual["weight"].is_contiguous()  # in the layout of the parameter, without a copy
 
 
+def choice_inputs(dtype: torch.dtype = torch.float32, T: int = 37, K: int = 3) -> dict:
+    """Tokens with their choices in order, some of them of no expert."""
+    ids = expert_inputs("gated", T, K)["expert_ids"]
+    order, offset = OPS.dispatch(ids, E)
+    bias = leaf(E, INNER, seed=3, dtype=dtype)
+    return {"x": leaf(T, D, seed=1, dtype=dtype), "offset": offset, "bias": bias, "order": order}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_linear_gathers_tokens(transposed: bool, dtype: torch.dtype) -> None:
+    inputs = choice_inputs(dtype) | {"weight": grouped_inputs(transposed, dtype)["weight"]}
+
+    def ours(x, offset, weight, bias, order):
+        return OPS.grouped_linear(x, offset, weight.mT if transposed else weight, bias, order)
+
+    def of_copies(x, offset, weight, bias, order):
+        with functional.aten_ops():
+            return functional.grouped_linear(x[order // 3], offset, weight.mT if transposed else weight, bias)
+
+    actual = values_and_gradients(ours, inputs)
+    assert_close(actual, values_and_gradients(of_copies, in_fp64(inputs)), dtype)
+    assert actual["weight"].is_contiguous()
+    with functional.aten_ops():
+        weight = inputs["weight"].mT if transposed else inputs["weight"]
+        aten = functional.grouped_linear(**(inputs | {"weight": weight}))
+    assert_close({"out": aten}, {"out": actual["out"].double()}, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_combine_equals_a_weighted_sum(dtype: torch.dtype) -> None:
+    T, K = 37, 3
+    order = torch.randperm(T * K, generator=torch.Generator().manual_seed(4))
+    inputs = {"rows": leaf(T * K, D, seed=1, dtype=dtype), "order": order, "weights": leaf(T, K, seed=2)}
+
+    def loop(rows, order, weights):
+        out = [torch.zeros(D, dtype=rows.dtype)] * T
+        for row, choice in zip(rows, order.tolist(), strict=True):
+            out[choice // K] = out[choice // K] + weights.flatten()[choice] * row
+        return torch.stack(out)
+
+    expected = values_and_gradients(loop, in_fp64(inputs))
+    actual = values_and_gradients(OPS.combine, inputs)
+    assert actual["out"].dtype == torch.float32
+    assert_close(actual, expected, dtype)
+    with functional.aten_ops():
+        assert_close(values_and_gradients(functional.combine, inputs), expected, dtype)
+    only = values_and_gradients(OPS.combine, inputs | {"rows": inputs["rows"].detach()})
+    assert torch.equal(only["weights"], actual["weights"])
+
+
+def test_orders_are_refused_that_are_none() -> None:
+    x, offset, weight = torch.randn(4, D), torch.tensor([0, 8]), torch.randn(1, 5, D)
+    for order, why in (
+        (torch.arange(6), "order has 6 choices of 4 tokens"),
+        (torch.arange(8) + 1, "order has 8 at 7, and is no permutation of 8 choices"),
+        (torch.zeros(8, dtype=torch.int64), "order has 0 at 1, and is no permutation of 8 choices"),
+    ):
+        with pytest.raises(ValueError, match=f"^coterie::grouped_linear: {why}$"):
+            OPS.grouped_linear(x, offset, weight, None, order)
+        with pytest.raises(ValueError, match="^coterie::combine: order"):
+            OPS.combine(torch.randn(8, D), order, torch.randn(4, 2))
+    with pytest.raises(TypeError, match="^coterie::combine: order is Int, not Long$"):
+        OPS.combine(torch.randn(8, D), torch.arange(8).int(), torch.randn(4, 2))
+
+
 def test_dispatch_equals_a_stable_sort() -> None:
     ids = expert_inputs("gated")["expert_ids"]
     for form in (ids, ids.int(), ids[:0]):
@@ -264,7 +330,9 @@ def op_samples() -> dict:
         "head_cross_entropy_forward": (*bare_head, None, None, 1.0, 1.0, -100, [True, True]),
         "dispatch": (inputs["expert_ids"], E),
         "grouped_linear": tuple(grouped.values()),
-        "grouped_linear_backward": (torch.ones(30, INNER), *bare_grouped, [True, True, True]),
+        "grouped_linear_backward": (torch.ones(30, INNER), *bare_grouped, None, [True, True, True]),
+        "combine": (leaf(12, D, seed=1), torch.randperm(12), leaf(4, 3, seed=2)),
+        "combine_backward": (torch.ones(4, D), torch.ones(12, D), torch.randperm(12), torch.ones(4, 3), [True, True]),
     }
 
 

@@ -24,16 +24,19 @@ namespace coterie {
 
 // One product of a group. Exactly one of b and packed_b is given.
 struct GemmProblem {
-  ConstMatrix a = {};                      // [M, K], or the matrix that gather_M reads rows of
-  const uint32_t* quantized_a = nullptr;   // its rows as quantize_rows leaves them; a gives their shape alone
-  const int32_t* gather_M = nullptr;       // row i of A is a.row(gather_M[i]); a.rows counts the source rows
-  int64_t num_gathered = 0;                // M when gather_M is given
-  ConstMatrix b = {};                      // [N, K]
-  const int32_t* b_gather_K = nullptr;     // column k of B is b.column(b_gather_K[k]); K is a.cols then
+  ConstMatrix a = {};                     // [M, K], or the matrix that gather_M reads rows of
+  const uint32_t* quantized_a = nullptr;  // its rows as quantize_rows leaves them; a gives their shape alone
+  const int32_t* gather_M = nullptr;      // row i of A is a.row(gather_M[i]); a.rows counts the source rows
+  int64_t num_gathered = 0;               // M when gather_M is given
+  ConstMatrix b = {};                     // [N, K]
+  // Column k of A is a.column(a_gather_K[k]), and K is b.cols then; or that of B likewise, with K = a.cols.
+  const int32_t* a_gather_K = nullptr;
+  const int32_t* b_gather_K = nullptr;
   const PackedMatrix* packed_b = nullptr;  // [N, K]
-  std::optional<DType> panels = {};        // what both operands are converted to; B's type unless given
-  Matrix c = {};                           // [M, N]
-  const float* bias_N = nullptr;           // added to every row
+  int64_t K() const { return a_gather_K ? b.cols : a.cols; }
+  std::optional<DType> panels = {};  // what both operands are converted to; B's type unless given
+  Matrix c = {};                     // [M, N]
+  const float* bias_N = nullptr;     // added to every row
   Activation activation = Activation::kNone;
   bool gated = false;       // B is [2N, K], gate rows first, then up rows: c = activation(gate) * up, [M, N]
   bool accumulate = false;  // c += instead of c = (not with activation or gated)

@@ -47,12 +47,13 @@ PackSource pack_source(const ConstMatrix& m, int64_t rows, int64_t cols, const i
 
 void check_problem(const GemmProblem& p) {
   COTERIE_CHECK(p.packed_b == nullptr || p.b.data == nullptr, "both b and packed_b are given");
+  COTERIE_CHECK(!p.a_gather_K || (p.b.data && !p.b_gather_K), "nobody says what K is");
   const bool transformed = p.gated || p.activation != Activation::kNone;
   COTERIE_CHECK(!(p.accumulate && transformed), "accumulate with an activation");
   COTERIE_CHECK(!p.slopes.data || p.slopes.dtype == p.c.dtype, "the slopes have another type than C");
   const int64_t b_rows = p.packed_b ? p.packed_b->rows() : p.b.rows;
-  const int64_t b_cols = p.packed_b ? p.packed_b->cols() : (p.b_gather_K ? p.a.cols : p.b.cols);
-  COTERIE_CHECK(p.a.cols == 0 || b_cols == p.a.cols, "K of A and B differ");
+  const int64_t b_cols = p.packed_b ? p.packed_b->cols() : (p.b_gather_K ? p.K() : p.b.cols);
+  COTERIE_CHECK(p.K() == 0 || b_cols == p.K(), "K of A and B differ");
   COTERIE_CHECK(b_rows == (p.gated ? 2 : 1) * p.c.cols, "N of B and C differ");
   COTERIE_CHECK((p.gather_M ? p.num_gathered : p.a.rows) == p.c.rows, "M of A and C differ");
   COTERIE_CHECK(!p.packed_b || p.packed_b->gated() == p.gated, "B was packed for another kind of problem");
@@ -93,11 +94,11 @@ Plan make_plan(const GemmProblem& p, const KernelTable& kernels, int64_t group_b
   check_problem(p);
   Plan plan = {};
   plan.problem = &p;
-  const int64_t K = p.a.cols, N = p.c.cols;
+  const int64_t K = p.K(), N = p.c.cols;
   const PanelType type = type_of_panels(p, kernels);
   const int64_t most_rows = kernels.panel_rows[index_of(type)];
   plan.rows = {p.c.rows, ceil_div(p.c.rows, most_rows)};
-  plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, nullptr);
+  plan.a = pack_source(p.a, p.c.rows, K, p.gather_M, p.a_gather_K);
   plan.a.quantized = p.quantized_a;
   plan.b = {&kernels,
             pack_source(p.b, p.gated ? 2 * N : N, K, nullptr, p.b_gather_K),

@@ -63,8 +63,8 @@ struct Case {
   int64_t M, N, K;
   DType a = DType::kF32, b = DType::kF32, c = DType::kF32;
   bool a_transposed = false, b_transposed = false;
-  bool gather = false, gather_K = false, bias = false, gated = false, accumulate = false, packed = false,
-       slopes = false;
+  bool gather = false, gather_K = false, a_gather_K = false, bias = false, gated = false, accumulate = false,
+       packed = false, slopes = false;
   Activation activation = Activation::kNone;
   int64_t padding = 0;
 };
@@ -73,9 +73,9 @@ std::string describe(const Case& c, const KernelTable& kernels) {
   return std::string(kernels.name) + " M" + std::to_string(c.M) + " N" + std::to_string(c.N) + " K" +
          std::to_string(c.K) + " a " + std::string(dtype_name(c.a)) + " b " + std::string(dtype_name(c.b)) + " c " +
          std::string(dtype_name(c.c)) + (c.a_transposed ? " aT" : "") + (c.b_transposed ? " bT" : "") +
-         (c.gather ? " gather" : "") + (c.gather_K ? " gatherK" : "") + (c.bias ? " bias" : "") +
-         (c.gated ? " gated" : "") + (c.accumulate ? " accumulate" : "") + (c.packed ? " packed " : " ") +
-         std::string(activation_name(c.activation));
+         (c.gather ? " gather" : "") + (c.gather_K ? " gatherK" : "") + (c.a_gather_K ? " a gatherK" : "") +
+         (c.bias ? " bias" : "") + (c.gated ? " gated" : "") + (c.accumulate ? " accumulate" : "") +
+         (c.packed ? " packed " : " ") + std::string(activation_name(c.activation));
 }
 
 double tolerance(const Case& c, double value, double sum_of_abs) {
@@ -99,7 +99,7 @@ struct Fixture {
   PackedMatrix packed;
 
   explicit Fixture(const Case& c)
-      : a(c.gather ? 2 * c.M + 1 : c.M, c.K, c.a, c.a_transposed, c.padding, random),
+      : a(c.gather ? 2 * c.M + 1 : c.M, c.a_gather_K ? c.K + 3 : c.K, c.a, c.a_transposed, c.padding, random),
         b(c.gated ? 2 * c.N : c.N, c.gather_K ? c.K + 3 : c.K, c.b, c.b_transposed, c.padding, random) {
     std::normal_distribution<float> normal;
     const int64_t b_rows = b.view.rows;
@@ -110,6 +110,7 @@ struct Fixture {
     if (c.gather) problem.gather_M = rows.data();
     if (c.gather) problem.num_gathered = c.M;
     if (c.gather_K) problem.b_gather_K = columns.data();
+    if (c.a_gather_K) problem.a_gather_K = columns.data();
     for (int64_t n = 0; n < b_rows; ++n) bias.push_back(normal(random));
     if (c.bias) problem.bias_N = bias.data();
     c_floats.resize(static_cast<size_t>(c.M * (c.N + c.padding) + 1));
@@ -175,7 +176,7 @@ TEST(Gemm, LayoutsAndConversions) {
   NativeThreadPool pool(2);
   const DType types[] = {DType::kF32, DType::kBF16};
   for_each_isa([&] {
-    for (int bits = 0; bits < 256; ++bits) {
+    for (int bits = 0; bits < 512; ++bits) {
       Case c = {.M = 19, .N = 37, .K = 43};
       c.a = types[bits & 1];
       c.b = types[bits >> 1 & 1];
@@ -185,6 +186,8 @@ TEST(Gemm, LayoutsAndConversions) {
       c.gather = bits >> 5 & 1;
       c.gather_K = bits >> 6 & 1;
       c.padding = bits >> 7 & 1 ? 3 : 0;
+      c.a_gather_K = bits >> 8 & 1;
+      if (c.gather_K && c.a_gather_K) continue;
       check(c, pool);
       c.M = 150;  // beyond kOwnPackPanels on every ISA: B is packed once for all
       check(c, pool);

@@ -31,8 +31,8 @@ struct Sum {
 Sum product(const GemmProblem& p, int64_t m, int64_t n) {
   const int64_t row = p.gather_M ? p.gather_M[m] : m;
   Sum sum;
-  for (int64_t k = 0; k < p.a.cols; ++k) {
-    const double a = as_type(load(p.a, row, k), p.b.dtype);
+  for (int64_t k = 0; k < p.K(); ++k) {
+    const double a = as_type(load(p.a, row, p.a_gather_K ? p.a_gather_K[k] : k), p.b.dtype);
     const double term = a * load(p.b, n, p.b_gather_K ? p.b_gather_K[k] : k);
     sum.value += term;
     sum.absolute += std::abs(term);

@@ -293,17 +293,22 @@ def dispatch(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return ids.argsort(stable=True), offset
 
 
-def grouped_linear(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, order: Tensor | None = None
+) -> Tensor:
     """Multiply each group of rows with a matrix of its own.
 
     Parameters
     ----------
     x
-        [R, D], rows in groups.
+        [R, D], rows in groups; or, with an order, [T, D], tokens, which are gathered on the way: row r is token
+        ``order[r] // K``.
     offset
-        [E + 1] int64: group e is ``x[offset[e] : offset[e + 1]]``.
+        [E + 1] int64: group e is rows ``offset[e]`` to ``offset[e + 1]``.
     weight, bias
         [E, N, D] and [E, N]. The weight may have any strides: a transposed view costs nothing.
+    order
+        [R] int64 with R = T * K, as ``dispatch`` gives it.
 
     Returns
     -------
@@ -311,10 +316,38 @@ def grouped_linear(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | Non
         [R, N] of x's dtype or autocast's; zeros for rows of no group.
     """
     if uses_kernels(x):
-        return torch.ops.coterie.grouped_linear(x, offset, weight, bias)
+        return torch.ops.coterie.grouped_linear(x, offset, weight, bias, order)
     bounds, dtype = offset.tolist(), result_type(x)
+    if order is not None:
+        top_k = order.shape[0] // x.shape[0] if x.shape[0] else 1
+        x = x.index_select(0, order // top_k)
     rows = [x.new_zeros(bounds[0], weight.shape[1], dtype=dtype)]
     for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         rows.append(moe.linear(x[first:last], weight[e], None if bias is None else bias[e]).to(dtype))
     rows.append(x.new_zeros(x.shape[0] - bounds[-1], weight.shape[1], dtype=dtype))
     return torch.cat(rows)
+
+
+def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Add up each token's rows, times their weights: what experts that were run part by part come to.
+
+    Parameters
+    ----------
+    rows
+        [T * K, D], of the choices in their order.
+    order
+        [T * K] int64, as ``dispatch`` gives it.
+    weights
+        [T, K], of the choices; differentiable, as rows are.
+
+    Returns
+    -------
+    Tensor
+        [T, D] float32.
+    """
+    if uses_kernels(rows):
+        return torch.ops.coterie.combine(rows, order, weights)
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
+    rows_TKD = rows.index_select(0, inverse).view(*weights.shape, rows.shape[-1])
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (rows_TKD.to(wide) * weights[..., None].to(wide)).sum(1)

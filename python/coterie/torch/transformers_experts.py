@@ -4,44 +4,14 @@ transformers keeps the experts of a layer in one module with one tensor per matr
 with ALL_EXPERTS_FUNCTIONS run them. Gated experts in the usual layout ([gate; up] rows, a known activation) run as
 one op. All others (transposed or interleaved weights, a gate of the model's own as GPT-OSS's clamped one, other
 activations, a norm after each expert) run as two grouped products with the model's own code in between, on the
-weights as they lie. Legend: T tokens, K choices of each, D hidden, E experts.
+weights as they lie. Legend: T tokens, K choices of each, D hidden.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from coterie.torch import functional
 from coterie.torch.layers import activation_name
-
-
-class _Gather(torch.autograd.Function):
-    """The tokens of choices in another order; the gradient is a gather too, and a sum over each token's choices."""
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, order: Tensor, inverse: Tensor, K: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.sizes = (x_TD.shape[0], K, x_TD.shape[1])
-        return x_TD.index_select(0, order // K)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse).view(ctx.sizes).sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order; the gradient is a gather too, where index_select would scatter."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        _, inverse = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
 
 
 def _has_norm(experts: nn.Module) -> bool:
@@ -65,19 +35,15 @@ def _fused_activation(experts: nn.Module) -> str | None:
 def _run_in_parts(
     experts: nn.Module, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, up: Tensor, up_bias: Tensor | None
 ) -> Tensor:
-    """Sort the choices by expert, two grouped products and what the model has between them, sort back."""
-    (T, K), E = expert_ids_TK.shape, up.shape[0]
+    """Sort the choices by expert; two grouped products and what the model has between them; add up the choices."""
     down, down_bias = experts.down_proj, experts.down_proj_bias if experts.has_bias else None
-    order, offset = functional.dispatch(expert_ids_TK, E)
-    inverse = torch.empty_like(order).scatter(0, order, torch.arange(T * K, device=order.device))
-    rows = _Gather.apply(x_TD, order, inverse, K)
-    inner = functional.grouped_linear(rows, offset, up.mT if experts.is_transposed else up, up_bias)
+    order, offset = functional.dispatch(expert_ids_TK, up.shape[0])
+    inner = functional.grouped_linear(x_TD, offset, up.mT if experts.is_transposed else up, up_bias, order)
     inner = experts._apply_gate(inner) if _has_gate(experts) else experts.act_fn(inner)
-    y = functional.grouped_linear(inner, offset, down.mT if experts.is_transposed else down, down_bias)
+    rows = functional.grouped_linear(inner, offset, down.mT if experts.is_transposed else down, down_bias)
     if _has_norm(experts):
-        y = experts.post_expert_norm(y)
-    y_TKD = _Permute.apply(y, inverse, order).view(T, K, y.shape[-1])
-    return (y_TKD.float() * weights_TK[..., None].float()).sum(1).to(x_TD.dtype)
+        rows = experts.post_expert_norm(rows)
+    return functional.combine(rows, order, weights_TK).to(x_TD.dtype)
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
