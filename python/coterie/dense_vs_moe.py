@@ -106,7 +106,7 @@ def run(
     Returns
     -------
     dict
-        machine, settings and models, as docs/performance.md describes them.
+        machine, settings and models, as docs/serving-performance.md describes them.
     """
     from coterie import _engine
 

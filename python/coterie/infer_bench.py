@@ -48,7 +48,7 @@ def run(
     Returns
     -------
     dict
-        machine, settings and rows, as docs/performance.md describes them.
+        machine, settings and rows, as docs/serving-performance.md describes them.
     """
     from coterie import _engine
 
