@@ -1,8 +1,13 @@
 """Which modules coterie.torch.MoE takes for experts of its kernels: those that compute the same, gradients included."""
 
+from itertools import accumulate
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from coterie.torch import MoE
 from coterie.torch.expert_forms import recognise
@@ -55,6 +60,35 @@ class Slowed(nn.Sequential):
         return y / 2 + (y / 2).detach()
 
 
+class SlowedInTraining(Slowed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else nn.Sequential.forward(self, x)
+
+
+class OneFrozen(nn.Sequential):
+    """The plain MLP, one of whose weights gets no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self[2].weight
+        frozen = torch.zeros_like(weight, dtype=torch.bool)
+        frozen[-1, -1] = True
+        return F.linear(self[1](self[0](x)), torch.where(frozen, weight.detach(), weight), self[2].bias)
+
+
+class Checkpointed(nn.Sequential):
+    """The plain MLP, whose two halves are computed again in backward()."""
+
+    use_reentrant = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = checkpoint(lambda x: self[1](self[0](x)), x, use_reentrant=self.use_reentrant)
+        return checkpoint(self[2], inner, use_reentrant=self.use_reentrant)
+
+
+class CheckpointedAnew(Checkpointed):
+    use_reentrant = False
+
+
 def mlp(middle: nn.Module, cls: type[nn.Sequential] = nn.Sequential) -> nn.Sequential:
     return cls(nn.Linear(D, INNER), middle, nn.Linear(INNER, D))
 
@@ -90,7 +124,7 @@ def test_recognises_nothing_else() -> None:
         nn.Linear(D, D),
         nn.Sequential(nn.Linear(D, INNER), nn.GELU(), nn.LayerNorm(INNER), nn.Linear(INNER, D)),
         mlp(nn.GELU()).half(),
-        *(mlp(nn.GELU(), cls) for cls in (Stopped, HalfFrozen, Slowed)),
+        *(mlp(nn.GELU(), cls) for cls in (Stopped, HalfFrozen, Slowed, SlowedInTraining, OneFrozen)),
     ]
     mixed = mlp(nn.GELU())
     mixed[0].weight.requires_grad_(False)
@@ -98,6 +132,31 @@ def test_recognises_nothing_else() -> None:
     state = torch.get_rng_state()
     recognise(dropout, D)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("cls", [Checkpointed, CheckpointedAnew])
+def test_recognises_checkpointed_experts(cls: type[nn.Sequential]) -> None:
+    assert recognise(mlp(nn.GELU(), cls), D).activation == "gelu"
+
+
+def test_recognises_experts_of_inference_mode() -> None:
+    expert = mlp(nn.GELU())
+    with torch.inference_mode():
+        layers = [MoE(D, module, num_experts=2).eval() for module in (expert, mlp(nn.GELU()))]
+        assert all(hasattr(layer.deepspeed_moe.experts, "up") for layer in layers)
+        assert layers[1](torch.randn(4, D))[0].shape == (4, D)
+        inner = mlp(nn.GELU())
+    assert recognise(inner, D).activation == "gelu" and inner[0].weight.is_inference()
+
+
+def test_a_probe_is_little_larger_than_its_copy_of_the_expert() -> None:
+    wide = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        assert recognise(wide, 512)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    copy = sum(parameter.numel() for parameter in wide.parameters()) * 8  # in float64
+    assert copy < most < 2 * copy
 
 
 def test_hooks_of_experts_stay() -> None:

@@ -5,7 +5,9 @@ evaluation mode, and has to equal the form that was read out of it, with all its
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -18,6 +20,8 @@ from coterie.torch.moe import ACTIVATIONS, feed_forward_inner
 
 # Rows of a probe: fewer where a row has many values itself.
 LEAST_PROBES, MOST_PROBES, PROBE_VALUES = 8, 64, 1 << 14
+# Columns that a gradient is compared in. One tells everything apart; of several, one is far from cancelling out.
+SKETCH_COLUMNS = 8
 # Relative to the largest output. The tanh form of GELU differs from GELU by 2e-4; float64 sums by 1e-12.
 TOLERANCE = 1e-9
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,10 +49,14 @@ class ExpertForm:
 
     def run(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         """What the form computes, with these tensors for the module's parameters."""
-        weights = {name: torch.cat([tensors[part] for part in names]) for name, names in self.parts.items()}
-        up = F.linear(x, weights["up"], weights.get("up_bias"))
-        inner = feed_forward_inner(up, ACTIVATIONS[self.activation], self.gated)
-        return F.linear(inner, weights["down"], weights.get("down_bias"))
+        up = self._linear("up", x, tensors)
+        return self._linear("down", feed_forward_inner(up, ACTIVATIONS[self.activation], self.gated), tensors)
+
+    def _linear(self, part: str, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """One of the layers: outputs are put together rather than weights, which may be large."""
+        weights = self.parts[part]
+        biases = self.parts.get(f"{part}_bias", ("",) * len(weights))
+        return torch.cat([F.linear(x, tensors[w], tensors.get(b)) for w, b in zip(weights, biases, strict=True)], -1)
 
 
 def recognise(expert: nn.Module, hidden_size: int) -> ExpertForm | None:
@@ -57,7 +65,7 @@ def recognise(expert: nn.Module, hidden_size: int) -> ExpertForm | None:
     if not forms:
         return None
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.inference_mode(False):  # where that is on, nothing has gradients
             return _proven(expert, hidden_size, forms)
     except Exception:  # whatever a foreign module does with a probe: then it is not recognised
         return None
@@ -98,35 +106,67 @@ def _names(modules: list[str], kind: str) -> tuple[str, ...]:
 def _proven(expert: nn.Module, hidden_size: int, forms: list[ExpertForm]) -> ExpertForm | None:
     """The one form that computes what the module does."""
     generator = torch.Generator().manual_seed(0)
-    probe = copy.deepcopy(expert).to("meta").double().to_empty(device="cpu").requires_grad_(True)
-    with torch.no_grad():
-        for parameter in probe.parameters():
-            scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+    probe = _with_random_weights(expert, generator)
     # Small and large values, so that a clamp or a shift of the activation shows.
     rows = min(max(PROBE_VALUES // hidden_size, LEAST_PROBES), MOST_PROBES)
     sizes = torch.logspace(-2, 3, rows, dtype=torch.float64)[:, None]
     x = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64) * sizes
     grad = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64) / sizes
     tensors = dict(probe.named_parameters())
+    sketches = _sketched_gradients({"input": x.requires_grad_(True), **tensors}, generator)
+
+    def results(run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        sketches.clear()
+        y = run(x)
+        y.backward(grad)  # as all of torch can, reentrant checkpoints too, unlike autograd.grad
+        return {"output": y.detach(), **sketches}
+
     # A dropout must not move the generator of the model; our kernels don't have float64.
     with torch.random.fork_rng(devices=[]), aten_ops(), torch.enable_grad():
-        outputs = [probe.train(mode)(x.requires_grad_(True)) for mode in (True, False)]
-        equal = [form for form in forms if _equal(_without_graph(form, x, tensors), *outputs)]
+        y = probe(x).detach()
+        with torch.no_grad():
+            equal = [form for form in forms if _equal(form.run(x, tensors), y)]
         if len(equal) != 1:
             return None
-        runs = (equal[0].run(x, tensors), *outputs)
-        gradients = [torch.autograd.grad(y, [x, *tensors.values()], grad) for y in runs]
-    return equal[0] if all(map(_equal, *gradients)) else None
+        expected = results(partial(equal[0].run, tensors=tensors))
+        return equal[0] if all(_all_equal(expected, results(probe.train(mode))) for mode in (True, False)) else None
 
 
 @torch.no_grad()
-def _without_graph(form: ExpertForm, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    return form.run(x, tensors)
+def _with_random_weights(expert: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in float64."""
+    probe = copy.deepcopy(expert).to("meta").double().to_empty(device="cpu").requires_grad_(True)
+    for parameter in probe.parameters():
+        deviation = 2.0 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+        bound = 3**0.5 * deviation
+        parameter.uniform_(-bound, bound, generator=generator)
+    return probe
+
+
+def _sketched_gradients(leaves: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """What backward() fills with the leaves' gradients times a few random vectors, which differ where gradients do.
+
+    Gradients themselves would take the memory of several experts: each is freed before the next one is computed.
+    """
+    widest = max(leaf.shape[-1] for leaf in leaves.values())
+    vectors = torch.randn(widest, SKETCH_COLUMNS, generator=generator, dtype=torch.float64)
+    sketches: dict[str, Tensor] = {}
+
+    def take(name: str, leaf: Tensor) -> None:
+        sketches[name] = sketches.get(name, 0) + leaf.grad @ vectors[: leaf.shape[-1]]
+        leaf.grad = None
+
+    for name, leaf in leaves.items():
+        leaf.register_post_accumulate_grad_hook(partial(take, name))
+    return sketches
+
+
+def _all_equal(expected: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return expected.keys() == others.keys() and all(_equal(expected[name], others[name]) for name in expected)
 
 
 @torch.no_grad()
-def _equal(expected: Tensor, *others: Tensor) -> bool:
+def _equal(expected: Tensor, other: Tensor) -> bool:
     """Whether they differ by rounding alone, of each row's largest value."""
     scale = expected.abs().amax(-1, keepdim=True)
-    return all(y.shape == expected.shape and bool(((y - expected).abs() <= TOLERANCE * scale).all()) for y in others)
+    return other.shape == expected.shape and bool(((other - expected).abs() <= TOLERANCE * scale).all())
