@@ -1,12 +1,13 @@
 """Channels of OpenAI's harmony format (its guide's examples), whatever the pieces that a text arrives in."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from coterie.channels import ChannelStream, has_channels
-from coterie.tokenizer import ChatTokenizer
+from coterie.tokenizer import ChatTokenizer, StopStrings
 
 TEXTS = {
     "plain": ("Hello, <|not a mark|> you!", [("final", "Hello, <|not a mark|> you!")]),
@@ -20,6 +21,12 @@ TEXTS = {
         '<|constrain|>json<|message|>{"city": "Ulm"}<|call|>',
         [("analysis", "Look it up."), ("commentary", '{"city": "Ulm"}')],
     ),
+    "unnamed": (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|message|>Hello<|return|>",
+        [("analysis", "Hm."), ("final", "Hello")],
+    ),
+    "form": ('<|channel|>final<|constrain|>json<|message|>{"a": 1}<|return|>', [("final", '{"a": 1}')]),
+    "begun": ("<|channel|>final<|message|>1 < 2 <|", [("final", "1 < 2 <|")]),
     "cut": ("<|channel|>analysis<|message|>They", [("analysis", "They")]),
     "nothing": ("<|channel|>final", []),
 }
@@ -40,12 +47,36 @@ def tokens_of(text: str) -> list[str]:
     return re.findall(r"<\|\w+\|>|[^<]{1,2}|<", text)
 
 
+def split(pieces: Iterable[str]) -> list[tuple[str, str]]:
+    stream = ChannelStream()
+    return joined([part for piece in pieces for part in stream.step(piece)] + stream.finish())
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_text_is_split_by_channels(name: str) -> None:
     text, expected = TEXTS[name]
-    assert joined(ChannelStream().step(text)) == expected
+    assert split([text]) == expected
+    assert split(tokens_of(text)) == expected
+    assert split(text) == expected  # character by character
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("stop", [">>>", "|>!", "<|no"])
+def test_stop_strings_may_hold_a_part_of_a_mark_back(name: str, stop: str) -> None:
+    text, expected = TEXTS[name]
+    stops = StopStrings([stop])
+    pieces = [stops.step(token) for token in tokens_of(text)]
+    if stops.found is None:
+        assert split([*pieces, stops.finish()]) == expected
+
+
+def test_only_the_beginning_of_a_mark_waits() -> None:
     stream = ChannelStream()
-    assert joined([part for piece in tokens_of(text) for part in stream.step(piece)]) == expected
+    assert stream.step("Hello <") == [("final", "Hello ")]
+    assert stream.step("|b> <|en") == [("final", "<|b> ")]
+    assert stream.step("d") == []
+    assert stream.finish() == [("final", "<|end")]
+    assert stream.finish() == []
 
 
 def test_only_a_tokenizer_with_the_marks_has_channels(smollm2: Path) -> None:

@@ -1,14 +1,18 @@
 """`coterie generate` and `coterie chat` as a user meets them."""
 
+import io
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from coterie import LLM, SamplingParams
+from coterie.cli.chat import Conversation
 
 
 def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -118,6 +122,39 @@ def test_a_chat_remembers_until_reset(smollm2: Path, llm: LLM) -> None:
     assert done.stdout == f"{one}\n{two}\n{three}\n"
     assert "/nonsense: no such command" in done.stderr and "forgotten" in done.stderr
     assert run("chat", smollm2, *settings, stdin="").returncode == 0
+
+
+class InChannels:
+    """Stands for an LLM that writes in channels: pieces of its text, one answer for all questions."""
+
+    max_model_len = 100
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+        self.tokenizer = SimpleNamespace(backend=SimpleNamespace(token_to_id=lambda mark: 1))
+        self.asked: list[list[dict]] = []
+
+    def chat_prompts(self, messages: list[dict]) -> list[list[int]]:
+        self.asked.append(messages)
+        return [[0]]
+
+    def generate(self, prompt: list[int], params: SamplingParams, on_text: Callable[[str], None]) -> None:
+        for piece in self.pieces:
+            on_text(piece)
+
+
+def test_a_chat_shows_what_a_model_wrote_and_remembers_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = ("<|channel|", ">analysis<|message|>a:warning:b [red]<", "|end|><|start|>assistant<|channel|>final")
+    llm = InChannels(*pieces, "<|message|>x:warning:y", " <")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAgain\n/:warning:\n"))
+    Conversation(llm, SamplingParams(), None).run()
+    shown = capsys.readouterr()
+    assert shown.out == "x:warning:y <\n" * 2
+    assert shown.err.startswith("a:warning:b [red]" * 2 + "/:warning:: no such command")
+    answered = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x:warning:y <"}]
+    assert llm.asked[1] == [*answered, {"role": "user", "content": "Again"}]
 
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(smollm2: Path) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ANSWER = "final"
 _MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 _ANY_MARK = re.compile("(" + "|".join(map(re.escape, _MARKS)) + ")")
+_NAME_ENDS = re.compile(r" |<\|constrain\|>")  # behind a channel's name: to whom a call goes, in what form
 
 
 def has_channels(tokenizer: ChatTokenizer) -> bool:
@@ -29,16 +30,39 @@ class ChannelStream:
     def __init__(self) -> None:
         self._channel = ANSWER
         self._in = "<|message|>"  # the mark that came last
+        self._waiting = ""  # an end of the text that may begin a mark
 
     def step(self, piece: str) -> list[tuple[str, str]]:
-        """The channels and texts of a piece, whose marks are whole and not left out (``skip_special_tokens=False``)."""
+        """The channels and texts of a piece, of a text whose marks are not left out (``skip_special_tokens=False``).
+
+        A mark may come in several pieces: an end that may begin one waits.
+        """
+        text = self._waiting + piece
+        whole = len(text) - _begun_mark(text)
+        self._waiting = text[whole:]
+        return self._split(text[:whole])
+
+    def finish(self) -> list[tuple[str, str]]:
+        """What waits; no mark came of it."""
+        text, self._waiting = self._waiting, ""
+        return self._split(text)
+
+    def _split(self, text: str) -> list[tuple[str, str]]:
         parts = []
-        for part in _ANY_MARK.split(piece):
+        for part in _ANY_MARK.split(text):
             if part in _MARKS:
                 self._in = part
-                self._channel = "" if part == "<|channel|>" else self._channel
+                # A message that names no channel is in none of those before it.
+                self._channel = {"<|start|>": ANSWER, "<|channel|>": ""}.get(part, self._channel)
             elif self._in == "<|channel|>":
                 self._channel += part
             elif self._in == "<|message|>" and part:
-                parts.append((self._channel.partition(" ")[0], part))  # behind it: to whom a call goes
+                parts.append((_NAME_ENDS.split(self._channel)[0], part))
         return parts
+
+
+def _begun_mark(text: str) -> int:
+    """Length of the end of `text` that begins a mark and is not all of it."""
+    begin = text.rfind("<")  # the only one in any mark
+    end = text[begin:] if begin >= 0 else ""
+    return len(end) if any(mark.startswith(end) and mark != end for mark in _MARKS) else 0

@@ -124,26 +124,31 @@ class Conversation:
             self._messages = list(self._start)
             notes.print("forgotten")
         else:
-            notes.print(_HELP if command == "/help" else f"{command}: no such command. {_HELP}", markup=False)
+            note = _HELP if command == "/help" else f"{command}: no such command. {_HELP}"
+            notes.print(note, markup=False, emoji=False)
 
     def _answer(self, message: str) -> None:
         messages = [*self._messages, {"role": "user", "content": message}]
         answer: list[str] = []
         channels = ChannelStream() if self._channels else None
 
-        def on_text(piece: str) -> None:
-            for channel, text in [(ANSWER, piece)] if channels is None else channels.step(piece):
+        def show(parts: list[tuple[str, str]]) -> None:
+            for channel, text in parts:
                 if channel == ANSWER:
                     answer.append(text)
                     print(text, end="", flush=True)
                 else:  # what leads to the answer is shown, and no part of the conversation
-                    notes.print(text, end="", markup=False, soft_wrap=True, style="dim")
+                    notes.print(text, end="", markup=False, emoji=False, soft_wrap=True, style="dim")
+
+        def on_text(piece: str) -> None:
+            show([(ANSWER, piece)] if channels is None else channels.step(piece))
 
         try:
             prompt = self._llm.chat_prompts(messages)[0]
             if not self._fits(prompt):
                 return
             self._llm.generate(prompt, self._params, on_text)
+            show([] if channels is None else channels.finish())
         except KeyboardInterrupt:
             notes.print(" (stopped)", end="", markup=False)
         print(flush=True)
