@@ -115,11 +115,42 @@ def test_mapped_weights_need_a_directory_that_can_be_written(model: Path) -> Non
     assert "the weights are to stay mapped from this file, which cannot be written" in failed.value.stderr
 
 
+def test_packed_weights_of_many_models_in_a_directory(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Beside a model that cannot be written to; of two models of one name, both."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    other, cache = elsewhere / model.name, elsewhere / "made" / "cache"
+    tiny_models.save(tiny_models.seeded(tiny_models.llama, seed=6), other)
+    model.chmod(0o555)
+    options = {"dtype": "int8", "weight_cache_dir": str(cache), "mmap": True}
+    for path in (model, other):
+        expected = logits(path, dtype="int8")
+        assert np.array_equal(logits(path, **options), expected)
+        again, log = logits_and_log(path, **options)
+        assert np.array_equal(again, expected)
+        assert "packing" not in log
+        assert not packed_files(path)
+    assert len(list(cache.iterdir())) == 2
+    assert all(file.name.startswith(f"{model.name}-") for file in cache.iterdir())
+
+
+def test_the_directory_of_packed_weights_can_be_named(smollm2: Path, tmp_path: Path) -> None:
+    generate = ("generate", smollm2, "--prompt", "a", "--max-new-tokens", 2, "--dtype", "int4", "--cache-dir")
+    done = coterie(*generate, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    (tmp_path / "file").write_text("")
+    done = coterie(*generate, tmp_path / "file", "--mmap")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{tmp_path}/file" in done.stderr.splitlines()[-1]
+
+
 def test_no_file_where_none_is_wanted(model: Path) -> None:
     logits(model, dtype="int8", weight_cache=False)
     assert not packed_files(model)
     with pytest.raises(ValueError, match="mmap"):
         logits(model, dtype="int8", weight_cache=False, mmap=True)
+    with pytest.raises(ValueError, match="weight_cache_dir"):
+        logits(model, dtype="int8", weight_cache=False, weight_cache_dir="somewhere")
 
 
 def coterie(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -290,6 +321,9 @@ def test_command(smollm2: Path, tmp_path: Path) -> None:
     assert json.loads(answers[0].stdout)["token_ids"] == json.loads(answers[1].stdout)["token_ids"]
     assert json.loads(coterie("inspect", out, "--json").stdout)["bytes"] == facts["bytes"]
 
+    assert coterie("inspect", smollm2.parent, "--json").stdout == coterie("inspect", smollm2, "--json").stdout
+    exported = coterie("export", smollm2.parent, tmp_path / "of the file", "--json")
+    assert json.loads(exported.stdout)["architecture"] == "LlamaForCausalLM"
     exported = coterie("export", out, tmp_path / "exported", "--json")
     assert json.loads(exported.stdout)["architecture"] == "LlamaForCausalLM"
     again = coterie("quantize", smollm2, out, "--dtype", "int8")

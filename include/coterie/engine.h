@@ -29,6 +29,7 @@ struct EngineOptions {
   std::string attention_dtype = "";       // of attention's projections where it differs from dtype
   std::string head_dtype = "";            // of the head and the embedding likewise
   bool weight_cache = true;               // keep packed weights in a file beside the model (not for small models)
+  std::string weight_cache_dir = "";      // that file's directory, made when absent; empty: beside the model
   bool mmap = false;                      // leave the weights in that file, mapped: less memory, runs slower; those
                                           // of more than three quarters of memory stay there anyway
   int64_t expert_cache_bytes = 0;         // of mapped weights, memory for the experts that are chosen most; 0: a

@@ -57,6 +57,8 @@ class LLM:
         draft_model says). Texts stay the same; it is a matter of speed.
     draft_model
         For speculation "draft": a smaller model of the same vocabulary.
+    weight_cache_dir
+        Where the file of packed weights is kept; None: beside the model.
     engine_options
         attention_dtype, head_dtype, weight_cache, mmap, expert_cache_bytes, load_format, max_num_seqs,
         max_num_batched_tokens, kv_cache_dtype, block_size, num_kv_blocks, kv_cache_bytes, enable_prefix_caching,
@@ -72,6 +74,7 @@ class LLM:
         max_model_len: int = 0,
         speculation: str = "off",
         draft_model: str | Path | None = None,
+        weight_cache_dir: str | Path | None = None,
         **engine_options: Any,
     ) -> None:
         self.path = resolve_model(model)
@@ -82,6 +85,7 @@ class LLM:
             max_model_len=max_model_len,
             speculation=speculation,
             draft_model="" if draft_model is None else str(resolve_model(draft_model)),
+            weight_cache_dir="" if weight_cache_dir is None else str(weight_cache_dir),
             **engine_options,
         )
         end = self.config.get("eos_token_id")

@@ -130,10 +130,13 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
   if (options.mmap && !options.weight_cache) {
     throw InvalidArgument("mmap: what is mapped is the file of packed weights, which weight_cache turns off");
   }
+  if (!options.weight_cache_dir.empty() && !options.weight_cache) {
+    throw InvalidArgument("weight_cache_dir: is for the file of packed weights, which weight_cache turns off");
+  }
   if (load_format(options.load_format) == LoadFormat::kDummy) return {};
   const bool small = model.config().num_parameters() < kSmallModel;
   if (!options.mmap && (small || !options.weight_cache)) return {};
-  WeightCache cache = weight_cache(path, settings.types.description());
+  WeightCache cache = weight_cache(path, settings.types.description(), options.weight_cache_dir);
   cache.verified = !options.mmap;
   cache.required = options.mmap || packed_bytes(model.config(), model.tensors(), settings.types) > most_in_memory();
   return cache;

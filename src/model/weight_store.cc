@@ -7,11 +7,14 @@
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "coterie/error.h"
+#include "io/gguf.h"
 #include "io/gguf_parts.h"
 #include "kernels/kernel_table.h"
 
@@ -49,6 +52,23 @@ nlohmann::json sources_of(const fs::path& model) {
   return sources;
 }
 
+// After which the packed weights are named: of a split model its first part, whichever is given. A whole model may be
+// named like a part.
+std::string main_file(const std::string& model) {
+  return gguf_parts(model).size() > 1 ? GgufSource(model).path() : model;
+}
+
+// What the name of a model's file begins with. In a directory for many models they are told apart by where they lie.
+std::string place_of_file(const std::string& model_path, const std::string& directory) {
+  const bool in_directory = fs::is_directory(model_path);
+  const std::string main = in_directory ? model_path : main_file(model_path);
+  if (directory.empty()) return in_directory ? (fs::path(main) / "weights-").string() : main + "-";
+  const fs::path whole = fs::canonical(main);
+  std::ostringstream place;
+  place << whole.filename().string() << '-' << std::hex << std::hash<std::string>()(whole.string()) << '-';
+  return (fs::path(directory) / place.str()).string();
+}
+
 // What a process that was killed left of a file in the making. Names: PATH.PID.tmp.
 void remove_leftovers(const fs::path& path) {
   const std::string prefix = path.filename().string() + ".";
@@ -74,6 +94,7 @@ bool write_file(const WeightCache& cache, const std::function<void(WeightStore&)
   const std::string own = cache.path + "." + std::to_string(getpid());  // others may be at it, too
   try {
     log_info("weights: packing into " + cache.path);
+    fs::create_directories(fs::absolute(cache.path).parent_path());
     remove_leftovers(fs::absolute(cache.path));
     WritingStore store(own);
     pack(store);
@@ -128,18 +149,15 @@ AlignedBuffer FileStore::block(const std::string& name, size_t bytes, const std:
   return found;
 }
 
-WeightCache weight_cache(const std::string& model_path, const std::string& types) {
-  const fs::path model(model_path);
+WeightCache weight_cache(const std::string& model_path, const std::string& types, const std::string& directory) {
   const int width = active_kernels().width;  // what panels depend on
   std::string name = types;
   std::ranges::replace(name, ' ', '_');
   std::erase(name, ',');
   name += "-w" + std::to_string(width) + std::string(kSuffix);
   const nlohmann::json description = {
-      {"sources", sources_of(model)}, {"types", types}, {"panel_width", width}, {"panel_version", kPanelVersion}};
-  const bool directory = fs::is_directory(model);
-  return {.path = directory ? (model / ("weights-" + name)).string() : model_path + "-" + name,
-          .description = description.dump()};
+      {"sources", sources_of(model_path)}, {"types", types}, {"panel_width", width}, {"panel_version", kPanelVersion}};
+  return {.path = place_of_file(model_path, directory) + name, .description = description.dump()};
 }
 
 std::unique_ptr<WeightStore> cached_weights(const WeightCache& cache, const std::function<void(WeightStore&)>& pack,

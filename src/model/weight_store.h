@@ -67,9 +67,9 @@ struct WeightCache {
   bool required = false;    // the weights are to stay in it, mapped
 };
 
-// Beside the model at `model_path` (a directory or a file): one file for each combination of types and layout of
-// panels.
-WeightCache weight_cache(const std::string& model_path, const std::string& types);
+// Of the model at `model_path` (a directory or a file), beside it or in a directory for many models: one file for each
+// combination of types and layout of panels.
+WeightCache weight_cache(const std::string& model_path, const std::string& types, const std::string& directory = "");
 
 // The file, mapped, as a store; made by `pack` when it is missing, stale or damaged. When it cannot be written,
 // null, or where it is required InvalidArgument.

@@ -22,13 +22,16 @@ def evaluate(
     attention_dtype: options.AttentionDType = "",
     head_dtype: options.HeadDType = "",
     weight_cache: options.WeightCache = True,
+    cache_dir: options.CacheDir = None,
     mmap: options.Mmap = False,
     threads: options.Threads = 0,
     json: JsonOption = False,
 ) -> None:
     """Compute the loss on the validation split, over the same windows as the trainer's evaluation."""
+    from coterie.llm import resolve_model
+
     loss = evaluation.evaluate(
-        str(model),
+        str(resolve_model(model)),
         data,
         sequence_length=sequence_length,
         eval_tokens=eval_tokens,
@@ -37,6 +40,7 @@ def evaluate(
         attention_dtype=attention_dtype,
         head_dtype=head_dtype,
         weight_cache=weight_cache,
+        weight_cache_dir=str(cache_dir or ""),
         mmap=mmap,
         progress=lambda windows: track(windows, "evaluating", console=notes),
     )

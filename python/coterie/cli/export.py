@@ -13,7 +13,9 @@ from coterie.training import model_of_run
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or the output_dir of a run.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A model directory, a .gguf file, or the output_dir of a run.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     architecture: Annotated[
         str, typer.Option(help='Such as MixtralForCausalLM; "auto" takes one of Hugging Face where one fits.')
@@ -22,10 +24,12 @@ def export(
 ) -> None:
     """Write a model as config.json, model.safetensors and its tokenizer, for transformers and other readers."""
     from coterie import _engine
+    from coterie.llm import resolve_model
 
-    tokenizer = source
     if (source / "run.json").is_file():
         source, tokenizer = model_of_run(source)
+    else:
+        source = tokenizer = resolve_model(source)
     written = _engine.export_model(str(source), str(out), architecture)
     copy_tokenizer(tokenizer, out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

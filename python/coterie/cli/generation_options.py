@@ -32,7 +32,15 @@ HeadDType = Annotated[str, typer.Option(help="Of the head and the embedding, whe
 WeightCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep packed weights in a file beside the model, for the next start.")
 ]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Keep that file in this directory instead, for many models.", show_default=False)
+]
 Mmap = Annotated[bool, typer.Option("--mmap", help="Leave weights in that file, mapped: less memory, runs slower.")]
+ExpertCacheBytes = Annotated[
+    int,
+    typer.Option(help="With mapped weights, memory for the experts chosen most; 0: a quarter of memory, -1: none."),
+]
+KvCacheBytes = Annotated[int, typer.Option(help="Of the KV cache at most; 0: a quarter of memory.")]
 KvCacheDType = Annotated[
     str, typer.Option(help="Of the KV cache: auto (int8 beside int8 and int4, else bf16 or fp32), fp32, bf16 or int8.")
 ]

@@ -32,10 +32,14 @@ def inspect(
 
 
 def _located(path: Path) -> Path:
-    """The model of a run, the newest of its checkpoints, or the path itself."""
+    """The model of a run, the newest of its checkpoints, a directory's .gguf file, or the path itself."""
+    from coterie.llm import resolve_model
+
     if (path / "run.json").is_file():
         return model_of_run(path)[0]
-    return newest_checkpoint(path) or path
+    if checkpoint := newest_checkpoint(path):
+        return checkpoint
+    return resolve_model(path) if any(path.glob("*.gguf")) else path
 
 
 def describe(model: Path) -> dict[str, Any]:
