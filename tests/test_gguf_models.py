@@ -14,6 +14,7 @@ from gguf_files import Encoded, add_metadata, as_fp32, write_model
 from transformers import PreTrainedModel
 
 from coterie import LLM, CorruptFile, InvalidArgument, _engine
+from coterie.cli import main
 from coterie.tokenizer import ChatTokenizer
 
 TOLERANCE = 1e-4  # as in test_parity.py
@@ -93,6 +94,25 @@ def test_unknown_keys_are_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(InvalidArgument, match=r"qwen3\.attn_logit_softcapping.*is not supported"):
         _engine.model_config(str(tmp_path / "model.gguf"))
+
+
+def test_names_that_are_not_text_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_model(tmp_path / "model.gguf", "qwen3", build("qwen3"))
+    path.write_bytes(path.read_bytes().replace(b"blk.2.ffn_up.weight", b"blk.2.ffn_up.weigh\xff"))
+    name = r"'blk\.2\.ffn_up\.weigh\\xff'"
+    with pytest.raises(CorruptFile, match=f"{path}: tensor {name}: a name that is not UTF-8$"):
+        _engine.stored_tensors(str(path))
+    assert main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    path = write_model(tmp_path / "other.gguf", "qwen3", build("qwen3"), add=add_surplus)
+    path.write_bytes(path.read_bytes().replace(b"surplus", b"sur\n\xff\x1b["))
+    with pytest.raises(CorruptFile, match=r"'sur\\x0a\\xff\\x1b\[': not a tensor of this model$"):
+        LLM(path)
+
+
+def add_surplus(writer: GGUFWriter) -> None:
+    """A tensor that no model has."""
+    writer.add_tensor("surplus", np.zeros(3, dtype=np.float32))
 
 
 def random_blocks(shape: tuple[int, ...], kind: GGMLQuantizationType, seed: int) -> np.ndarray:
@@ -238,6 +258,23 @@ def test_other_files_beside_the_parts_of_a_model_are_refused(split_model: list[P
     shutil.copy(split_model[0], split_model[0].with_name("other.gguf"))
     with pytest.raises(InvalidArgument, match=r"nor exactly one .gguf file \(4 found\)"):
         LLM(split_model[0].parent)
+
+
+def test_packed_weights_of_all_parts_are_one_file(split_model: list[Path]) -> None:
+    for path in (*split_model[::-1], split_model[0].parent):
+        LLM(path, dtype="int8", mmap=True)
+    (packed,) = split_model[0].parent.glob("*.coterie")
+    assert packed.name.startswith(split_model[0].name)
+
+
+def test_a_file_named_like_a_part_that_is_a_whole_model_has_packed_weights_of_its_own(tmp_path: Path) -> None:
+    token_ids = tiny_models.prompt(20)
+    files = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for seed, file in enumerate(files):
+        write_model(file, "olmoe", tiny_models.seeded(tiny_models.olmoe, seed=seed))
+    actual = [LLM(file, dtype="int8", mmap=True).logits(token_ids) for file in files]
+    assert not np.array_equal(*actual)
+    assert len(list(tmp_path.glob("*.coterie"))) == 2
 
 
 def test_packed_weights_are_made_anew_when_any_part_has_changed(split_model: list[Path], tmp_path: Path) -> None:

@@ -42,7 +42,11 @@ nb::list stored_tensors(const std::string& path) {
   const std::unique_ptr<TensorSource> source = open_tensors(path);
   for (const StoredTensor& tensor : source->tensors()) {
     nb::dict entry;
-    entry["name"] = tensor.name;
+    try {
+      entry["name"] = nb::cast(tensor.name);
+    } catch (const nb::python_error&) {
+      throw CorruptFile(path + ": tensor " + printable(tensor.name) + ": a name that is not UTF-8");
+    }
     entry["shape"] = tensor.shape;
     entry["dtype"] = tensor.dtype;
     entry["bytes"] = tensor.bytes;

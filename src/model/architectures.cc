@@ -1,6 +1,7 @@
 #include "model/architectures.h"
 
 #include "coterie/error.h"
+#include "io/printable.h"
 
 namespace coterie {
 
@@ -22,7 +23,8 @@ const Architecture& architecture_named(const std::string& name, const std::strin
     if (name == architecture->name || (!name.empty() && name == architecture->alias)) return *architecture;
     known += (known.empty() ? "" : ", ") + std::string(architecture->name);
   }
-  throw InvalidArgument(source + ": architectures: '" + name + "' is not supported (supported: " + known + ")");
+  throw InvalidArgument(source + ": architectures: " + printable(name) + " is not supported (supported: " + known +
+                        ")");
 }
 
 Activation read_activation(const ConfigReader& json, const std::string& key, const std::string& fallback) {

@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "coterie/error.h"
+#include "io/printable.h"
 
 namespace coterie {
 namespace {
@@ -126,7 +127,7 @@ void LogicalReader::check_surplus() const {
     if (!map_.ignored_prefix.empty() && stored.name.starts_with(map_.ignored_prefix)) continue;
     if (is_of_ignored_layer(stored.name)) continue;
     if (used.contains(stored.name) || std::ranges::any_of(map_.ignored_suffixes, is_suffix)) continue;
-    throw CorruptFile(source_.path() + ": " + stored.name + ": not a tensor of this model");
+    throw CorruptFile(source_.path() + ": " + printable(stored.name) + ": not a tensor of this model");
   }
 }
 

@@ -218,7 +218,7 @@ TEST(CheckpointMap, RefusesMissingSurplusAndWronglyShapedTensors) {
   EXPECT_EQ(refusal([](MemorySource& f) { f.reshape("model.norm.weight", {2, 2}); }),
             "FILE: model.norm.weight: shape [2, 2] is not [4]");
   EXPECT_EQ(refusal([](MemorySource& f) { f.put("model.layers.1.input_layernorm.weight", {4}, {1, 1, 1, 1}); }),
-            "FILE: model.layers.1.input_layernorm.weight: not a tensor of this model");
+            "FILE: 'model.layers.1.input_layernorm.weight': not a tensor of this model");
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "model/config.h"
 
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "coterie/error.h"
@@ -29,6 +30,14 @@ const Architecture& architecture_of(const ConfigReader& json) {
   json.fail("model_type", "'" + model_type + "' is not supported");
 }
 
+constexpr int64_t kMostPositions = int64_t{1} << 30;
+
+// JSON has no words for numbers that are none.
+std::string number_text(double value) {
+  if (std::isfinite(value)) return Json(value).dump();
+  return std::isnan(value) ? "nan" : value < 0 ? "-inf" : "inf";
+}
+
 // Throws "source: field: value ..." for what cannot be.
 class Validator {
  public:
@@ -41,8 +50,10 @@ class Validator {
     if (value < 1 || value > most) fail(field, std::to_string(value) + " is not in [1, " + std::to_string(most) + "]");
   }
   void number(const std::string& field, double value, bool zero_allowed = false) const {
-    if (!std::isfinite(value) || value < 0 || (value == 0 && !zero_allowed)) {
-      fail(field, Json(value).dump() + " is not " + (zero_allowed ? "zero or positive" : "positive"));
+    constexpr double kMost = std::numeric_limits<float>::max();  // all are used in fp32
+    if (!(std::abs(value) <= kMost)) fail(field, number_text(value) + " is not finite in fp32");
+    if (value < 0 || (value == 0 && !zero_allowed)) {
+      fail(field, number_text(value) + " is not " + (zero_allowed ? "zero or positive" : "positive"));
     }
   }
 
@@ -59,13 +70,54 @@ class Validator {
     const std::string field = c.rotary_dim != 0 ? "rotary_dim" : c.is_latent() ? "qk_rope_head_dim" : "head_dim";
     if (dims % 2 != 0) fail(field, std::to_string(dims) + " is odd, rotary positions need pairs");
     number("rope_theta", c.rope_theta);
-    const RopeScaling& s = c.rope_scaling;
-    rope_factors("rope_scaling.factors", s.factors, s.kind == RopeScalingKind::kFactors ? dims / 2 : 0);
-    const int64_t num_longrope = s.kind == RopeScalingKind::kLongrope ? dims / 2 : 0;
-    rope_factors("rope_scaling.short_factor", s.short_factors, num_longrope);
-    rope_factors("rope_scaling.long_factor", s.long_factors, num_longrope);
-    if (s.kind == RopeScalingKind::kYarn && c.rope_theta <= 1) {
+    if (c.rope_scaling.kind == RopeScalingKind::kYarn && c.rope_theta <= 1) {
       fail("rope_theta", Json(c.rope_theta).dump() + " is not above 1, as yarn needs it");
+    }
+    rope_scaling(c.rope_scaling, dims);
+    angles(c);
+  }
+
+  void rope_scaling(const RopeScaling& s, int64_t dims) const {
+    const std::string prefix = "rope_scaling.";
+    for (const auto& [key, value] : {std::pair("factor", s.factor),
+                                     {"low_freq_factor", s.low_freq_factor},
+                                     {"high_freq_factor", s.high_freq_factor},
+                                     {"beta_fast", s.beta_fast},
+                                     {"beta_slow", s.beta_slow}}) {
+      number(prefix + key, value);
+    }
+    for (const auto& [key, value] : {std::pair("attention_factor", s.attention_factor),
+                                     {"mscale", s.mscale},
+                                     {"mscale_all_dim", s.mscale_all_dim},
+                                     {"short_mscale", s.short_mscale},
+                                     {"long_mscale", s.long_mscale}}) {
+      number(prefix + key, value, /*zero_allowed=*/true);
+    }
+    using enum RopeScalingKind;
+    if (s.kind == kDynamic || s.kind == kLlama3 || s.kind == kYarn || s.kind == kLongrope) {
+      size(prefix + "original_max_position_embeddings", s.original_context, kMostPositions);
+    }
+    rope_factors(prefix + "factors", s.factors, s.kind == kFactors ? dims / 2 : 0);
+    const int64_t num_longrope = s.kind == kLongrope ? dims / 2 : 0;
+    rope_factors(prefix + "short_factor", s.short_factors, num_longrope);
+    rope_factors(prefix + "long_factor", s.long_factors, num_longrope);
+  }
+
+  // A cosine of what fp32 does not hold would be NaN, and so would everything that follows.
+  void angles(const ModelConfig& c) const {
+    const RopeScaling& s = c.rope_scaling;
+    const int64_t last = c.max_context();
+    const auto check = [&](const std::string& field, int64_t length) {
+      for (const float frequency : rope_frequencies(s, c.rope_theta, c.num_rotary_dims(), length)) {
+        const float angle = static_cast<float>(last) * frequency;
+        if (!std::isfinite(angle)) fail(field, "position " + std::to_string(last) + " turns by " + number_text(angle));
+      }
+    };
+    if (s.kind == RopeScalingKind::kLongrope) {
+      check("rope_scaling.short_factor", s.original_context);
+      check("rope_scaling.long_factor", s.original_context + 1);
+    } else {
+      check(s.kind == RopeScalingKind::kNone ? "rope_theta" : "rope_scaling", last);
     }
   }
 
@@ -154,7 +206,7 @@ void ModelConfig::validate(const std::string& source) const {
   check.size("num_attention_heads", num_heads, 1 << 16);
   check.size("num_key_value_heads", num_kv_heads, 1 << 16);
   check.size("head_dim", head_dim, 1 << 16);
-  check.size("max_position_embeddings", max_position_embeddings, int64_t{1} << 30);
+  check.size("max_position_embeddings", max_position_embeddings, kMostPositions);
   if (num_heads % num_kv_heads != 0) {
     check.fail("num_key_value_heads", std::to_string(num_kv_heads) + " does not divide num_attention_heads (" +
                                           std::to_string(num_heads) + ")");

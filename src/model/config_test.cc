@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "coterie/error.h"
+#include "io/test_files.h"
 #include "model/tensors.h"
 
 namespace coterie {
@@ -136,6 +137,56 @@ TEST(ModelConfig, RefusesWhatWeLackOfOtherArchitectures) {
   EXPECT_EQ(refusal(R"({"model_type": "gpt2", "n_head": 7})"), "config.json: n_head: 7 does not divide n_embd (768)");
   EXPECT_EQ(refusal(R"({"model_type": "llama", "num_hidden_layers": 1000000000})"),
             "config.json: num_hidden_layers: 1000000000 is not in [1, 10000]");
+}
+
+// Whatever a file's own checks let through must not become NaN in fp32.
+TEST(ModelConfig, RefusesRotationsThatFp32CannotHold) {
+  ModelConfig good = ModelConfig::from_json(ours(R"({"num_experts": 0, "intermediate_size": 20})"), "config.json");
+  RopeScaling yarn = {.kind = RopeScalingKind::kYarn, .factor = 4, .original_context = 16};
+  const auto refusal_of = [&](const auto& change, RopeScaling scaling) {
+    ModelConfig config = good;
+    change(scaling);
+    config.rope_scaling = std::move(scaling);
+    return invalid_message([&] { config.validate("F"); }, "F: rope_scaling");
+  };
+  const double nan = std::nan(""), inf = INFINITY;
+  EXPECT_EQ(refusal_of([](RopeScaling&) {}, yarn), "");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.factor = nan; }, yarn), ".factor: nan is not finite in fp32");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.factor = 1e300; }, yarn), ".factor: 1e+300 is not finite in fp32");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.factor = 0; }, yarn), ".factor: 0.0 is not positive");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.beta_fast = inf; }, yarn), ".beta_fast: inf is not finite in fp32");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.beta_slow = 0; }, yarn), ".beta_slow: 0.0 is not positive");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.attention_factor = -inf; }, yarn),
+            ".attention_factor: -inf is not finite in fp32");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.mscale = nan; }, yarn), ".mscale: nan is not finite in fp32");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.mscale_all_dim = -1; }, yarn),
+            ".mscale_all_dim: -1.0 is not zero or positive");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.original_context = 0; }, yarn),
+            ".original_max_position_embeddings: 0 is not in [1, 1073741824]");
+  const RopeScaling longrope = {
+      .kind = RopeScalingKind::kLongrope, .original_context = 16, .short_factors = {1, 2}, .long_factors = {2, 3}};
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.short_mscale = nan; }, longrope),
+            ".short_mscale: nan is not finite in fp32");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.long_factors[1] = nan; }, longrope),
+            ".long_factor: nan is not finite in fp32");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.short_factors[0] = 1e-38; }, longrope),
+            ".short_factor: position 64 turns by inf");
+  EXPECT_EQ(refusal_of([&](RopeScaling& s) { s.long_factors[0] = 1e-40; }, longrope),
+            ".long_factor: position 64 turns by inf");
+}
+
+TEST(ModelConfig, RefusesScalingOfAFileThatFp32CannotHold) {
+  const auto yarn = [](const std::string& keys) {
+    return refusal(R"({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4, )" + keys + "}}");
+  };
+  EXPECT_EQ(yarn(R"("attention_factor": 1.5)"), "accepted");
+  EXPECT_EQ(yarn(R"("attention_factor": 1e39)"),
+            "config.json: rope_scaling.attention_factor: 1e+39 is not finite in fp32");
+  EXPECT_EQ(yarn(R"("mscale": 1e200)"), "config.json: rope_scaling.mscale: 1e+200 is not finite in fp32");
+  EXPECT_EQ(refusal(R"({"model_type": "llama", "rope_theta": 1e-39})"),
+            "config.json: rope_theta: position 2048 turns by inf");
+  EXPECT_EQ(refusal(R"({"architectures": ["evil\nFAKE\u001b[31m"]})").substr(0, 53),
+            R"(config.json: architectures: 'evil\x0aFAKE\x1b[31m' is)");
 }
 
 TEST(ModelConfig, RefusesLongropeByFieldAndValue) {

@@ -70,55 +70,68 @@ std::vector<double> rope_factors(const GgufSource& file, const GgufMetadata& met
   return {factors.begin(), factors.end()};
 }
 
+int64_t original_context(const GgufMetadata& metadata, int64_t least, const ModelConfig& c) {
+  const std::string key = "rope.scaling.original_context_length";
+  const int64_t context = metadata.integer(key).value_or(c.max_position_embeddings);
+  if (context < least) metadata.fail(key, std::to_string(context) + " is below " + std::to_string(least));
+  return context;
+}
+
 // llama.cpp takes the long factors wherever its context is longer than the original one, we where the text is.
 void read_longrope(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
   RopeScaling& scaling = c.rope_scaling;
   scaling.kind = RopeScalingKind::kLongrope;
   scaling.short_factors = rope_factors(file, metadata, "rope_factors_short.weight", c);
   scaling.long_factors = rope_factors(file, metadata, "rope_factors_long.weight", c);
-  const std::string original = "rope.scaling.original_context_length";
-  scaling.original_context = metadata.integer(original).value_or(c.max_position_embeddings);
-  if (scaling.original_context < 2) metadata.fail(original, std::to_string(scaling.original_context) + " is below 2");
+  scaling.original_context = original_context(metadata, 2, c);
   scaling.attention_factor = metadata.number("rope.scaling.attn_factor").value_or(1.0);
   if (!(scaling.attention_factor > 0)) {
     metadata.fail("rope.scaling.attn_factor", std::to_string(scaling.attention_factor) + " is not positive");
   }
 }
 
+// Llama 3's scaling lies in a tensor of factors.
+void read_factors(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
+  if (!file.find(kRopeFactors)) return;
+  c.rope_scaling.kind = RopeScalingKind::kFactors;
+  c.rope_scaling.factors = rope_factors(file, metadata, kRopeFactors, c);
+}
+
+void read_yarn(const GgufMetadata& metadata, double log_multiplier, ModelConfig& c) {
+  RopeScaling& scaling = c.rope_scaling;
+  scaling.kind = RopeScalingKind::kYarn;
+  scaling.original_context = original_context(metadata, 1, c);
+  scaling.beta_fast = metadata.number("rope.scaling.yarn_beta_fast").value_or(scaling.beta_fast);
+  scaling.beta_slow = metadata.number("rope.scaling.yarn_beta_slow").value_or(scaling.beta_slow);
+  scaling.mscale = scaling.mscale_all_dim = log_multiplier / 0.1;
+}
+
+// One way at a time: what belongs to another is refused, not left out.
 void read_rope_scaling(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
   const bool by_length = file.find("rope_factors_long.weight") || file.find("rope_factors_short.weight");
   const std::string type = metadata.text("rope.scaling.type").value_or("none");
   const double factor = metadata.number("rope.scaling.factor").value_or(1.0);
-  const std::optional<int64_t> original = metadata.integer("rope.scaling.original_context_length");
-  metadata.ignore("rope.scaling.finetuned");
   const double log_multiplier = metadata.number("rope.scaling.yarn_log_multiplier").value_or(0.0);
-  if (by_length) {
-    const std::string what = " does not go with rope_factors_long.weight";
-    if (type != "none" && type != "longrope") metadata.fail("rope.scaling.type", printable(type) + what);
-    if (factor != 1.0) metadata.fail("rope.scaling.factor", std::to_string(factor) + what);
-    return read_longrope(file, metadata, c);
-  }
-  if (type != "none" && type != "linear" && type != "yarn") {
+  metadata.ignore("rope.scaling.original_context_length");
+  metadata.ignore("rope.scaling.finetuned");
+  const std::string beside =
+      " does not go with " + (by_length ? "rope_factors_long.weight" : "rope.scaling.type " + printable(type));
+  if (by_length && type != "none" && type != "longrope") metadata.fail("rope.scaling.type", printable(type) + beside);
+  if (by_length && factor != 1.0) metadata.fail("rope.scaling.factor", std::to_string(factor) + beside);
+  if (!by_length && type != "none" && type != "linear" && type != "yarn") {
     metadata.fail("rope.scaling.type", printable(type) + " is not supported (supported: none, linear, yarn)");
   }
+  if (file.find(kRopeFactors) && (by_length || type != "none")) metadata.fail("/rope_freqs.weight", beside.substr(1));
+  if (log_multiplier != 0 && (by_length || type == "linear")) {
+    metadata.fail("rope.scaling.yarn_log_multiplier", std::to_string(log_multiplier) + beside);
+  }
+  if (by_length) return read_longrope(file, metadata, c);
   if (factor < 1.0) metadata.fail("rope.scaling.factor", std::to_string(factor) + " is below 1");
-  if (type == "none") {
-    if (factor != 1.0) metadata.fail("rope.scaling.factor", "is given without rope.scaling.type");
-    if (!file.find(kRopeFactors)) return;  // Llama 3's scaling lies in a tensor of factors
-    c.rope_scaling.kind = RopeScalingKind::kFactors;
-    c.rope_scaling.factors = rope_factors(file, metadata, kRopeFactors, c);
-    return;
-  }
-  if (file.find(kRopeFactors)) {
-    metadata.fail("/rope_freqs.weight", "does not go with rope.scaling.type " + printable(type));
-  }
+  if (type == "none" && factor != 1.0) metadata.fail("rope.scaling.factor", "is given without rope.scaling.type");
+  if (type == "none") return read_factors(file, metadata, c);
   c.rope_scaling.factor = factor;
-  c.rope_scaling.kind = type == "yarn" ? RopeScalingKind::kYarn : RopeScalingKind::kLinear;
-  if (type == "linear") return;
-  c.rope_scaling.original_context = original.value_or(c.max_position_embeddings);
-  c.rope_scaling.beta_fast = metadata.number("rope.scaling.yarn_beta_fast").value_or(c.rope_scaling.beta_fast);
-  c.rope_scaling.beta_slow = metadata.number("rope.scaling.yarn_beta_slow").value_or(c.rope_scaling.beta_slow);
-  c.rope_scaling.mscale = c.rope_scaling.mscale_all_dim = log_multiplier / 0.1;
+  c.rope_scaling.kind = RopeScalingKind::kLinear;
+  if (type == "yarn") read_yarn(metadata, log_multiplier, c);
 }
 
 void read_heads(const GgufSource& file, const GgufMetadata& metadata, ModelConfig& c) {
@@ -285,6 +298,28 @@ void read_gpt_oss(const GgufMetadata& metadata, ModelConfig& c, LayerConfig& moe
   moe.window = metadata.required_integer("attention.sliding_window");  // of every second layer
 }
 
+// The tensor must have a number or more for each of the `count`.
+void check_room(const GgufSource& file, const GgufMetadata& metadata, const std::string& key, int64_t count,
+                const std::string& tensor) {
+  const StoredTensor* stored = file.find(tensor);
+  if (!stored) metadata.fail("/" + tensor, "is missing");
+  if (count <= stored->num_elements()) return;
+  metadata.fail(key, std::to_string(count) + " is more than the " + std::to_string(stored->num_elements()) +
+                         " numbers of " + tensor);
+}
+
+// Before anything is made for each expert or head of each layer: a small file may speak of many. What shapes must be
+// exactly, the map of tensors says.
+void check_counts(const GgufSource& file, const GgufMetadata& metadata, const ModelConfig& c) {
+  const std::string query = c.is_latent() && c.latent.q_rank > 0 ? "attn_q_b.weight" : "attn_q.weight";
+  for (size_t n = 0; n < c.layers.size(); ++n) {
+    const std::string layer = "blk." + std::to_string(n) + ".";
+    check_room(file, metadata, "attention.head_count", c.num_heads, layer + query);
+    if (!c.layers[n].is_moe()) continue;
+    check_room(file, metadata, "expert_count", c.layers[n].router.num_experts, layer + "ffn_gate_inp.weight");
+  }
+}
+
 }  // namespace
 
 ModelConfig config_from_gguf(const GgufSource& file) {
@@ -301,7 +336,7 @@ ModelConfig config_from_gguf(const GgufSource& file) {
   c.mlp_bias = file.find("blk.0.ffn_down.bias") != nullptr;
   c.tie_word_embeddings = file.find("output.weight") == nullptr;
   c.lm_head_bias = file.find("output.bias") != nullptr;
-  c.bos_token_id = metadata.integer("/tokenizer.ggml.bos_token_id").value_or(-1);
+  c.bos_token_id = metadata.token_id("/tokenizer.ggml.bos_token_id").value_or(-1);
   c.eos_token_ids = end_tokens_of_gguf(metadata);
   read_layers(file, metadata, architecture, c);
   if (c.attention_sinks) {
@@ -310,6 +345,7 @@ ModelConfig config_from_gguf(const GgufSource& file) {
   check_widths(metadata, c);
   metadata.refuse_unknown();
   c.validate(file.path());
+  check_counts(file, metadata, c);
   return c;
 }
 

@@ -8,9 +8,9 @@
 namespace coterie {
 namespace {
 
-constexpr int64_t kControl = 3;  // of tokenizer.ggml.token_type
-
-// Texts that end an answer in the vocabularies of the architectures that we read; llama.cpp goes by the same ones.
+// Texts that end an answer in the vocabularies of the architectures that we read, whatever their type is by
+// tokenizer.ggml.token_type. llama.cpp, too, goes by the text, and takes another type than control for a fault of the
+// file.
 constexpr std::string_view kEnds[] = {
     "<|eot_id|>",       // Llama 3
     "<|eom_id|>",       // likewise, to a tool
@@ -32,13 +32,12 @@ constexpr std::string_view kEnds[] = {
 // gpt-oss has this one between the parts of an answer, and others at its end.
 constexpr std::string_view kEndOfPart = "<|end|>", kEndOfAll = "<|return|>";
 
-std::vector<int64_t> control_tokens_that_end(const GgufMetadata& metadata) {
+std::vector<int64_t> tokens_known_to_end(const GgufMetadata& metadata) {
   const std::vector<std::string> texts = metadata.texts("/tokenizer.ggml.tokens");
-  const std::vector<int64_t> types = metadata.integers("/tokenizer.ggml.token_type");
   const bool has_parts = std::ranges::find(texts, kEndOfAll) != texts.end();
   std::vector<int64_t> ids;
-  for (size_t id = 0; id < std::min(texts.size(), types.size()); ++id) {
-    if (types[id] != kControl || (has_parts && texts[id] == kEndOfPart)) continue;
+  for (size_t id = 0; id < texts.size(); ++id) {
+    if (has_parts && texts[id] == kEndOfPart) continue;
     if (std::ranges::find(kEnds, texts[id]) != std::end(kEnds)) ids.push_back(static_cast<int64_t>(id));
   }
   return ids;
@@ -49,12 +48,11 @@ std::vector<int64_t> control_tokens_that_end(const GgufMetadata& metadata) {
 std::vector<int64_t> end_tokens_of_gguf(const GgufMetadata& metadata) {
   std::vector<int64_t> found;
   for (const char* key : {"eos_token_id", "eot_token_id", "eom_token_id"}) {
-    if (const auto id = metadata.integer(std::string("/tokenizer.ggml.") + key)) found.push_back(*id);
+    if (const auto id = metadata.token_id(std::string("/tokenizer.ggml.") + key)) found.push_back(*id);
   }
-  const std::vector<int64_t> listed = metadata.integers("/tokenizer.ggml.eos_token_ids");
-  const std::vector<int64_t> control = control_tokens_that_end(metadata);
-  found.insert(found.end(), listed.begin(), listed.end());
-  found.insert(found.end(), control.begin(), control.end());
+  for (const auto& ids : {metadata.token_ids("/tokenizer.ggml.eos_token_ids"), tokens_known_to_end(metadata)}) {
+    found.insert(found.end(), ids.begin(), ids.end());
+  }
   std::unordered_set<int64_t> seen;
   std::erase_if(found, [&](int64_t id) { return !seen.insert(id).second; });
   return found;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "io/test_files.h"
@@ -184,16 +185,39 @@ TEST_F(GgufModelTest, EndTokensAreThoseOfTheMetadataAndThoseKnownByTheirText) {
                   list_value<uint32_t>("tokenizer.ggml.eos_token_ids", kUint32, {2, 1, 4})}),
             (Ids{2, 4, 3, 1}));
   EXPECT_EQ(vocabulary({"<|im_end|>", "<|endoftext|>", "</s>", "a", "<|eot_id|>"}, {3, 3, 3, 1, 3}), (Ids{2, 0, 1, 4}));
-  EXPECT_EQ(vocabulary({"<|im_end|>", "<|end|>", "</s>", "<|eot_id|>"}, {1, 3, 3, 4}), (Ids{2, 1})) << "not control";
+  EXPECT_EQ(vocabulary({"<|im_end|>", "<|end|>", "</s>", "<|eot_id|>"}, {1, 3, 3, 4}), (Ids{2, 0, 1, 3}))
+      << "whatever their type";
   EXPECT_EQ(vocabulary({"<|return|>", "<|end|>", "<|endoftext|>", "<|call|>"}, {3, 3, 3, 3}), (Ids{2, 0, 3}))
       << "of gpt-oss";
   EXPECT_EQ(vocabulary({"<\xef\xbd\x9c"
                         "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>"},
                        {3}),
             (Ids{2, 0}));
-  EXPECT_EQ(vocabulary({"<|im_end|>", "<|endoftext|>"}, {3}), (Ids{2, 0})) << "fewer types than tokens";
+  EXPECT_EQ(ends({list_value("tokenizer.ggml.tokens", kString, Texts{"<|im_end|>", "a", "b", "<end_of_turn>"})}),
+            (Ids{2, 0, 3}))
+      << "no types";
   EXPECT_EQ(refusal(with("tokenizer.ggml.eos_token_ids", 3)),
             ": tokenizer.ggml.eos_token_ids: is not a list of whole numbers");
+}
+
+// llama.cpp's number for no token is -1, which some files have as an unsigned one.
+TEST_F(GgufModelTest, ATokenThatTheFileSaysItLacksIsNone) {
+  const auto config_with = [&](const std::string& key, const std::string& entry) {
+    return config_from_gguf(GgufSource(write_file(with(key, entry), good_tensors())));
+  };
+  using Ids = std::vector<int64_t>;
+  const std::string ggml = "tokenizer.ggml.";
+  for (const std::string key : {"eos_token_id", "eot_token_id", "eom_token_id"}) {
+    const Ids ids = key == "eos_token_id" ? Ids{} : Ids{2};
+    EXPECT_EQ(config_with(ggml + key, value(ggml + key, kInt32, -1)).eos_token_ids, ids) << key;
+    EXPECT_EQ(config_with(ggml + key, value(ggml + key, kUint32, ~0u)).eos_token_ids, ids) << key;
+    EXPECT_EQ(refusal(with(ggml + key, value(ggml + key, kInt32, -2))), ": " + ggml + key + ": -2 is no token");
+  }
+  const std::string list = ggml + "eos_token_ids", bos = ggml + "bos_token_id";
+  EXPECT_EQ(config_with(list, list_value<int32_t>(list, kInt32, {4, -1})).eos_token_ids, (Ids{2, 4}));
+  EXPECT_EQ(refusal(with(list, list_value<int32_t>(list, kInt32, {4, -3}))), ": " + list + ": -3 is no token");
+  EXPECT_EQ(config_with(bos, value(bos, kUint32, ~0u)).bos_token_id, -1);
+  EXPECT_EQ(refusal(with(bos, value(bos, kInt32, -2))), ": " + bos + ": -2 is no token");
 }
 
 TEST_F(GgufModelTest, TensorsLieUnderTheirLogicalNamesWithQueryAndKeyRowsTurnedBack) {
@@ -219,8 +243,59 @@ TEST_F(GgufModelTest, FactorsByLengthAreRead) {
   EXPECT_EQ(refusal(values, tensors), ": rope_factors_long.weight: 2 factors, not 3");
   tensors.back().rows = 3;
   EXPECT_EQ(refusal(values, tensors), ": rope_scaling.short_factor: 0.0 is not positive");  // what the test writes
+  const std::string multiplier = "llama.rope.scaling.yarn_log_multiplier", by_length = "rope_factors_long.weight";
+  values.emplace_back("", value(multiplier, kFloat32, 0.5f));
+  EXPECT_EQ(refusal(values, tensors), ": " + multiplier + ": 0.500000 does not go with " + by_length);
+  values.pop_back();
+  tensors.push_back({"rope_freqs.weight", 3, 0});
+  EXPECT_EQ(refusal(values, tensors), ": rope_freqs.weight: does not go with " + by_length);
+  tensors.pop_back();
   values.emplace_back("", text_value("llama.rope.scaling.type", "yarn"));
   EXPECT_EQ(refusal(values, tensors), ": llama.rope.scaling.type: 'yarn' does not go with rope_factors_long.weight");
+}
+
+TEST_F(GgufModelTest, ScalingThatIsNoNumberIsRefusedByKey) {
+  const std::string scaling = "llama.rope.scaling.";
+  const auto refusal_of = [&](const std::string& type, const std::vector<std::pair<std::string, float>>& numbers) {
+    Values values = with(scaling + "type", text_value(scaling + "type", type));
+    for (const auto& [key, number] : numbers) values.emplace_back("", value(scaling + key, kFloat32, number));
+    return refusal(values);
+  };
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(refusal_of("linear", {{"factor", nan}}), ": " + scaling + "factor: nan is not finite");
+  EXPECT_EQ(refusal_of("yarn", {{"factor", inf}}), ": " + scaling + "factor: inf is not finite");
+  EXPECT_EQ(refusal_of("yarn", {{"factor", 2}, {"yarn_beta_fast", nan}}),
+            ": " + scaling + "yarn_beta_fast: nan is not finite");
+  EXPECT_EQ(refusal_of("yarn", {{"factor", 2}, {"yarn_beta_slow", -1}}),
+            ": rope_scaling.beta_slow: -1.0 is not positive");
+  EXPECT_EQ(refusal_of("yarn", {{"factor", 2}, {"yarn_log_multiplier", -inf}}),
+            ": " + scaling + "yarn_log_multiplier: -inf is not finite");
+  EXPECT_EQ(refusal_of("linear", {{"factor", 2}, {"yarn_log_multiplier", 0.5}}),
+            ": " + scaling + "yarn_log_multiplier: 0.500000 does not go with rope.scaling.type 'linear'");
+  EXPECT_EQ(refusal_of("yarn", {{"factor", 2}, {"yarn_beta_fast", 16}, {"yarn_log_multiplier", 0.1f}}), "");
+  Values values = with(scaling + "type", text_value(scaling + "type", "yarn"));
+  values.emplace_back("", value(scaling + "original_context_length", kUint32, 0u));
+  EXPECT_EQ(refusal(values), ": " + scaling + "original_context_length: 0 is below 1");
+  std::vector<Tensor> tensors = good_tensors();
+  for (const char* name : {"rope_factors_short.weight", "rope_factors_long.weight"}) tensors.push_back({name, 3, 0});
+  values = with(scaling + "attn_factor", value(scaling + "attn_factor", kFloat32, inf));
+  EXPECT_EQ(refusal(values, tensors), ": " + scaling + "attn_factor: inf is not finite");
+}
+
+// A few bytes that speak of many experts or heads: the pieces of their tensors would fill the memory.
+TEST_F(GgufModelTest, CountsThatNoTensorHasRoomForAreRefusedAtOnce) {
+  std::vector<Tensor> tensors = good_tensors();
+  for (const std::string layer : {"blk.0.", "blk.1."}) tensors.push_back({layer + "ffn_gate_inp.weight", 4, 8});
+  Values values = with("llama.expert_count", 65536);
+  values.emplace_back("", value("llama.expert_used_count", kUint32, 2u));
+  const std::string experts = ": llama.expert_count: 65536 is more than the 32 numbers of blk.";
+  EXPECT_EQ(refusal(values, tensors), experts + "0.ffn_gate_inp.weight");
+  tensors[tensors.size() - 2] = {"blk.0.ffn_gate_inp.weight", 65536, 1};
+  EXPECT_EQ(refusal(values, tensors), experts + "1.ffn_gate_inp.weight");
+  values = with("llama.attention.head_count", 65536);
+  EXPECT_EQ(refusal(values), ": llama.attention.head_count: 65536 is more than the 96 numbers of blk.0.attn_q.weight");
+  std::erase_if(tensors, [](const Tensor& tensor) { return tensor.name == "blk.1.attn_q.weight"; });
+  EXPECT_EQ(refusal(good_values(), tensors), ": blk.1.attn_q.weight: is missing");
 }
 
 TEST_F(GgufModelTest, WhatWeLackIsRefusedByName) {
@@ -281,7 +356,9 @@ TEST_F(GgufModelTest, TensorsThatContradictTheConfigAreRefused) {
   EXPECT_EQ(message_of(tensors), ": blk.0.attn_q.weight: shape [12, 6] is not [12, 8]");
   tensors = good_tensors();
   tensors.push_back({"blk.0.ffn_norm_2.weight", 8, 0});
-  EXPECT_EQ(message_of(tensors), ": blk.0.ffn_norm_2.weight: not a tensor of this model");
+  EXPECT_EQ(message_of(tensors), ": 'blk.0.ffn_norm_2.weight': not a tensor of this model");
+  tensors.back().name = "evil\nFAKE LINE\x1b[31m";
+  EXPECT_EQ(message_of(tensors), R"(: 'evil\x0aFAKE LINE\x1b[31m': not a tensor of this model)");
 }
 
 }  // namespace
