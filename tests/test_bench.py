@@ -11,27 +11,29 @@ from typing import Any
 
 import pytest
 
-from coterie import bench
+from coterie.benchmarks import training
+from coterie.benchmarks.cells import LayerCell, LinearCell, StepCell, TrainCell
+from coterie.benchmarks.worker import OURS, BenchError, System
 from coterie.cli import main
 
 PEERS = Path(__file__).resolve().parents[1] / "benches" / "peers"
-SETTINGS = bench.Settings(threads=1, rounds=2, repeat=2, seconds=0.0)
-TINY = bench.LayerCell("fp32", tokens=64, hidden=32, ffn=64, experts=4, top_k=2, backward=True)
+SETTINGS = training.Settings(threads=1, rounds=2, repeat=2, seconds=0.0)
+TINY = LayerCell("fp32", tokens=64, hidden=32, ffn=64, experts=4, top_k=2, backward=True)
 
 
-def samples(*times_ms: float, norm: float = 1.0, hit: float = 2.0) -> bench.Samples:
-    return bench.Samples(list(times_ms), 1000, {"norms": {"output": norm}, "experts_hit": hit})
+def samples(*times_ms: float, norm: float = 1.0, hit: float = 2.0) -> training.Samples:
+    return training.Samples(list(times_ms), 1000, {"norms": {"output": norm}, "experts_hit": hit})
 
 
 def test_useful_flops_count_two_matrices_and_three_passes():
     forward = replace(TINY, backward=False)
     assert forward.flops == 64 * 2 * 2 * (2 * 32 * 64)  # tokens, choices, matrices, multiply-adds
     assert TINY.flops == 3 * forward.flops
-    assert bench.LinearCell("fp32", 8, 32, 64, backward=True).flops == 3 * 2 * 8 * 32 * 64
+    assert LinearCell("fp32", 8, 32, 64, backward=True).flops == 3 * 2 * 8 * 32 * 64
 
 
 def test_a_step_counts_what_a_token_meets():
-    cell = bench.StepCell(
+    cell = StepCell(
         "fp32", tokens=64, hidden=32, ffn=64, experts=4, top_k=2, layers=3, heads=2, sequence=16, vocabulary=128
     )
     # Of three layers the second has experts: two dense MLPs and two experts, a router, attention and the output layer.
@@ -41,15 +43,15 @@ def test_a_step_counts_what_a_token_meets():
 
 
 def test_a_step_of_training_runs_in_every_system():
-    cell = bench.StepCell(
+    cell = StepCell(
         "bf16", tokens=64, hidden=32, ffn=64, experts=4, top_k=1, layers=2, heads=2, sequence=16, vocabulary=128
     )
-    contestants = bench.systems("step", ["torch"])
+    contestants = training.systems("step", ["torch"])
     try:
-        contestants = bench.systems("step", ["torch", "deepspeed"])
-    except bench.BenchError:
+        contestants = training.systems("step", ["torch", "deepspeed"])
+    except BenchError:
         pass  # not installed here
-    result = bench.run([cell], contestants, SETTINGS)["cells"][0]
+    result = training.run([cell], contestants, SETTINGS)["cells"][0]
     for system in result["systems"].values():
         assert system["ms"] is not None, system["reason"]
         assert system["tokens_per_s"] == pytest.approx(64e3 / system["ms"])
@@ -57,16 +59,16 @@ def test_a_step_of_training_runs_in_every_system():
 
 def test_ranks_train_together_in_every_system():
     cells = [
-        bench.TrainCell(dtype, 64, 32, 48, experts=4, top_k=1, layers=2, heads=2, sequence=16, vocabulary=64, ranks=2)
+        TrainCell(dtype, 64, 32, 48, experts=4, top_k=1, layers=2, heads=2, sequence=16, vocabulary=64, ranks=2)
         for dtype in ("fp32", "bf16")
     ]
-    contestants = bench.systems("train", ["ddp", "fsdp2"], ranks=2)
-    for cell in bench.run(cells, contestants, bench.Settings(threads=1, rounds=1, repeat=1, seconds=0))["cells"]:
+    contestants = training.systems("train", ["ddp", "fsdp2"], ranks=2)
+    for cell in training.run(cells, contestants, training.Settings(threads=1, rounds=1, repeat=1, seconds=0))["cells"]:
         assert set(cell["peers"]) == {"ddp", "fsdp2"}
         for name in ("coterie", "coterie_zero0", "coterie_one_rank", "ddp", "fsdp2"):
             system = cell["systems"][name]
             assert system["ms"] is not None, (name, system["reason"])
-    with pytest.raises(bench.BenchError, match=r"--ranks: does not divide --experts 4 \(3\)"):
+    with pytest.raises(BenchError, match=r"--ranks: does not divide --experts 4 \(3\)"):
         replace(cells[0], ranks=3, tokens=48).check()
 
 
@@ -74,9 +76,9 @@ def test_a_cell_is_held_against_its_limits_and_the_best_peer():
     cell = replace(TINY, backward=False)
     peak, bandwidth = cell.flops * 1e3, 1e9  # 1 ms of arithmetic
     read_ms = (2 * cell.expert_bytes + 4 * 4 * 32) / 1e6
-    figures = {bench.OURS: samples(9.0, 2.0, 4.0), "a": samples(8.0, 8.0), "b": samples(6.0, 3.0, 7.0, norm=1.25)}
-    report = bench.report(cell, figures, peak, bandwidth)
-    assert (report["ours_ms"], report["systems"][bench.OURS]["min_ms"]) == (4.0, 2.0)
+    figures = {OURS: samples(9.0, 2.0, 4.0), "a": samples(8.0, 8.0), "b": samples(6.0, 3.0, 7.0, norm=1.25)}
+    report = training.report(cell, figures, peak, bandwidth)
+    assert (report["ours_ms"], report["systems"][OURS]["min_ms"]) == (4.0, 2.0)
     assert report["peers"] == {"a": 8.0, "b": 6.0}
     assert report["best_peer"] == "b"
     assert report["ratio_to_best_peer"] == 1.5
@@ -89,13 +91,13 @@ def test_a_cell_is_held_against_its_limits_and_the_best_peer():
 
 
 def test_what_did_not_run_is_null_with_its_reason():
-    figures = {bench.OURS: samples(4.0), "a": bench.Samples(reason="no memory"), "b": samples(2.0)}
-    report = bench.report(TINY, figures, 1e9, 1e9)
+    figures = {OURS: samples(4.0), "a": training.Samples(reason="no memory"), "b": samples(2.0)}
+    report = training.report(TINY, figures, 1e9, 1e9)
     assert report["peers"] == {"a": None, "b": 2.0}
     assert report["systems"]["a"] == {"ms": None, "reason": "no memory"}
     assert report["ratio_to_best_peer"] == 0.5
-    figures[bench.OURS] = bench.Samples(reason="no memory")
-    report = bench.report(TINY, figures, 1e9, 1e9)
+    figures[OURS] = training.Samples(reason="no memory")
+    report = training.report(TINY, figures, 1e9, 1e9)
     assert report["ours_ms"] is None and report["ratio_to_best_peer"] is None
 
 
@@ -104,7 +106,7 @@ def test_the_summary_groups_by_every_axis_that_varies():
         return {"dtype": dtype, "experts": experts, "top_k": 1, "ratio_to_best_peer": ratio, "share_of_peak": 0.5}
 
     cells = [cell("fp32", 8, 2.0), cell("bf16", 8, 8.0), cell("bf16", 64, None)]
-    groups = {group.pop("group"): group for group in bench.summarize(cells)}
+    groups = {group.pop("group"): group for group in training.summarize(cells)}
     assert list(groups) == ["all", "dtype=fp32", "dtype=bf16", "experts=8", "experts=64"]
     assert groups["all"]["cells"] == 3
     assert groups["all"]["ratio_to_best_peer_mean"] == pytest.approx(4.0)
@@ -118,14 +120,14 @@ def test_the_summary_groups_by_every_axis_that_varies():
 def measured() -> dict[str, Any]:
     """Ours and the peers that need nothing but the test environment. In the first cell, some experts have no tokens."""
     cells = [replace(TINY, tokens=8, experts=16), replace(TINY, dtype="bf16", backward=False)]
-    return bench.run(cells, bench.systems("layer", ["torch_loop", "torch_grouped_mm", "transformers"]), SETTINGS)
+    return training.run(cells, training.systems("layer", ["torch_loop", "torch_grouped_mm", "transformers"]), SETTINGS)
 
 
 def test_every_system_runs_every_cell(measured: dict[str, Any]):
     assert json.loads(json.dumps(measured)) == measured
     assert measured["machine"]["cpu"] and measured["machine"]["isa"]
     for cell in measured["cells"]:
-        assert list(cell["systems"]) == [bench.OURS, *cell["peers"]]
+        assert list(cell["systems"]) == [OURS, *cell["peers"]]
         for system in cell["systems"].values():
             assert system["steps"] >= SETTINGS.rounds * SETTINGS.repeat
             assert 0 < system["min_ms"] <= system["ms"]
@@ -135,9 +137,9 @@ def test_every_system_runs_every_cell(measured: dict[str, Any]):
 
 
 def test_forward_passes_of_ours_run_with_packed_weights_and_without():
-    assert [system.name for system in bench.systems("layer", [])] == ["coterie"]
+    assert [system.name for system in training.systems("layer", [])] == ["coterie"]
     cell = replace(TINY, dtype="bf16", backward=False)
-    systems = bench.run([cell], bench.systems("layer", [], backward=False), SETTINGS)["cells"][0]["systems"]
+    systems = training.run([cell], training.systems("layer", [], backward=False), SETTINGS)["cells"][0]["systems"]
     assert systems.keys() == {"coterie", "coterie_unpacked"}
     assert systems["coterie"]["packed_bytes"] > 0
     assert systems["coterie_unpacked"]["packed_bytes"] == 0
@@ -154,19 +156,19 @@ def test_every_system_computes_the_same(measured: dict[str, Any]):
 
 
 def test_systems_that_do_not_fit_together_are_built_turn_by_turn(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "memory_of_machine", lambda name: 0)
-    cell = bench.LinearCell("fp32", 8, 32, 64, backward=True)
-    result = bench.run([cell], bench.systems("linear", ["torch"]), SETTINGS)["cells"][0]
+    monkeypatch.setattr(training, "memory_of_machine", lambda name: 0)
+    cell = LinearCell("fp32", 8, 32, 64, backward=True)
+    result = training.run([cell], training.systems("linear", ["torch"]), SETTINGS)["cells"][0]
     assert result["systems"]["torch"]["steps"] == SETTINGS.rounds * SETTINGS.repeat
     assert result["systems"]["torch"]["difference"] <= 64 * 2**-24
 
 
 def test_a_peer_that_cannot_run_a_cell_does_not_stop_the_others():
-    ours = bench.systems("layer", [])
-    ends = bench.System("ends", [sys.executable, "-c", "import sys; sys.exit('no such processor')"])
-    raises = bench.System("raises", [sys.executable, str(PEERS / "torch_peer.py")])  # knows linear cells alone
-    talks = bench.System("talks", [sys.executable, "-c", "input(); print('hello')"])
-    result = bench.run([TINY], [*ours, ends, raises, talks], SETTINGS)["cells"][0]
+    ours = training.systems("layer", [])
+    ends = System("ends", [sys.executable, "-c", "import sys; sys.exit('no such processor')"])
+    raises = System("raises", [sys.executable, str(PEERS / "torch_peer.py")])  # knows linear cells alone
+    talks = System("talks", [sys.executable, "-c", "input(); print('hello')"])
+    result = training.run([TINY], [*ours, ends, raises, talks], SETTINGS)["cells"][0]
     assert result["ours_ms"] > 0
     assert result["peers"] == {"ends": None, "raises": None, "talks": None}
     assert result["systems"]["ends"]["reason"] == "ended with code 1: no such processor"
@@ -177,10 +179,10 @@ def test_a_peer_that_cannot_run_a_cell_does_not_stop_the_others():
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_deepspeed_drops_what_its_capacity_does_not_hold(top_k: int):
     try:
-        contestants = bench.systems("layer", ["deepspeed", "deepspeed+tcmalloc"])
-    except bench.BenchError as error:
+        contestants = training.systems("layer", ["deepspeed", "deepspeed+tcmalloc"])
+    except BenchError as error:
         pytest.skip(str(error))
-    result = bench.run([replace(TINY, top_k=top_k)], contestants, SETTINGS)["cells"][0]
+    result = training.run([replace(TINY, top_k=top_k)], contestants, SETTINGS)["cells"][0]
     for name in ("deepspeed", "deepspeed+tcmalloc"):
         system = result["systems"][name]
         assert system["ms"] is not None, system["reason"]
@@ -207,7 +209,7 @@ def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str],
     assert refused(capsys, "step", "--heads", "3") == "--heads: does not divide --hidden 256 (3)"
     assert "no peer is called 'tutel'; known: deepspeed, " in refused(capsys, "layer", "--peers", "tutel")
     assert "no peer is called 'torch+jemalloc'" in refused(capsys, "linear", "--peers", "torch+jemalloc")
-    monkeypatch.setitem(bench.PACKAGES, "deepspeed", "no_such_package")
+    monkeypatch.setitem(training.PACKAGES, "deepspeed", "no_such_package")
     line = refused(capsys, "layer", "--peers", "deepspeed")
     assert line.startswith("--peers: deepspeed: ") and line.endswith("has no no_such_package; run benches/peers/setup")
 

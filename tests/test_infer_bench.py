@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coterie import _engine, bench, dense_vs_moe, infer_bench, infer_contestants
+from coterie import _engine
+from coterie.benchmarks import dense_vs_moe, infer, infer_contestants, worker
+from coterie.benchmarks.memory import gpt
 from coterie.cli import main
-from coterie.memory_bench import gpt
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"layers": 2, "hidden": 64, "heads": 4, "experts": 8, "top-k": 2, "ffn": 32, "vocabulary": 600}
@@ -46,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(model: Path) -> dict[str, Any]:
     opened = infer_contestants.Model.open(model, None)
     field = {"bf16": infer_contestants.contestants(opened, "bf16", ["transformers"], SETTINGS)}
-    return infer_bench.run(opened, field, SETTINGS)
+    return infer.run(opened, field, SETTINGS)
 
 
 def test_a_made_model_is_the_same_for_the_same_seed_alone(model: Path, tmp_path: Path):
@@ -78,7 +79,7 @@ def test_every_system_runs_and_computes_the_same(measured: dict[str, Any]):
         assert set(system["decode_tokens_per_s"]) == {"1", "2"}
         for test in ("prefill", "1", "2"):
             rates, bandwidths = zip(*system["samples"][test], strict=True)
-            assert len(rates) == SETTINGS.rounds * infer_bench.PASSES  # such a model is quick
+            assert len(rates) == SETTINGS.rounds * infer.PASSES  # such a model is quick
             assert statistics.median(bandwidths) == pytest.approx(1e9 * system["read_gb_per_s"][test])
         assert system["first_token_s"] > 0 and system["rss_bytes"] > 0 and system["share_of_bandwidth"] > 0
     # Prompts are few; greedy tokens of equal weights differ where two logits lie within the rounding of bf16.
@@ -94,13 +95,13 @@ def test_every_system_runs_and_computes_the_same(measured: dict[str, Any]):
 
 def test_decoding_is_timed_while_all_sequences_run():
     together = [[1.0, 2.0, 3.0, 4.0], [1.5, 2.0, 3.0, 4.0]]  # from 1.5 to 4.0: three tokens of each
-    assert infer_bench.decode_rate(together) == pytest.approx(6 / 2.5)
+    assert infer.decode_rate(together) == pytest.approx(6 / 2.5)
     one_by_one = [[1.0, 1.5, 2.0], [3.0, 3.5, 4.0]]
-    assert infer_bench.decode_rate(one_by_one) == pytest.approx(2.0)
+    assert infer.decode_rate(one_by_one) == pytest.approx(2.0)
 
 
 def contestant(peer: str, variant: str, gigabytes: float, **rates: float) -> infer_contestants.Contestant:
-    system = bench.System(peer, [])
+    system = worker.System(peer, [])
     made = infer_contestants.Contestant(peer, variant, system, {}, None, bits=16, memory_bytes=gigabytes)
     made.rates = {test: [rate] for test, rate in rates.items()}
     made.bandwidths = dict.fromkeys(rates, [1e9])
@@ -112,18 +113,18 @@ def test_turns_are_compared_where_memory_was_alike():
     ours.rates, ours.bandwidths = {"1": [30, 50, 32]}, {"1": [50e9, 80e9, 48e9]}
     fast.rates, fast.bandwidths = {"1": [25, 24, 23]}, {"1": [79e9, 80e9, 81e9]}
     slow.rates, slow.bandwidths = {"1": [20]}, {"1": [60e9]}
-    assert infer_bench.compared_turns(ours, fast, "1") == [50 / 25, 50 / 24, 50 / 23]
-    assert infer_bench.decode_ratio(ours, [fast], "1") == 50 / 24
-    assert infer_bench.compared_turns(ours, slow, "1") == []  # nowhere: then it is the medians'
-    assert infer_bench.decode_ratio(ours, [fast, slow], "1") == 32 / 20
-    assert infer_bench.decode_ratio(ours, [], "1") is None
+    assert infer.compared_turns(ours, fast, "1") == [50 / 25, 50 / 24, 50 / 23]
+    assert infer.decode_ratio(ours, [fast], "1") == 50 / 24
+    assert infer.compared_turns(ours, slow, "1") == []  # nowhere: then it is the medians'
+    assert infer.decode_ratio(ours, [fast, slow], "1") == 32 / 20
+    assert infer.decode_ratio(ours, [], "1") is None
 
 
 def test_groups_hold_ours_and_what_fits_beside():
     ours, *others = (
         contestant(name, "", size) for name, size in (("coterie", 4), ("a", 4), ("b", 9), ("c", 30), ("d", 2))
     )
-    names = [[one.peer for one in group] for group in infer_bench.groups([ours, *others], 18)]
+    names = [[one.peer for one in group] for group in infer.groups([ours, *others], 18)]
     assert names == [["coterie", "a", "b"], ["coterie", "d"], ["c"]]
 
 
@@ -136,8 +137,8 @@ def test_a_peer_is_taken_at_its_best_variant_of_each_test(model: Path):
         contestant("llama_cpp_q4_k_m", "", 1, **{"prefill": 400, "1": 40, "2": 20}),
     ]
     settings = infer_contestants.Settings(batches=(1, 2))
-    row = infer_bench.report(opened, "int4", row_of, settings)
-    infer_bench.add_prefill_ratios([row])
+    row = infer.report(opened, "int4", row_of, settings)
+    infer.add_prefill_ratios([row])
     assert row["peers"]["llama_cpp"]["best_variant"] == {"prefill": "as it is", "1": "repacked", "2": "repacked"}
     assert row["ratio_decode"] == {"1": 1.5, "2": 2.0}
     assert row["ratio_decode_any_type"] == {"1": 0.75, "2": 2.0}

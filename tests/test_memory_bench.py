@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coterie import memory_bench
+from coterie.benchmarks import memory
 from coterie.cli import main
 
 TINY = """
@@ -90,16 +90,16 @@ def test_a_thousand_ranks_are_counted_in_seconds(capsys: pytest.CaptureFixture[s
 
 
 def test_the_formula_is_the_paper_s():
-    model = memory_bench.named("530b-dense").model
-    params = memory_bench._parameters(model)[0]
+    model = memory.named("530b-dense").model
+    params = memory._parameters(model)[0]
     for stage, expected in ((0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8)):
-        held = memory_bench.formula(model, "bf16", 8, stage, [])
+        held = memory.formula(model, "bf16", 8, stage, [])
         assert sum(held.values()) == pytest.approx(expected * params)
     # 128 experts on 128 ranks: one of each layer, which two ranks hold alike.
-    moe = memory_bench.named("1t-moe").model
+    moe = memory.named("1t-moe").model
     expert = 8 * 8192**2 + 5 * 8192
-    shared = memory_bench._parameters(moe)[0] - 15 * 128 * expert
-    held = memory_bench.formula(moe, "bf16", 256, 2, [128] * 15)
+    shared = memory._parameters(moe)[0] - 15 * 128 * expert
+    held = memory.formula(moe, "bf16", 256, 2, [128] * 15)
     assert sum(held.values()) == pytest.approx((2 + 14 / 256) * shared + (2 + 14 / 2) * 15 * expert)
 
 

@@ -11,7 +11,7 @@ import time
 
 import typer
 
-from coterie.bench import BenchError
+from coterie.benchmarks.worker import BenchError
 from coterie.cli.bench import bench
 from coterie.cli.chat import chat
 from coterie.cli.data import data

@@ -13,8 +13,11 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from coterie import bench as benches
-from coterie import comm_bench, memory_bench
+from coterie.benchmarks import comm as communication
+from coterie.benchmarks import memory as memory_of_training
+from coterie.benchmarks import training
+from coterie.benchmarks.cells import DTYPE_BYTES, Cell, LayerCell, LinearCell, StepCell, TrainCell
+from coterie.benchmarks.worker import BenchError
 from coterie.cli.bench_infer import dense_vs_moe, infer
 from coterie.cli.console import JsonOption, human_bytes, human_count, notes, print_json, results
 
@@ -40,7 +43,7 @@ def layer(
     top_k: Annotated[Sizes, typer.Option(help="Experts of a token.")] = "1,2",
     dtype: DtypeOption = "fp32,bf16",
     backward: Annotated[bool, typer.Option("--backward", help="Forward and backward pass, else forward.")] = False,
-    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(benches.PEERS["layer"]),
+    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(training.PEERS["layer"]),
     threads: ThreadsOption = 2,
     rounds: RoundsOption = 5,
     repeat: RepeatOption = 3,
@@ -51,12 +54,12 @@ def layer(
     Forward passes of ours run on packed weights; beside it on weights as they lie (coterie_unpacked).
     """
     cells = [
-        benches.LayerCell(d, t, hidden, ffn, e, k, backward)
+        LayerCell(d, t, hidden, ffn, e, k, backward)
         for d, t, e, k in product(
             _dtypes(dtype), _sizes("tokens", tokens), _sizes("experts", experts), _sizes("top-k", top_k)
         )
     ]
-    _run(cells, peers, benches.Settings(threads, rounds, repeat), json)
+    _run(cells, peers, training.Settings(threads, rounds, repeat), json)
 
 
 @bench.command()
@@ -66,18 +69,15 @@ def linear(
     outputs: Annotated[int, typer.Option(min=1)] = 2048,
     dtype: DtypeOption = "fp32,bf16",
     backward: Annotated[bool, typer.Option(help="Forward and backward pass, else forward.")] = True,
-    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(benches.PEERS["linear"]),
+    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(training.PEERS["linear"]),
     threads: ThreadsOption = 2,
     rounds: RoundsOption = 5,
     repeat: RepeatOption = 3,
     json: JsonOption = False,
 ) -> None:
     """A linear layer without bias, against torch.nn.Linear."""
-    cells = [
-        benches.LinearCell(d, t, hidden, outputs, backward)
-        for d, t in product(_dtypes(dtype), _sizes("tokens", tokens))
-    ]
-    _run(cells, peers, benches.Settings(threads, rounds, repeat), json)
+    cells = [LinearCell(d, t, hidden, outputs, backward) for d, t in product(_dtypes(dtype), _sizes("tokens", tokens))]
+    _run(cells, peers, training.Settings(threads, rounds, repeat), json)
 
 
 @bench.command()
@@ -92,7 +92,7 @@ def step(
     experts: Annotated[Sizes, typer.Option(help="Experts of a layer that has any.")] = "16",
     top_k: Annotated[Sizes, typer.Option(help="Experts of a token.")] = "1",
     dtype: DtypeOption = "fp32,bf16",
-    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(benches.PEERS["step"]),
+    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(training.PEERS["step"]),
     threads: ThreadsOption = 2,
     rounds: RoundsOption = 5,
     repeat: RepeatOption = 3,
@@ -100,12 +100,12 @@ def step(
 ) -> None:
     """A step of training a small GPT with experts, as `coterie train` does it."""
     cells = [
-        benches.StepCell(d, t, hidden, ffn, e, k, layers, heads, sequence, vocabulary)
+        StepCell(d, t, hidden, ffn, e, k, layers, heads, sequence, vocabulary)
         for d, t, e, k in product(
             _dtypes(dtype), _sizes("tokens", tokens), _sizes("experts", experts), _sizes("top-k", top_k)
         )
     ]
-    _run(cells, peers, benches.Settings(threads, rounds, repeat), json)
+    _run(cells, peers, training.Settings(threads, rounds, repeat), json)
 
 
 @bench.command()
@@ -121,7 +121,7 @@ def train(
     experts: Annotated[Sizes, typer.Option(help="Experts of a layer that has any.")] = "16",
     top_k: Annotated[Sizes, typer.Option(help="Experts of a token.")] = "1",
     dtype: DtypeOption = "fp32,bf16",
-    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(benches.PEERS["train"]),
+    peers: Annotated[str, typer.Option(help="NAME or NAME+tcmalloc.")] = ",".join(training.PEERS["train"]),
     threads: ThreadsOption = 1,
     rounds: RoundsOption = 5,
     repeat: RepeatOption = 3,
@@ -132,12 +132,12 @@ def train(
     Beside it ours at stage 0 (coterie_zero0), and as one process of as many threads (coterie_one_rank).
     """
     cells = [
-        benches.TrainCell(d, t, hidden, ffn, e, k, layers, heads, sequence, vocabulary, ranks=ranks)
+        TrainCell(d, t, hidden, ffn, e, k, layers, heads, sequence, vocabulary, ranks=ranks)
         for d, t, e, k in product(
             _dtypes(dtype), _sizes("tokens", tokens), _sizes("experts", experts), _sizes("top-k", top_k)
         )
     ]
-    _run(cells, peers, benches.Settings(threads, rounds, repeat), json, ranks)
+    _run(cells, peers, training.Settings(threads, rounds, repeat), json, ranks)
 
 
 @bench.command()
@@ -147,7 +147,7 @@ def comm(
     json: JsonOption = False,
 ) -> None:
     """Exchanges and sums between ranks, over each of the launchers."""
-    measured = comm_bench.measure(ranks, [launcher for launcher in launchers.split(",") if launcher])
+    measured = communication.measure(ranks, [launcher for launcher in launchers.split(",") if launcher])
     if json:
         print_json(measured)
         return
@@ -164,8 +164,9 @@ def comm(
 def memory(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Of `coterie train`.")] = None,
     model: Annotated[
-        str, typer.Option(metavar="|".join(memory_bench.SHAPES), help="A known shape, where no CONFIG.toml is given.")
-    ] = memory_bench.DEFAULT,
+        str,
+        typer.Option(metavar="|".join(memory_of_training.SHAPES), help="A known shape, where no CONFIG.toml is given."),
+    ] = memory_of_training.DEFAULT,
     ranks: Annotated[Sizes, typer.Option(help="Numbers of ranks.")] = "1,2,4,8",
     zero_stage: Annotated[str, typer.Option(help="Stages of ZeRO.")] = "0,1,2",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16; if not given CONFIG's, else bf16.")] = None,
@@ -178,9 +179,9 @@ def memory(
 
     Measured on ranks that are threads of this process; ends with code 1 where the two differ by more than 2 %.
     """
-    subject = memory_bench.of_file(config) if config else memory_bench.named(model)
-    counts = plan or (config is None and model != memory_bench.DEFAULT)
-    find = memory_bench.plan if counts else memory_bench.measure
+    subject = memory_of_training.of_file(config) if config else memory_of_training.named(model)
+    counts = plan or (config is None and model != memory_of_training.DEFAULT)
+    find = memory_of_training.plan if counts else memory_of_training.measure
     found = find(subject, _sizes("ranks", ranks), _stages(zero_stage), _dtypes(dtype or subject.dtype))
     if json:
         print_json(found)
@@ -195,11 +196,13 @@ def _print_memory(found: dict[str, Any]) -> None:
     results.print(f"{found['model']}: {params}; bytes per rank, {'measured' if found['measured'] else 'counted'}")
     for dtype, rows in groupby(found["results"], lambda row: row["dtype"]):
         # Minimal widths, so that a narrow terminal wraps lines rather than cutting figures.
-        names = ("ranks", "stage", *memory_bench.KINDS, "total", "formula", "diff")
+        names = ("ranks", "stage", *memory_of_training.KINDS, "total", "formula", "diff")
         columns = (Column(name, justify="right", min_width=max(len(name), 7 * (i > 1))) for i, name in enumerate(names))
         table = Table(*columns, title=dtype, box=box.SIMPLE, padding=0)
         for row in rows:
-            figures = [_between(row["least"][kind], row["bytes"][kind]) for kind in (*memory_bench.KINDS, "total")]
+            figures = [
+                _between(row["least"][kind], row["bytes"][kind]) for kind in (*memory_of_training.KINDS, "total")
+            ]
             expected, difference = human_bytes(row["formula"]["total"]), f"{row['difference']:+.2%}"
             table.add_row(f"{row['ranks']:,}", str(row["zero_stage"]), *figures, expected, difference)
         results.print(table)
@@ -212,19 +215,19 @@ def _between(least: float, most: float) -> str:
     return " to ".join(dict.fromkeys(shown))
 
 
-def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, json: bool, ranks: int = 1) -> None:
+def _run(cells: Sequence[Cell], peers: str, settings: training.Settings, json: bool, ranks: int = 1) -> None:
     for cell in cells:
         cell.check()
     names = [peer for peer in peers.split(",") if peer]
-    contestants = benches.systems(cells[0].kind, names, ranks, cells[0].backward)
+    contestants = training.systems(cells[0].kind, names, ranks, cells[0].backward)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True) as bars:
         bar = bars.add_task("", total=len(cells) * settings.rounds * len(contestants))
 
-        def progress(cell: benches.Cell, system: str) -> None:
+        def progress(cell: Cell, system: str) -> None:
             bars.update(bar, description=f"{_title(asdict(cell))}: {system}", advance=1)
 
-        measured = benches.run(cells, contestants, settings, progress)
+        measured = training.run(cells, contestants, settings, progress)
     if json:
         print_json(measured)
     else:
@@ -233,23 +236,23 @@ def _run(cells: Sequence[benches.Cell], peers: str, settings: benches.Settings, 
 
 def _dtypes(text: str) -> list[str]:
     for dtype in text.split(","):
-        if dtype not in benches.DTYPE_BYTES:
-            raise benches.BenchError(f"--dtype: {dtype!r} is neither fp32 nor bf16")
+        if dtype not in DTYPE_BYTES:
+            raise BenchError(f"--dtype: {dtype!r} is neither fp32 nor bf16")
     return list(dict.fromkeys(text.split(",")))
 
 
 def _sizes(option: str, text: str) -> list[int]:
     for size in text.split(","):
         if not size.isdecimal() or int(size) < 1:
-            raise benches.BenchError(f"--{option}: {size!r} is no number from 1 up")
+            raise BenchError(f"--{option}: {size!r} is no number from 1 up")
     return list(dict.fromkeys(int(size) for size in text.split(",")))
 
 
 def _stages(text: str) -> list[int]:
-    known = [str(stage) for stage in memory_bench.STAGES]
+    known = [str(stage) for stage in memory_of_training.STAGES]
     for stage in text.split(","):
         if stage not in known:
-            raise benches.BenchError(f"--zero-stage: {stage!r} is none of {', '.join(known)}")
+            raise BenchError(f"--zero-stage: {stage!r} is none of {', '.join(known)}")
     return list(dict.fromkeys(int(stage) for stage in text.split(",")))
 
 

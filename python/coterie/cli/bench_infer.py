@@ -10,9 +10,10 @@ from rich import box
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from coterie import dense_vs_moe as comparison
-from coterie import infer_bench, infer_contestants
-from coterie.bench import BenchError
+from coterie.benchmarks import dense_vs_moe as comparison
+from coterie.benchmarks import infer as inference
+from coterie.benchmarks import infer_contestants
+from coterie.benchmarks.worker import BenchError
 from coterie.cli.console import JsonOption, human_bytes, human_count, notes, print_json, results
 
 _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -44,7 +45,7 @@ def infer(
     field = {one: infer_contestants.contestants(opened, one, names, settings) for one in _dtypes(dtype)}
     with Progress(*_COLUMNS, console=notes, transient=True) as bars:
         bar = bars.add_task("")
-        measured = infer_bench.run(opened, field, settings, lambda what: bars.update(bar, description=what))
+        measured = inference.run(opened, field, settings, lambda what: bars.update(bar, description=what))
     if json:
         print_json(measured)
     else:

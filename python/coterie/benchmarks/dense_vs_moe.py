@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie import infer_bench, infer_contestants
-from coterie.bench import OURS, READ_BYTES, BenchError, Worker, machine, memory_of_machine
-from coterie.memory_bench import gpt
+from coterie.benchmarks import infer, infer_contestants
+from coterie.benchmarks.memory import gpt
+from coterie.benchmarks.worker import OURS, READ_BYTES, BenchError, Worker, machine, memory_of_machine
 
 VOCABULARY = 50257
 SEQUENCE = 2048
@@ -40,7 +40,7 @@ SHAPES: dict[str, Callable[[], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: as in infer_bench."""
+    """How to measure: as in infer."""
 
     prompt: int = 32
     generate: int = 64
@@ -134,7 +134,7 @@ def run(
 
 def _groups(subjects: Sequence[Subject]) -> list[list[Subject]]:
     """All at once where they fit, else one by one; who does not fit alone has a reason."""
-    available = infer_bench.MEMORY_SHARE * memory_of_machine("MemAvailable")
+    available = infer.MEMORY_SHARE * memory_of_machine("MemAvailable")
     for subject in subjects:
         need = subject.need_bytes + subject.packing_bytes
         if need > available:
@@ -169,7 +169,7 @@ def _take_turn(subject: Subject, worker: Worker, batch: int, turn: int, settings
     try:
         prompts = _prompts(batch, settings.prompt, turn)
         times = worker.ask("generate", prompts=prompts, tokens=settings.generate + 1)["times"]
-        subject.rates.setdefault(batch, []).append(infer_bench.decode_rate(times))
+        subject.rates.setdefault(batch, []).append(infer.decode_rate(times))
         subject.rss_bytes = max(subject.rss_bytes or 0, worker.ask("memory")["rss_bytes"])
     except BenchError as error:
         subject.reason = str(error)

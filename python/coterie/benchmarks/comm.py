@@ -1,6 +1,6 @@
 """How fast ranks on this machine exchange and add: `coterie bench comm`.
 
-`python -m coterie.comm_bench RESULT.json` is what each rank runs.
+`python -m coterie.benchmarks.comm RESULT.json` is what each rank runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coterie.bench import BenchError
+from coterie.benchmarks.worker import BenchError
 from coterie.distributed import launch, process_group
 
 OPERATIONS = ("all_to_all", "all_reduce")
@@ -44,7 +44,7 @@ def measure(ranks: int, launchers: Sequence[str]) -> dict[str, Any]:
         for _ in range(TURNS):
             for launcher in launchers:
                 result = Path(folder) / "result.json"
-                if launch(["-m", "coterie.comm_bench", str(result)], ranks, launcher, threads=1) != 0:
+                if launch(["-m", "coterie.benchmarks.comm", str(result)], ranks, launcher, threads=1) != 0:
                     raise BenchError(f"--launchers: {launcher}: the ranks failed")
                 for backend, operation, size, seconds in json.loads(result.read_text()):
                     key = (backend, operation, size)

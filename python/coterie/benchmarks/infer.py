@@ -1,9 +1,9 @@
 """What `coterie bench infer` does: a model served by us and by its peers, on one machine in one run.
 
-As in coterie.bench every system is a process of its own and they take turns: in each round every test is done by one
+As in training.py every system is a process of its own and they take turns: in each round every test is done by one
 system after the other, while the others sleep, and the bandwidth of reading memory in huge pages is measured beside it.
-Systems (coterie.infer_contestants) that don't fit into memory together are measured in groups; ours is in each. Nothing
-here imports torch.
+Systems (infer_contestants.py) that don't fit into memory together are measured in groups; ours is in each. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from coterie.bench import READ_BYTES, BenchError, Worker, machine, memory_of_machine
-from coterie.infer_contestants import PREFILL, Contestant, Model, Settings
+from coterie.benchmarks.infer_contestants import PREFILL, Contestant, Model, Settings
+from coterie.benchmarks.worker import READ_BYTES, BenchError, Worker, machine, memory_of_machine
 
 FIRST_PROMPT = 8  # tokens; it is the start that counts
 PASSES = 3  # of a turn, over the systems that need no longer than this for a test

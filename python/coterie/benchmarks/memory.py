@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie import config as configuration
-from coterie.bench import DTYPE_BYTES, BenchError, memory_of_machine
+from coterie.benchmarks.cells import DTYPE_BYTES
+from coterie.benchmarks.worker import BenchError, memory_of_machine
 from coterie.training import load_torch
 
 KINDS = ("weights", "gradients", "masters", "moments")

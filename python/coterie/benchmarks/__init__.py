@@ -1,0 +1,1 @@
+"""What `coterie bench` does: ours and its peers on the same work, in the same run."""
