@@ -171,7 +171,7 @@ def test_overrides_are_toml_or_bare_text_and_the_last_one_wins(path: Path):
         ("train.min_learning_rate=1", "train.min_learning_rate: exceeds learning_rate, 0.001 (1.0)"),
         ("train.decay_tokens=100", "train.decay_tokens: is less than warmup_tokens, 512 (100)"),
         ("train.warmup_tokens=5000", "train.warmup_tokens: exceeds tokens, 4096 (5000)"),
-        ("data.path=nowhere", 'data.path: no meta.json there: make the data with `coterie data` ("nowhere")'),
+        ("data.path=nowhere", "data.path: nowhere: no meta.json there: make the data with `coterie data`"),
         ("model.vocab_size=299", "model.vocab_size: is smaller than the vocabulary of DATA, 300 (299)"),
         ("model.eos_token_id=300", "model.eos_token_id: is not below vocab_size, 300 (300)"),
         ("distill.teacher=x", 'distill.teacher: no config.json there: train and export the teacher first ("x")'),

@@ -164,3 +164,25 @@ def test_a_truncated_split_is_refused(source: Path, tmp_path: Path):
     with pytest.raises(DataError) as refused:
         read_tokens(tmp_path / "out", "valid")
     assert str(refused.value) == f"{path}: holds {count - 1} tokens, meta.json says {count}"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[]", "vocab_size: is missing or no whole number"),
+        ('{"vocab_size": 300, "eos_token_id": "0"}', "eos_token_id: is missing or no whole number"),
+    ],
+)
+def test_a_damaged_meta_json_is_refused(tmp_path: Path, text: str, why: str):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(DataError) as refused:
+        read_meta(tmp_path)
+    assert str(refused.value) == f"{tmp_path / 'meta.json'}: {why}"
+
+
+@pytest.mark.parametrize("meta", [{}, {"dtype": "uint17", "valid": {"tokens": 3}}, {"dtype": "uint16", "valid": 3}])
+def test_a_meta_json_without_the_split_is_refused(tmp_path: Path, meta: dict):
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 9, "eos_token_id": 0, **meta}))
+    with pytest.raises(DataError, match=r"meta.json: dtype or valid.tokens: is missing, or no such value$"):
+        read_tokens(tmp_path, "valid")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coterie.data import DataError, read_meta
 from coterie.router_choices import MOST_EXPERTS_THAT_CHOOSE, RESIDUALS, ROUTER_CHOICES
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
@@ -195,7 +196,10 @@ class Config:
         ConfigError
             When the data or the teacher is not there, or doesn't fit the model.
         """
-        meta = self._data_meta()
+        try:
+            meta = read_meta(Path(self.data.path))
+        except DataError as error:
+            raise ConfigError(f"{self.source}: data.path: {error}") from None
         model = model_config(self.model, self.data.sequence_length)
         model["vocab_size"] = self.model.vocab_size or meta["vocab_size"]
         if model["vocab_size"] < meta["vocab_size"]:
@@ -215,12 +219,6 @@ class Config:
             "distill": dataclasses.asdict(self.distill) if self.distill else None,
         }
         return ResolvedConfig(self.source, model, settings)
-
-    def _data_meta(self) -> dict[str, Any]:
-        path = Path(self.data.path) / "meta.json"
-        if not path.is_file():
-            raise self.error("data.path", "no meta.json there: make the data with `coterie data`", self.data.path)
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass

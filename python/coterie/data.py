@@ -148,7 +148,15 @@ def read_meta(data_dir: Path) -> dict[str, Any]:
     path = data_dir / "meta.json"
     if not path.is_file():
         raise DataError(f"{data_dir}: no meta.json there: make the data with `coterie data`")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    for key in ("vocab_size", "eos_token_id"):
+        value = meta.get(key) if isinstance(meta, dict) else None
+        if not isinstance(value, int) or value < 0:
+            raise DataError(f"{path}: {key}: is missing or no whole number")
+    return meta
 
 
 def read_tokens(data_dir: Path, split: str) -> Any:
@@ -157,9 +165,13 @@ def read_tokens(data_dir: Path, split: str) -> Any:
 
     meta = read_meta(data_dir)
     path = data_dir / f"{split}.bin"
-    ids = numpy.memmap(path, dtype=numpy.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
-    if len(ids) != meta[split]["tokens"]:
-        raise DataError(f"{path}: holds {len(ids)} tokens, meta.json says {meta[split]['tokens']}")
+    try:
+        dtype, count = numpy.dtype(meta["dtype"]), meta[split]["tokens"]
+    except (KeyError, TypeError):
+        raise DataError(f"{data_dir / 'meta.json'}: dtype or {split}.tokens: is missing, or no such value") from None
+    ids = numpy.memmap(path, dtype=dtype.newbyteorder("<"), mode="r")
+    if len(ids) != count:
+        raise DataError(f"{path}: holds {len(ids)} tokens, meta.json says {count}")
     return ids
 
 
