@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from coterie import InvalidArgument
+from coterie import CorruptFile, InvalidArgument
 from coterie.gguf_tokenizer import tokenizer_from_gguf
 from coterie.tokenizer import ChatTokenizer, StopStrings, StreamDecoder
 
@@ -170,6 +170,17 @@ def test_unknown_tokenizers_are_refused_by_name(key: str, value: str | None) -> 
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], key: value}
     with pytest.raises(InvalidArgument, match=f"^m.gguf: {key}: {value!r} is not supported"):
         tokenizer_from_gguf(metadata, "m.gguf")
+
+
+def test_a_file_says_which_token_begins_a_text_or_that_none_does() -> None:
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+    metadata["tokenizer.ggml.add_bos_token"] = True
+    key = "tokenizer.ggml.bos_token_id"
+    for token_id, expected in ((1, [1, 0]), (-1, [0]), (2**32 - 1, [0])):
+        assert tokenizer_from_gguf({**metadata, key: token_id}, "m.gguf").encode("a").ids == expected
+    for wrong, why in (({}, "missing"), ({key: 2}, "2 is not a token"), ({key: -2}, "-2 is not a token")):
+        with pytest.raises(CorruptFile, match=f"^m.gguf: {key}: {why}$"):
+            tokenizer_from_gguf({**metadata, **wrong}, "m.gguf")
 
 
 def stream(tokenizer: ChatTokenizer, token_ids: list[int]) -> list[str]:

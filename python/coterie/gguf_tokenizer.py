@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from coterie._engine import CorruptFile, InvalidArgument
 
+# The id of no token, as llama.cpp writes it.
+_NO_TOKEN = (-1, 2**32 - 1)
 # Values of tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
@@ -107,7 +109,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any], vocabulary: dict[str, int], sou
     scores = metadata.get("tokenizer.ggml.scores", [])
     if len(scores) != len(vocabulary):
         raise CorruptFile(f"{source}: tokenizer.ggml.scores: {len(scores)} scores for {len(vocabulary)} tokens")
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    unknown = _token_id(metadata, "unknown", len(vocabulary), source)
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
@@ -150,13 +152,24 @@ def _set_template(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[s
     ids = {}
     for name, default in (("bos", begins), ("eos", False)):
         if metadata.get(f"tokenizer.ggml.add_{name}_token", default):
-            token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if token_id is None or token_id >= len(tokens):
-                raise CorruptFile(f"{source}: tokenizer.ggml.{name}_token_id: {token_id} is not a token")
-            ids[name] = token_id
+            token_id = _token_id(metadata, name, len(tokens), source)
+            if token_id is not None:
+                ids[name] = token_id
+            elif f"tokenizer.ggml.{name}_token_id" not in metadata:
+                raise CorruptFile(f"{source}: tokenizer.ggml.{name}_token_id: missing")
     if not ids:
         return
     single = [*([tokens[ids["bos"]]] if "bos" in ids else []), "$A", *([tokens[ids["eos"]]] if "eos" in ids else [])]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=[(tokens[token_id], token_id) for token_id in ids.values()]
     )
+
+
+def _token_id(metadata: dict[str, Any], name: str, count: int, source: str) -> int | None:
+    """Of one of the vocabulary's `count` tokens, where the file names one."""
+    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if token_id is None or token_id in _NO_TOKEN:
+        return None
+    if not 0 <= token_id < count:
+        raise CorruptFile(f"{source}: tokenizer.ggml.{name}_token_id: {token_id} is not a token")
+    return token_id
