@@ -1,6 +1,7 @@
 #include "model/weight_types.h"
 
 #include "coterie/error.h"
+#include "io/printable.h"
 #include "model/checkpoint_map.h"
 
 namespace coterie {
@@ -16,7 +17,7 @@ PanelType type_from_name(const std::string& field, const std::string& name) {
     if (name == kNames[i]) return type;
     known += (known.empty() ? "" : ", ") + std::string(kNames[i]);
   }
-  throw InvalidArgument(field + ": '" + name + "' is not one of " + known);
+  throw InvalidArgument(field + ": " + printable(name) + " is not one of " + known);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "base/philox.h"
 #include "comm/small_sums.h"
 #include "coterie/error.h"
+#include "io/printable.h"
 #include "io/tensor_source.h"
 #include "kernels/parallel_rows.h"
 #include "model/tensors.h"
@@ -106,7 +107,7 @@ void LanguageModel::load(const TensorSource& source) {
   c10::NoGradGuard no_grad;
   for (const StoredTensor& stored : source.tensors()) {
     if (!index_.count(stored.name))
-      throw InvalidArgument(source.path() + ": " + stored.name + ": not a tensor of this model");
+      throw InvalidArgument(source.path() + ": " + printable(stored.name) + ": not a tensor of this model");
   }
   for (const Parameter& parameter : parameters_) {
     const StoredTensor* stored = source.find(parameter.name);
