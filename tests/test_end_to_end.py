@@ -230,6 +230,12 @@ def test_an_unfinished_run_exports_its_newest_checkpoint(place: Path):
         assert (place / "unfinished/export" / name).read_bytes() == (place / "finished_export" / name).read_bytes()
     evaluated = coterie(place, "eval", "unfinished/export", "--data", "data")
     assert evaluated["loss"] == pytest.approx(summary_of(place)["valid_loss"], abs=1e-3)
+    newest = max((place / "run" / "checkpoints").glob("step-*"))
+    coterie(place, "export", newest, "of_checkpoint")
+    assert (place / "of_checkpoint/model.safetensors").read_bytes() == (
+        place / "finished_export/model.safetensors"
+    ).read_bytes()
+    assert coterie(place, "eval", newest, "--data", "data")["loss"] == evaluated["loss"]
 
 
 def test_export_eval_and_generate_agree_with_the_trainer(place: Path):

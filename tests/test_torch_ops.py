@@ -287,6 +287,17 @@ def test_combine_equals_a_weighted_sum(dtype: torch.dtype) -> None:
 
 def test_orders_are_refused_that_are_none() -> None:
     x, offset, weight = torch.randn(4, D), torch.tensor([0, 8]), torch.randn(1, 5, D)
+    none = OPS.grouped_linear(x, torch.tensor([0, 0]), weight, None, torch.arange(0))
+    assert none.shape == (0, 5)  # no choices at all
+    many = torch.arange(2 * 257)
+    for rows in (
+        lambda: OPS.grouped_linear(x[:2], torch.tensor([0, 514]), weight, None, many),
+        lambda: OPS.combine(torch.randn(514, D), many, torch.randn(2, 257)),
+    ):
+        with pytest.raises(ValueError, match="order has 257 choices a token, more than 256$"):
+            rows()
+    half = functional.combine(torch.ones(8, D), torch.arange(8), torch.ones(4, 2).half())
+    assert torch.equal(half, torch.full((4, D), 2.0))
     for order, why in (
         (torch.arange(6), "order has 6 choices of 4 tokens"),
         (torch.arange(8) + 1, "order has 8 at 7, and is no permutation of 8 choices"),

@@ -25,12 +25,12 @@ Messages = list[dict[str, Any]]
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The model that a path means: a Hugging Face directory, a .gguf file, or a directory that holds
-    exactly one, whole or in parts."""
+    """The model that a path means: a Hugging Face directory, a training checkpoint, a .gguf file, or a directory that
+    holds exactly one, whole or in parts."""
     path = Path(model)
     if not path.exists():
         raise InvalidArgument(f"{path}: no such file or directory")
-    if path.is_file() or (path / "config.json").is_file():
+    if path.is_file() or any((path / name).is_file() for name in ("config.json", "manifest.json")):
         return path
     files = sorted(path.glob("*.gguf"))
     if not files or not {str(file) for file in files} <= set(_engine.gguf_parts(str(files[0]))):

@@ -27,14 +27,16 @@ KvCache::KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int
       block_size_(block_size),
       num_layers_(config.num_layers()),
       layer_bytes_(bytes_of_layer(config, dtype, block_size)),
-      slab_blocks_(blocks_of_slab(std::max<int64_t>(1, kSlabTokens / block_size))),
+      slab_blocks_(blocks_of_slab()),
       has_values_(config.cache_value_dim() > 0),
       rope_scaling_(config.rope_scaling),
       max_blocks_(max_blocks),
       keep_released_(keep_released) {}
 
-int64_t KvCache::blocks_of_slab(int64_t least) const {
-  return static_cast<int64_t>(AlignedBuffer::footprint(slab_bytes(least)) / slab_bytes(1));
+int64_t KvCache::blocks_of_slab() const {
+  const auto most = static_cast<int64_t>(kProvidedBytes / 2 / slab_bytes(1));  // two of them are provided at least
+  const int64_t blocks = std::max<int64_t>(1, std::min(kSlabTokens / block_size_, most));
+  return static_cast<int64_t>(AlignedBuffer::footprint(slab_bytes(blocks)) / slab_bytes(1));
 }
 
 int64_t KvCache::block_bytes(const ModelConfig& config, DType dtype, int64_t block_size) {

@@ -35,8 +35,7 @@ class KvCache {
   };
 
   // Memory is taken as blocks are first used, in slabs of kSlabTokens and what else their pages hold, up to max_blocks.
-  // Unless keep_released, blocks
-  // that nobody holds are forgotten at once.
+  // Unless keep_released, blocks that nobody holds are forgotten at once.
   KvCache(const ModelConfig& config, DType dtype, int64_t block_size, int64_t max_blocks, bool keep_released = true);
 
   // Of all layers.
@@ -92,7 +91,7 @@ class KvCache {
   };
 
   size_t slab_bytes(int64_t num_blocks) const { return static_cast<size_t>(num_blocks * num_layers_ * layer_bytes_); }
-  int64_t blocks_of_slab(int64_t least) const;  // as many as its pages hold
+  int64_t blocks_of_slab() const;  // as many as its pages hold
   void add_slab();
   void count_held(int64_t change);
   void forget(int32_t block);

@@ -26,6 +26,7 @@ bool Sequence::may_adopt_blocks() const { return !sampling().prompt_logprobs || 
 
 void Sequence::adopt_cached_blocks() {
   if (!may_adopt_blocks()) return;
+  blocks_.trim(num_computed_);
   const int64_t block_size = cache_.block_size();
   while (num_computed_ + block_size < num_tokens()) {
     const auto tokens = token_ids().subspan(num_computed_, block_size);

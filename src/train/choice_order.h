@@ -2,6 +2,9 @@
 // Legend: T tokens, K choices of each, R = T K rows.
 #pragma once
 
+#include <algorithm>
+
+#include "moe/combine.h"
 #include "moe/dispatcher.h"
 #include "train/torch_op.h"
 
@@ -14,12 +17,14 @@ inline Dispatch dispatch_of_order(const at::Tensor& order, int64_t num_tokens, c
   const int64_t R = order.numel(), K = num_tokens > 0 ? R / num_tokens : 0;
   TORCH_CHECK_VALUE(R == num_tokens * K && R <= INT32_MAX, op, ": order has ", R, " choices of ", num_tokens,
                     " tokens");
+  TORCH_CHECK_VALUE(K <= kMostChoices, op, ": order has ", K, " choices a token, more than ", kMostChoices);
   const at::Tensor choices = order.contiguous();
   const auto* const choice_R = choices.const_data_ptr<int64_t>();
   Dispatch dispatch;
   dispatch.num_tokens = num_tokens;
   dispatch.offset_E1 = {0, R};
   dispatch.row_TK.assign(static_cast<size_t>(R), -1);
+  dispatch.token_R.reserve(std::max<size_t>(R, 1));  // never null: no row at all is a gather, too
   for (int64_t r = 0; r < R; ++r) {
     const int64_t choice = choice_R[r];
     TORCH_CHECK_VALUE(choice >= 0 && choice < R && dispatch.row_TK[choice] < 0, op, ": order has ", choice, " at ", r,

@@ -24,6 +24,7 @@ def evaluate(
     weight_cache: options.WeightCache = True,
     cache_dir: options.CacheDir = None,
     mmap: options.Mmap = False,
+    expert_cache_bytes: options.ExpertCacheBytes = 0,
     threads: options.Threads = 0,
     json: JsonOption = False,
 ) -> None:
@@ -42,6 +43,7 @@ def evaluate(
         weight_cache=weight_cache,
         weight_cache_dir=str(cache_dir or ""),
         mmap=mmap,
+        expert_cache_bytes=expert_cache_bytes,
         progress=lambda windows: track(windows, "evaluating", console=notes),
     )
     if json:

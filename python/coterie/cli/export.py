@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 from coterie.cli.console import JsonOption, human_bytes, print_json, results
+from coterie.cli.sources import model_and_tokenizer
 from coterie.data import copy_tokenizer
-from coterie.training import model_of_run
 
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A model directory, a .gguf file, or the output_dir of a run.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A model directory, a .gguf file, a checkpoint, or the output_dir of a run."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     architecture: Annotated[
@@ -24,12 +27,8 @@ def export(
 ) -> None:
     """Write a model as config.json, model.safetensors and its tokenizer, for transformers and other readers."""
     from coterie import _engine
-    from coterie.llm import resolve_model
 
-    if (source / "run.json").is_file():
-        source, tokenizer = model_of_run(source)
-    else:
-        source = tokenizer = resolve_model(source)
+    source, tokenizer = model_and_tokenizer(source)
     written = _engine.export_model(str(source), str(out), architecture)
     copy_tokenizer(tokenizer, out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from coterie.cli import generation_options as options
 from coterie.cli.console import JsonOption, human_bytes, notes, print_json, results
+from coterie.cli.sources import model_and_tokenizer
 from coterie.data import copy_tokenizer
-from coterie.training import model_of_run
 
 
 def quantize(
@@ -27,12 +27,8 @@ def quantize(
 ) -> None:
     """Write a model that loads in few bits without rounding anything, as config.json, safetensors and its tokenizer."""
     from coterie import _engine
-    from coterie.llm import resolve_model
 
-    if (source / "run.json").is_file():
-        source, tokenizer = model_of_run(source)
-    else:
-        source = tokenizer = resolve_model(source)
+    source, tokenizer = model_and_tokenizer(source)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True) as bars:
         bar = bars.add_task("quantizing")

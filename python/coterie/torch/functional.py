@@ -338,7 +338,7 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     order
         [T * K] int64, as ``dispatch`` gives it.
     weights
-        [T, K], of the choices; differentiable, as rows are.
+        [T, K], of the choices, of any floating type; differentiable, as rows are.
 
     Returns
     -------
@@ -346,7 +346,8 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         [T, D] float32.
     """
     if uses_kernels(rows):
-        return torch.ops.coterie.combine(rows, order, weights)
+        known = weights.dtype in (torch.float32, torch.bfloat16)
+        return torch.ops.coterie.combine(rows, order, weights if known else weights.float())
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     rows_TKD = rows.index_select(0, inverse).view(*weights.shape, rows.shape[-1])
     wide = torch.promote_types(rows.dtype, torch.float32)
