@@ -47,7 +47,7 @@ PackSource pack_source(const ConstMatrix& m, int64_t rows, int64_t cols, const i
 
 void check_problem(const GemmProblem& p) {
   COTERIE_CHECK(p.packed_b == nullptr || p.b.data == nullptr, "both b and packed_b are given");
-  COTERIE_CHECK(!p.a_gather_K || (p.b.data && !p.b_gather_K), "nobody says what K is");
+  COTERIE_CHECK(!p.a_gather_K || (!p.packed_b && !p.b_gather_K), "nobody says what K is");
   const bool transformed = p.gated || p.activation != Activation::kNone;
   COTERIE_CHECK(!(p.accumulate && transformed), "accumulate with an activation");
   COTERIE_CHECK(!p.slopes.data || p.slopes.dtype == p.c.dtype, "the slopes have another type than C");
