@@ -138,7 +138,8 @@ WeightCache engine_weight_cache(const EngineOptions& options, const EngineSettin
   if (!options.mmap && (small || !options.weight_cache)) return {};
   WeightCache cache = weight_cache(path, settings.types.description(), options.weight_cache_dir);
   cache.verified = !options.mmap;
-  cache.required = options.mmap || packed_bytes(model.config(), model.tensors(), settings.types) > most_in_memory();
+  cache.required = options.mmap || !options.weight_cache_dir.empty() ||
+                   packed_bytes(model.config(), model.tensors(), settings.types) > most_in_memory();
   return cache;
 }
 

@@ -81,11 +81,12 @@ void remove_leftovers(const fs::path& path) {
   }
 }
 
-// Without the file a start packs anew, into memory; a model that is to stay mapped might not fit there.
+// Without the file a start packs anew, into memory; but a model that is to stay mapped might not fit there, and a
+// directory that somebody named is meant.
 void not_kept(const WeightCache& cache, const std::exception& why) {
   if (cache.required) {
     throw InvalidArgument(cache.path +
-                          ": the weights are to stay mapped from this file, which cannot be written: " + why.what());
+                          ": packed weights belong into this file, which cannot be written: " + why.what());
   }
   log_info(std::string("weights: not kept: ") + why.what());
 }

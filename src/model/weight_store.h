@@ -64,7 +64,7 @@ struct WeightCache {
   std::string path;         // empty: none
   std::string description;  // of what is in it, and of the files that it was made from
   bool verified = true;     // compare the hashes of its blocks, which reads all of it
-  bool required = false;    // the weights are to stay in it, mapped
+  bool required = false;    // refuse where it cannot be written
 };
 
 // Of the model at `model_path` (a directory or a file), beside it or in a directory for many models: one file for each
