@@ -16,14 +16,15 @@ int64_t panel_width(const PackedShape& shape) {
 }
 int64_t num_columns(const PackedShape& shape) { return shape.gated ? shape.rows / 2 : shape.rows; }
 int64_t num_panels(const PackedShape& shape) { return ceil_div(num_columns(shape), panel_width(shape)); }
-int64_t panel_units(const PackedShape& shape) {
-  const int64_t columns = active_kernels().panel_columns();
-  return shape.compact ? CompactPanel{shape.cols, columns}.size() : b_panel_units(shape.type, shape.cols, columns);
-}
+int64_t active_panel_units(const PackedShape& shape) { return shape.panel_units(active_kernels().panel_columns()); }
 
 }  // namespace
 
-size_t PackedShape::bytes() const { return static_cast<size_t>(num_panels(*this) * panel_units(*this)) * 4; }
+int64_t PackedShape::panel_units(int64_t columns) const {
+  return compact ? CompactPanel{cols, columns}.size() : b_panel_units(type, cols, columns);
+}
+
+size_t PackedShape::bytes() const { return static_cast<size_t>(num_panels(*this) * active_panel_units(*this)) * 4; }
 
 PackedMatrix::PackedMatrix(const PackedShape& shape, AlignedBuffer panels)
     : shape_(shape), panels_(std::move(panels)), kernels_(&active_kernels()) {
@@ -54,7 +55,7 @@ PackedMatrix::PackedMatrix(const PackedShape& shape, const ConstMatrix& b, Threa
 
 PackedMatrix::PackedMatrix(const QuantizedView& b, ThreadPool& pool, bool gated, AlignedBuffer panels)
     : PackedMatrix({b.type, b.rows, b.cols, gated}, std::move(panels)) {
-  const int64_t units = panel_units(shape_);
+  const int64_t units = active_panel_units(shape_);
   pool.run(num_panels(shape_), [&](int64_t p, int) {
     kernels_->pack_quantized_b(b, num_columns(shape_), gated, p, p + 1, panels_.as<uint32_t>() + p * units);
   });
@@ -66,7 +67,7 @@ std::optional<PackedMatrix> PackedMatrix::compacted(ThreadPool& pool, AlignedBuf
   shape.compact = true;
   PackedMatrix result(shape, std::move(panels));
   const CompactPanel panel = {cols(), kernels_->panel_columns()};
-  const int64_t units = panel_units(shape_);
+  const int64_t units = active_panel_units(shape_);
   std::atomic<bool> all = true;
   pool.run(num_panels(shape_), [&](int64_t p, int) {
     uint32_t* const out = result.panels_.as<uint32_t>() + p * panel.size();

@@ -23,7 +23,8 @@ struct PackedShape {
   bool gated = false;
   bool compact = false;  // bf16 alone, see panels.h: 12 bits an element
 
-  size_t bytes() const;  // of panels of the active ISA
+  int64_t panel_units(int64_t columns) const;  // 32 bits each, of a panel with so many columns
+  size_t bytes() const;                        // of panels of the active ISA
 };
 
 // Immutable after packing; may be read by any number of threads.

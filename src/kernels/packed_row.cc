@@ -89,8 +89,8 @@ void read_quantized(const PanelColumn& c, PanelType type, float* out_K) {
 void PackedMatrix::read_row(int64_t n, float* out_K) const {
   COTERIE_CHECK(!gated() && n >= 0 && n < rows(), "no row of a matrix that is not gated");
   const int64_t columns = kernels_->panel_columns();
-  const int64_t units = shape_.compact ? CompactPanel{cols(), columns}.size() : b_panel_units(type(), cols(), columns);
-  const PanelColumn column = {panels_.as<uint32_t>() + n / columns * units, columns, n % columns, cols()};
+  const auto* const panel = panels_.as<uint32_t>() + n / columns * shape_.panel_units(columns);
+  const PanelColumn column = {panel, columns, n % columns, cols()};
   if (is_quantized(type())) return read_quantized(column, type(), out_K);
   if (shape_.compact) return read_compact(column, out_K);
   return type() == PanelType::kBF16 ? read_bf16(column, out_K) : read_fp32(column, out_K);
